@@ -1,0 +1,85 @@
+# make demo needs Python 3.11 or newer and nothing else: the rest, etcd included, comes from PyPI into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS = $(wildcard protos/vfleet/v1/*.proto)
+SERVICES = $(wildcard protos/vfleet/v1/*_service.proto)
+# protoc finds its plugins on PATH.
+GENERATE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test chaos kill-matrix model simulate simulate-bugs mutation lint proto clean
+.DELETE_ON_ERROR:
+
+help: ## Show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed ## Show a function move twice under a driver at work
+	$(BIN)/vfleet demo
+
+test: $(VENV)/installed-dev ## Run the tests
+	$(BIN)/pytest -n auto --dist worksteal
+
+chaos: $(VENV)/installed-dev ## Let everything fail for DURATION=300 seconds, by SEED=n, and check what is left
+	PYTHONPATH=tests $(BIN)/python -m fault.chaos --duration $(or $(DURATION),300) $(if $(SEED),--seed $(SEED))
+
+kill-matrix: $(VENV)/installed-dev ## Kill and freeze everyone at every step of a migration, and print how each ended
+	PYTHONPATH=tests $(BIN)/python -m fault.kill_matrix
+
+model: ## Search all states of the protocol's models, with Spin and a C compiler; take each rule away
+	nice -n 19 $(PYTHON) tests/model/check.py
+
+simulate: $(VENV)/installed-dev ## Simulate SEEDS=2000 fleets in which everything fails, or show the run of SEED=n
+	PYTHONPATH=tests $(BIN)/python -m simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),2000)) $(if $(BUG),--bug $(BUG))
+
+simulate-bugs: $(VENV)/installed-dev ## Plant known bugs, and see that the simulation finds each
+	PYTHONPATH=tests $(BIN)/python -m simulation --bugs
+
+mutation: $(VENV)/installed-mutation ## Change the code of transactions and fences everywhere, and see that tests fail
+	rm -rf mutants
+	nice -n 19 $(BIN)/mutmut run
+	$(BIN)/python tests/mutation/report.py
+
+lint: $(VENV)/installed-dev ## Check style, types, protos, and that the stubs are those of the protos
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	cd protos && ../$(BIN)/buf lint
+	@stubs=$$(mktemp -d) && trap 'rm -rf "$$stubs"' EXIT && \
+	$(call generate,$$stubs) && \
+	diff -rq --exclude=__pycache__ --exclude=__init__.py "$$stubs/vfleet/v1" vfleet/v1 || \
+	{ echo "vfleet/v1 is not what protos/ generates: run make proto" >&2; exit 1; }
+
+proto: $(VENV)/installed-dev ## Generate the stubs from protos/
+	@stubs=$$(mktemp -d) && trap 'rm -rf "$$stubs"' EXIT && \
+	$(call generate,$$stubs) && \
+	rm -f vfleet/v1/*_pb2* && cp "$$stubs"/vfleet/v1/* vfleet/v1/
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+define generate
+$(GENERATE) --python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS) && $(GENERATE) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(SERVICES)
+endef
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "$(PYTHON) is too old or missing: vfleet needs Python 3.11 or newer (make PYTHON=…)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	{ echo "$(PYTHON) can't make virtual environments: install its venv package (Debian: python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	@echo "Installing vfleet and what it needs into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(BIN)/python
+	@echo "Installing vfleet and what its development needs into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(VENV)/installed $@
+
+$(VENV)/installed-mutation: $(VENV)/installed-dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[mutation]'
+	@touch $@

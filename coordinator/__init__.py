@@ -1,0 +1,1 @@
+"""The coordinator: runs migrations as journaled transactions over etcd."""

@@ -1,0 +1,92 @@
+"""The inventory: a snapshot of the fleet, kept by one watch on everything that vfleet stores.
+
+The watch survives reconnects and compaction (then it brings a new listing). Whoever wrote to etcd waits for the
+revision of the write and then reads it here; whoever waits for a change waits for a condition on the snapshot.
+
+In an etcd that was restored from a backup nothing that was read before counts; nor does what is read there, until the
+fleet generation is raised, which the watch begins anew with.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import aclosing
+
+from coordinator.snapshot import Snapshot
+from vfleet.errors import Reason, VfleetError
+from vfleet.etcd.keys import PREFIX
+from vfleet.etcd.store import Listing, Store
+
+
+class Inventory:
+    """The fleet as far as the watch has brought it. `run` is to be running; `snapshot` is valid once `ready` is set."""
+
+    def __init__(self) -> None:
+        self.snapshot = Snapshot(Listing(0, ()))
+        # How often etcd was found to lack what was read before: restored from a backup.
+        self.restorations = 0
+        # Whether that is so and the fleet generation has not been raised since.
+        self.is_behind = False
+        self._highest_generation = 1
+        self._waiters: dict[asyncio.Future[None], Callable[[], bool]] = {}
+
+    async def run(self, store: Store) -> None:
+        """Follow the store for ever. Raise VfleetError if it can't be listed at all."""
+        while True:
+            async with aclosing(store.watch(PREFIX)) as updates:
+                async for update in updates:
+                    if isinstance(update, Listing):
+                        self._take(update)
+                    else:
+                        self.snapshot.apply(update)
+                    self.notify()
+                    if self.snapshot.fleet_generation > self._highest_generation:
+                        break
+
+    def _take(self, listing: Listing) -> None:
+        if listing.restored or listing.revision < self.snapshot.revision:
+            self.restorations += 1
+            self.is_behind = True
+        self.snapshot = Snapshot(listing)
+        if self.snapshot.fleet_generation > self._highest_generation:
+            self._highest_generation = self.snapshot.fleet_generation
+            self.is_behind = False
+
+    def notify(self) -> None:
+        """Let everyone who waits look at their conditions again."""
+        for waiter, condition in list(self._waiters.items()):
+            if waiter.done():
+                continue
+            try:
+                if condition():
+                    waiter.set_result(None)
+            except VfleetError as error:
+                waiter.set_exception(error)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until `condition` holds. It is looked at now and after each change of the snapshot or `notify`.
+
+        A VfleetError that `condition` raises is raised here. It may hold no more when the
+        waiting task runs, if the fleet has changed again by then.
+        """
+        if condition():
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters[waiter] = condition
+        try:
+            await waiter
+        finally:
+            del self._waiters[waiter]
+
+    async def wait_for(self, revision: int) -> None:
+        """Wait until the snapshot includes `revision`, which is to be that of a change of vfleet's own keys.
+
+        Raise CONFLICT if etcd is restored from a backup meanwhile: it may never get there.
+        """
+        restorations = self.restorations
+
+        def reached() -> bool:
+            if self.restorations != restorations:
+                raise VfleetError(Reason.CONFLICT, f"etcd was restored from a backup before it had revision {revision}")
+            return self.snapshot.revision >= revision
+
+        await self.until(reached)

@@ -1,0 +1,320 @@
+"""The gRPC edge: requests checked, work handed on, records shown. Thin."""
+
+# ruff: noqa: N802, ARG002  # methods are named and called as the protos say
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from coordinator.context import Context
+from coordinator.doctor import Doctor
+from coordinator.fleet import Fleet, bump_generation
+from coordinator.forget import forget_host
+from coordinator.migration import Run
+from coordinator.planner import plan
+from coordinator.requests import checked_moves, checked_options, checked_page_size, checked_revision, page_of
+from coordinator.snapshot import Stored
+from coordinator.states import is_over
+from coordinator.term import Term
+from vfleet.address import PAGE_BYTES
+from vfleet.decision import abort_transaction, outcome
+from vfleet.errors import Reason, VfleetError, invalid_field, not_found
+from vfleet.etcd.keys import migration_key
+from vfleet.etcd.records import decode
+from vfleet.limits import MAX_MAIN_MEMORY_BYTES
+from vfleet.names import check_device_name, check_name
+from vfleet.v1 import fleet_service_pb2 as fleet_pb
+from vfleet.v1 import migration_service_pb2 as migration_pb
+from vfleet.v1.fleet_service_pb2_grpc import FleetServiceServicer
+from vfleet.v1.migration_service_pb2_grpc import MigrationServiceServicer
+from vfleet.v1.records_pb2 import Driver, Function, Host, Migration, Step
+from vfleet.v1.types_pb2 import Decision
+
+RpcContext = grpc.aio.ServicerContext[Message, Message]
+CurrentTerm = Callable[[], Term | None]
+
+ResultT = TypeVar("ResultT")
+
+
+class MigrationService(MigrationServiceServicer):
+    """Migrations. `term` returns the term of the moment, if there is one."""
+
+    def __init__(self, context: Context, term: CurrentTerm) -> None:
+        self._context = context
+        self._term = term
+
+    async def PlanMigration(
+        self, request: migration_pb.PlanMigrationRequest, context: RpcContext
+    ) -> migration_pb.PlanMigrationResponse:
+        """Show what CreateMigration would do."""
+        moves = checked_moves(request.moves)
+
+        async def planned() -> Migration:
+            here = self._context
+            return plan(here.snapshot, moves, name="", coordinator=here.name, limits=here.limits)
+
+        return migration_pb.PlanMigrationResponse(migration=await self._context.upheld(planned))
+
+    async def CreateMigration(
+        self, request: migration_pb.CreateMigrationRequest, context: RpcContext
+    ) -> migration_pb.CreateMigrationResponse:
+        """Begin a migration."""
+        if request.request_id:
+            name = check_name("request_id", request.request_id)
+        else:
+            name = f"m-{self._context.random.getrandbits(64):016x}"
+        moves, options = checked_moves(request.moves), checked_options(request.options)
+        term = _present(self._term(), self._context)
+        stored = await self._context.upheld(lambda: term.begin(name, moves, options))
+        return migration_pb.CreateMigrationResponse(migration=_shown(stored))
+
+    async def GetMigration(
+        self, request: migration_pb.GetMigrationRequest, context: RpcContext
+    ) -> migration_pb.GetMigrationResponse:
+        """Show a migration as etcd has it."""
+        stored = await self._read(check_name("name", request.name))
+        return migration_pb.GetMigrationResponse(migration=_shown(stored))
+
+    async def ListMigrations(
+        self, request: migration_pb.ListMigrationsRequest, context: RpcContext
+    ) -> migration_pb.ListMigrationsResponse:
+        """Show migrations, the newest first; a page's token is the revision of BEGIN of its last."""
+        size = checked_page_size(request.page_size)
+        before = checked_revision(request.page_token) if request.page_token else None
+        snapshot = self._context.snapshot
+        table = snapshot.active_migrations if request.active_only else snapshot.migrations
+        stored = sorted(
+            (each for each in table.values() if before is None or each.create_revision < before),
+            key=lambda each: each.create_revision,
+            reverse=True,
+        )
+        page = stored[:size]
+        return migration_pb.ListMigrationsResponse(
+            migrations=map(_shown, page), next_page_token=str(page[-1].create_revision) if len(stored) > size else ""
+        )
+
+    async def WatchMigration(
+        self, request: migration_pb.WatchMigrationRequest, context: RpcContext
+    ) -> AsyncIterator[migration_pb.WatchMigrationResponse]:
+        """Send the migration now and whenever it gets further, until it is over."""
+        name = check_name("name", request.name)
+        stored = await self._read(name)
+        await self._context.inventory.wait_for(stored.mod_revision)
+        sent: migration_pb.WatchMigrationResponse | None = None
+        while sent is None or not is_over(sent.migration.phase):
+            await self._context.inventory.until(lambda: self._progress(name) != sent)  # noqa: B023
+            sent = self._progress(name)
+            yield sent
+
+    async def CancelMigration(
+        self, request: migration_pb.CancelMigrationRequest, context: RpcContext
+    ) -> migration_pb.CancelMigrationResponse:
+        """Abort a migration that isn't decided, whoever owns it."""
+        name = check_name("name", request.name)
+        stored = await self._read(name)
+        run = self._run(name)
+        while outcome(stored.record) == Decision.DECISION_UNSPECIFIED:
+            abort = abort_transaction(
+                stored.record,
+                stored.mod_revision,
+                f"cancelled by a request to coordinator {self._context.name!r}",
+                run.state.step if run else Step.STEP_UNSPECIFIED,
+                self._context.clock.time(),
+                owner=None,
+            )
+            await self._context.store.commit(abort)
+            stored = await self._read(name)
+        if outcome(stored.record) == Decision.DECISION_COMMITTED:
+            message = f"migration {name!r} is committed: too late to cancel"
+            raise VfleetError(Reason.TOO_LATE, message, metadata={"migration": name})
+        return migration_pb.CancelMigrationResponse(migration=_shown(stored))
+
+    async def _read(self, name: str) -> Stored[Migration]:
+        kv = await self._context.store.get(migration_key(name))
+        if kv is None:
+            raise not_found("migration", name)
+        return Stored(decode(Migration, kv), kv.create_revision, kv.mod_revision)
+
+    def _run(self, name: str) -> Run | None:
+        term = self._term()
+        return term.runs.get(name) if term else None
+
+    def _progress(self, name: str) -> migration_pb.WatchMigrationResponse:
+        stored = self._context.snapshot.migrations.get(name)
+        if stored is None:
+            raise not_found("migration", name)
+        response = migration_pb.WatchMigrationResponse(migration=_shown(stored))
+        run = self._run(name)
+        if run is not None:
+            response.step = run.state.step
+            response.copies.extend(run.copies.values())
+        return response
+
+
+class FleetService(FleetServiceServicer):
+    """Hosts, devices, functions and drivers. Lists show the inventory; changes go on if the caller goes away."""
+
+    def __init__(self, context: Context, term: CurrentTerm) -> None:
+        self._context = context
+        self._fleet = Fleet(context)
+        self._doctor = Doctor(context)
+        self._term = term
+
+    async def ListHosts(self, request: fleet_pb.ListHostsRequest, context: RpcContext) -> fleet_pb.ListHostsResponse:
+        """Show hosts."""
+        snapshot = self._context.snapshot
+        names, token = page_of(snapshot.hosts, request)
+        return fleet_pb.ListHostsResponse(
+            hosts=[_host(snapshot.hosts[name].record, name in snapshot.registrations) for name in names],
+            next_page_token=token,
+        )
+
+    async def ListDevices(
+        self, request: fleet_pb.ListDevicesRequest, context: RpcContext
+    ) -> fleet_pb.ListDevicesResponse:
+        """Show devices and the use of their slots."""
+        snapshot = self._context.snapshot
+        names, token = page_of(snapshot.devices, request)
+        response = fleet_pb.ListDevicesResponse(next_page_token=token)
+        for name in names:
+            device, slots = snapshot.devices[name], snapshot.slots_of(name).values()
+            reserved = sum(bool(slot.record.migration) for slot in slots)
+            response.devices.add(
+                device=device,
+                segment=snapshot.hosts[device.host].record.segment,
+                used_slots=len(slots) - reserved,
+                reserved_slots=reserved,
+            )
+        return response
+
+    async def ListFunctions(
+        self, request: fleet_pb.FleetServiceListFunctionsRequest, context: RpcContext
+    ) -> fleet_pb.FleetServiceListFunctionsResponse:
+        """Show functions, with the migration that each is in."""
+        names, token = page_of(self._context.snapshot.functions, request)
+        return fleet_pb.FleetServiceListFunctionsResponse(functions=map(self._function, names), next_page_token=token)
+
+    async def ListDrivers(
+        self, request: fleet_pb.FleetServiceListDriversRequest, context: RpcContext
+    ) -> fleet_pb.FleetServiceListDriversResponse:
+        """Show drivers with their entries, sorted by virtual address."""
+        snapshot = self._context.snapshot
+        names, token = page_of(snapshot.drivers, request)
+        response = fleet_pb.FleetServiceListDriversResponse(next_page_token=token)
+        for name in names:
+            driver = Driver()
+            driver.CopyFrom(snapshot.drivers[name].record)
+            entries = (stored.record for stored in snapshot.entries_of(name).values())
+            driver.entries.extend(sorted(entries, key=lambda entry: entry.virtual_address))
+            response.drivers.append(driver)
+        return response
+
+    async def CreateFunction(
+        self, request: fleet_pb.FleetServiceCreateFunctionRequest, context: RpcContext
+    ) -> fleet_pb.FleetServiceCreateFunctionResponse:
+        """Make a function."""
+        name = check_name("function", request.function)
+        device = check_device_name("device", request.device)
+        await self._do(lambda: self._fleet.create_function(name, device, request.vf_index))
+        return fleet_pb.FleetServiceCreateFunctionResponse(function=self._function(name))
+
+    async def DeleteFunction(
+        self, request: fleet_pb.DeleteFunctionRequest, context: RpcContext
+    ) -> fleet_pb.DeleteFunctionResponse:
+        """End a function."""
+        name = check_name("function", request.function)
+        await self._do(lambda: self._fleet.delete_function(name))
+        return fleet_pb.DeleteFunctionResponse()
+
+    async def AttachDriver(
+        self, request: fleet_pb.AttachDriverRequest, context: RpcContext
+    ) -> fleet_pb.AttachDriverResponse:
+        """Attach a driver."""
+        function, driver = check_name("function", request.function), check_name("driver", request.driver)
+        host = check_name("host", request.host) if request.host else ""
+        memory = request.main_memory_bytes
+        if memory % PAGE_BYTES or memory > MAX_MAIN_MEMORY_BYTES:
+            expected = f"a multiple of {PAGE_BYTES}, at most {MAX_MAIN_MEMORY_BYTES}"
+            raise invalid_field("main_memory_bytes", memory, expected)
+        entry = await self._do(
+            lambda: self._fleet.attach_driver(
+                function, driver, host=host, virtual_address=request.virtual_address, main_memory_bytes=memory
+            )
+        )
+        return fleet_pb.AttachDriverResponse(entry=entry)
+
+    async def DetachDriver(
+        self, request: fleet_pb.DetachDriverRequest, context: RpcContext
+    ) -> fleet_pb.DetachDriverResponse:
+        """End an attachment."""
+        function, driver = check_name("function", request.function), check_name("driver", request.driver)
+        await self._do(lambda: self._fleet.detach_driver(function, driver))
+        return fleet_pb.DetachDriverResponse()
+
+    async def DeleteDriver(
+        self, request: fleet_pb.FleetServiceDeleteDriverRequest, context: RpcContext
+    ) -> fleet_pb.FleetServiceDeleteDriverResponse:
+        """End a driver."""
+        name = check_name("driver", request.driver)
+        await self._do(lambda: self._fleet.delete_driver(name))
+        return fleet_pb.FleetServiceDeleteDriverResponse()
+
+    async def CheckFleet(self, request: fleet_pb.CheckFleetRequest, context: RpcContext) -> fleet_pb.CheckFleetResponse:
+        """Compare etcd with every host, and repair if asked to."""
+        if not request.repair:
+            return fleet_pb.CheckFleetResponse(differences=await self._doctor.check())
+        left, repaired = await _present(self._term(), self._context).do(self._doctor.repair())
+        return fleet_pb.CheckFleetResponse(differences=left, repaired=repaired)
+
+    async def BumpGeneration(
+        self, request: fleet_pb.BumpGenerationRequest, context: RpcContext
+    ) -> fleet_pb.BumpGenerationResponse:
+        """Raise the fleet generation. This alone is done also while etcd is behind."""
+        return fleet_pb.BumpGenerationResponse(generation=await bump_generation(self._context))
+
+    async def ForgetHost(self, request: fleet_pb.ForgetHostRequest, context: RpcContext) -> fleet_pb.ForgetHostResponse:
+        """Take a host out of the fleet."""
+        host = check_name("host", request.host)
+        return await _present(self._term(), self._context).do(forget_host(self._context, host, force=request.force))
+
+    async def _do(self, work: Callable[[], Awaitable[ResultT]]) -> ResultT:
+        """Do a change of the fleet under the present term."""
+        return await _present(self._term(), self._context).do(self._context.upheld(work))
+
+    def _function(self, name: str) -> Function:
+        snapshot = self._context.snapshot
+        stored = snapshot.functions.get(name)
+        if stored is None:
+            raise not_found("function", name)
+        function = Function()
+        function.CopyFrom(stored.record)
+        if name in snapshot.locks:
+            function.migration = snapshot.locks[name].record
+        return function
+
+
+def _present(term: Term | None, context: Context) -> Term:
+    if term is not None:
+        return term
+    if context.inventory.is_behind:
+        message = "etcd was restored from a backup: nothing is begun until it is said: vfleet fleet bump-generation"
+        raise VfleetError(Reason.ILLEGAL_STATE, message)
+    raise VfleetError(Reason.STORE_UNAVAILABLE, "the coordinator has no session with etcd at the moment")
+
+
+def _shown(stored: Stored[Migration]) -> Migration:
+    """Return the record with the attempt whole: its revision is the key's, and not stored."""
+    migration = Migration()
+    migration.CopyFrom(stored.record)
+    migration.attempt.revision = stored.create_revision
+    return migration
+
+
+def _host(record: Host, registered: bool) -> Host:
+    host = Host()
+    host.CopyFrom(record)
+    host.ClearField("devices")
+    host.registered = registered
+    return host

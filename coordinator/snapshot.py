@@ -1,0 +1,174 @@
+"""The fleet as etcd had it at one revision: every record, decoded, with the revisions that made it and last wrote it.
+
+A snapshot is built from a listing and moved forward by changes; between two `await`s it stands still, so that whoever
+reads it without waiting sees one consistent fleet. Only the inventory moves it.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from coordinator.states import is_over
+from vfleet.errors import VfleetError
+from vfleet.etcd import keys
+from vfleet.etcd.records import decode
+from vfleet.etcd.store import Changes, Compare, Event, KeyValue, Listing, absent, unchanged
+from vfleet.v1.records_pb2 import Coordinator, Device, Driver, Function, Host, Migration, Slot
+from vfleet.v1.types_pb2 import TableEntry
+
+_log = logging.getLogger(__name__)
+
+KeyT = TypeVar("KeyT")
+RecordT = TypeVar("RecordT")
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored(Generic[RecordT]):
+    """A record as it stands, with the revision that made its key and the one that last wrote it."""
+
+    record: RecordT
+    create_revision: int
+    mod_revision: int
+
+
+class Snapshot:
+    """Every record of the fleet at `revision`. Tables are keyed by name. Only the inventory changes it."""
+
+    def __init__(self, listing: Listing) -> None:
+        self.revision = 0
+        self.hosts: dict[str, Stored[Host]] = {}
+        self.registrations: dict[str, Stored[str]] = {}
+        self.coordinators: dict[str, Stored[Coordinator]] = {}
+        self.functions: dict[str, Stored[Function]] = {}
+        self.locks: dict[str, Stored[str]] = {}
+        self.slots: dict[str, Stored[Slot]] = {}
+        self.drivers: dict[str, Stored[Driver]] = {}
+        self.entries: dict[str, Stored[TableEntry]] = {}
+        self.migrations: dict[str, Stored[Migration]] = {}
+        self.active_migrations: dict[str, Stored[Migration]] = {}
+        self.owners: dict[str, Stored[str]] = {}
+        self.devices: dict[str, Device] = {}
+        self._fleet_generations: dict[str, Stored[str]] = {}
+        self._slots_by_device: dict[str, dict[int, Stored[Slot]]] = {}
+        self._entries_by_driver: dict[str, dict[str, Stored[TableEntry]]] = {}
+        for item in listing.items:
+            self._set(Event(item.key, item.value, item.create_revision, item.mod_revision))
+        self.revision = listing.revision
+
+    def apply(self, changes: Changes) -> None:
+        """Move to the revision of `changes`."""
+        for event in changes.events:
+            self._set(event)
+        self.revision = changes.revision
+
+    @property
+    def fleet_generation(self) -> int:
+        """The fleet generation, 1 if it was never raised."""
+        stored = self._fleet_generations.get("")
+        return int(stored.record) if stored else 1
+
+    @property
+    def fleet_generation_is_this(self) -> Compare:
+        """What holds while the fleet generation is the snapshot's."""
+        stored = self._fleet_generations.get("")
+        return unchanged(keys.FLEET_GENERATION, stored.mod_revision) if stored else absent(keys.FLEET_GENERATION)
+
+    def incarnation(self, host: str) -> str | None:
+        """Return the incarnation under which the host is registered, or None if it isn't."""
+        registration = self.registrations.get(host)
+        return registration.record if registration else None
+
+    def is_gone(self, host: str, incarnation: str) -> bool:
+        """Return whether the host was started anew since `incarnation`, or forgotten: what it held is no more."""
+        registration = self.registrations.get(host)
+        if registration:
+            return registration.record != incarnation
+        record = self.hosts.get(host)
+        return record is None or record.record.incarnation != incarnation
+
+    def slots_of(self, device: str) -> Mapping[int, Stored[Slot]]:
+        """Return the slots of a device that are taken, by VF index."""
+        return self._slots_by_device.get(device, {})
+
+    def entries_of(self, driver: str) -> Mapping[str, Stored[TableEntry]]:
+        """Return a driver's entries, by function."""
+        return self._entries_by_driver.get(driver, {})
+
+    def _set(self, event: Event) -> None:
+        for prefix, put in _TABLES:
+            if event.key.startswith(prefix):
+                try:
+                    put(self, event.key.removeprefix(prefix), event)
+                except (VfleetError, ValueError) as error:
+                    _log.error("%s at revision %d can't be read: %s", event.key, event.mod_revision, error)
+                return
+
+    def _set_host(self, name: str, event: Event) -> None:
+        before = self.hosts.get(name)
+        for device in before.record.devices if before else ():
+            del self.devices[device.name]
+        _put(self.hosts, name, event, _decoder(Host))
+        if event.value is not None:
+            self.devices.update((device.name, device) for device in self.hosts[name].record.devices)
+
+    def _set_slot(self, name: str, event: Event) -> None:
+        device, _, index = name.rpartition("/")
+        _put(self.slots, name, event, _decoder(Slot))
+        _put_nested(self._slots_by_device, device, int(index), self.slots.get(name))
+
+    def _set_migration(self, name: str, event: Event) -> None:
+        self.active_migrations.pop(name, None)
+        _put(self.migrations, name, event, _decoder(Migration))
+        stored = self.migrations.get(name)
+        if stored is not None and not is_over(stored.record.phase):
+            self.active_migrations[name] = stored
+
+    def _set_entry(self, name: str, event: Event) -> None:
+        _, driver, function = name.split("/")
+        _put(self.entries, name, event, _decoder(TableEntry))
+        _put_nested(self._entries_by_driver, driver, function, self.entries.get(name))
+
+
+def _text(kv: KeyValue) -> str:
+    return kv.value.decode()
+
+
+def _decoder(kind: type[MessageT]) -> Callable[[KeyValue], MessageT]:
+    return lambda kv: decode(kind, kv)
+
+
+def _put(table: dict[str, Stored[RecordT]], name: str, event: Event, read: Callable[[KeyValue], RecordT]) -> None:
+    table.pop(name, None)
+    if event.value is not None:
+        kv = KeyValue(event.key, event.value, event.create_revision, event.mod_revision)
+        table[name] = Stored(read(kv), event.create_revision, event.mod_revision)
+
+
+def _put_nested(
+    table: dict[str, dict[KeyT, Stored[RecordT]]], outer: str, inner: KeyT, stored: Stored[RecordT] | None
+) -> None:
+    if stored is not None:
+        table.setdefault(outer, {})[inner] = stored
+    elif outer in table:
+        table[outer].pop(inner, None)
+        if not table[outer]:
+            del table[outer]
+
+
+_TABLES: tuple[tuple[str, Callable[[Snapshot, str, Event], None]], ...] = (
+    (keys.FLEET_GENERATION, lambda s, name, event: _put(s._fleet_generations, name, event, _text)),  # noqa: SLF001
+    (keys.HOSTS, Snapshot._set_host),  # noqa: SLF001
+    (keys.REGISTRATIONS, lambda s, name, event: _put(s.registrations, name, event, _text)),
+    (keys.COORDINATORS, lambda s, name, event: _put(s.coordinators, name, event, _decoder(Coordinator))),
+    (keys.FUNCTIONS, lambda s, name, event: _put(s.functions, name, event, _decoder(Function))),
+    (keys.LOCKS, lambda s, name, event: _put(s.locks, name, event, _text)),
+    (keys.SLOTS, Snapshot._set_slot),  # noqa: SLF001
+    (keys.DRIVERS, lambda s, name, event: _put(s.drivers, name, event, _decoder(Driver))),
+    (keys.ENTRIES, Snapshot._set_entry),  # noqa: SLF001
+    (keys.MIGRATIONS, Snapshot._set_migration),  # noqa: SLF001
+    (keys.OWNERS, lambda s, name, event: _put(s.owners, name, event, _text)),
+)

@@ -1,0 +1,197 @@
+"""A term: what a coordinator does under one session with etcd. Its migrations and other work end with it.
+
+One task drives one migration. Whoever asks for one waits for BEGIN only; giving up waiting stops nothing.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from typing import TypeVar
+
+from coordinator import transaction
+from coordinator.context import Context
+from coordinator.journal import RETRY_FIRST_S, RETRY_LONGEST_S, UNCERTAIN
+from coordinator.migration import Options, Run
+from coordinator.planner import plan
+from coordinator.snapshot import Stored
+from coordinator.tasks import Tasks
+from vfleet import failpoint
+from vfleet.clock import backoff_delays
+from vfleet.errors import Reason, VfleetError
+from vfleet.etcd.keys import migration_key, owner_key
+from vfleet.etcd.session import Session
+from vfleet.etcd.store import Committed, Transaction
+from vfleet.v1.migration_service_pb2 import MoveRequest
+from vfleet.v1.records_pb2 import Migration
+
+TRIES = 16
+
+ResultT = TypeVar("ResultT")
+
+_log = logging.getLogger(__name__)
+
+
+class Term:
+    """The migrations that a coordinator owns under `session`, by name, and whatever else it does meanwhile."""
+
+    def __init__(self, context: Context, session: Session) -> None:
+        self.runs: dict[str, Run] = {}
+        self._context = context.under(session.check)
+        self._session = session
+        self._tasks = Tasks()
+        self._planning = asyncio.Lock()
+        self._beginning: dict[str, asyncio.Task[Stored[Migration]]] = {}
+
+    async def close(self) -> None:
+        """End all work where it stands. Nothing more is sent."""
+        await self._tasks.close()
+
+    async def do(self, work: Coroutine[None, None, ResultT]) -> ResultT:
+        """Return the result of work that goes on even if the caller is cancelled, but not after the term."""
+        return await _result(self.spawn(work))
+
+    def spawn(self, work: Coroutine[None, None, ResultT]) -> asyncio.Task[ResultT]:
+        """Start work that ends with the term. Raise CONFLICT if the session is lost."""
+        if self._session.is_lost:
+            work.close()
+        self._session.check()
+        return self._tasks.spawn(work)
+
+    async def begin(self, name: str, requests: Sequence[MoveRequest], options: Options) -> Stored[Migration]:
+        """Begin migration `name`, or return the one of that name if it has the same moves, and drive it.
+
+        Raise what `plan` raises, ALREADY_EXISTS for a name that is that of other moves, CONFLICT if the fleet changes
+        faster than it can be planned for.
+        """
+        while name in self._beginning:
+            await asyncio.wait((self._beginning[name],))
+        task = self.spawn(self._begin(name, requests, options))
+        self._beginning[name] = task
+        task.add_done_callback(lambda _: self._beginning.pop(name))
+        return await _result(task)
+
+    def orphans(self) -> list[str]:
+        """Return the migrations, not over, that nobody drives: without an owner, or this coordinator's and not run."""
+        owners = self._context.snapshot.owners
+        return [
+            name
+            for name in self._context.snapshot.active_migrations
+            if name not in self.runs
+            and name not in self._beginning
+            and (name not in owners or owners[name].record == self._context.name)
+        ]
+
+    async def adopt(self, name: str) -> None:
+        """Drive an orphan to its end from its record, unless another has it already."""
+        stored = self._context.snapshot.active_migrations[name]
+        owner = self._context.snapshot.owners.get(name)
+        if owner is None:
+            adoption = transaction.adopt(stored.record, stored.mod_revision, self._context.name, self._session.lease)
+            with failpoint.around("coordinator.adopt"):
+                committed = await self._context.store.commit(adoption)
+            await self._context.catch_up(committed)
+            if not committed.succeeded:
+                return
+            owner_revision = committed.revision
+        else:
+            owner_revision = owner.mod_revision
+        _log.info("adopts migration %s", name)
+        run = Run(
+            self._context,
+            stored.record,
+            begin_revision=stored.create_revision,
+            mod_revision=stored.mod_revision,
+            owner_revision=owner_revision,
+            options=None,
+        )
+        self._drive(run)
+
+    async def _begin(self, name: str, requests: Sequence[MoveRequest], options: Options) -> Stored[Migration]:
+        context = self._context
+        began_s = context.clock.monotonic()
+        for _ in range(TRIES):
+            existing = context.snapshot.migrations.get(name)
+            if existing is not None:
+                await context.be_current()
+                return _the_same(context.snapshot.migrations.get(name, existing), requests)
+            # One at a time, so that those that begin together don't plan for the same slot.
+            async with self._planning:
+                migration = plan(context.snapshot, requests, name=name, coordinator=context.name, limits=context.limits)
+                migration.begin_time.FromNanoseconds(round(context.clock.time() * 1e9))
+                begin = transaction.begin(migration, self._session.lease, context.snapshot.fleet_generation_is_this)
+                with failpoint.around("coordinator.begin"):
+                    committed = await self._commit_begin(name, begin)
+                await context.catch_up(committed)
+            if committed.succeeded:
+                stored = context.snapshot.migrations[name]
+                run = Run(
+                    context,
+                    stored.record,
+                    begin_revision=committed.revision,
+                    mod_revision=committed.revision,
+                    owner_revision=committed.revision,
+                    options=options,
+                    begin_s=context.clock.monotonic() - began_s,
+                )
+                self._drive(run)
+                return stored
+        raise VfleetError(Reason.CONFLICT, f"the fleet changed {TRIES} times while the migration was planned")
+
+    async def _commit_begin(self, name: str, begin: Transaction) -> Committed:
+        """Carry out BEGIN until it is known whether it happened. Raise STORE_UNAVAILABLE if it surely did not."""
+        store, unknown = self._context.store, False
+        for delay_s in backoff_delays(self._context.random, RETRY_FIRST_S, RETRY_LONGEST_S):
+            try:
+                if unknown:
+                    record, owner = await store.get(migration_key(name)), await store.get(owner_key(name))
+                    if record is not None and owner is not None and owner.lease == self._session.lease:
+                        return Committed(succeeded=True, revision=record.create_revision)
+                return await store.commit(begin)
+            except VfleetError as error:
+                if error.reason not in UNCERTAIN or (error.reason is Reason.STORE_UNAVAILABLE and not unknown):
+                    raise
+                unknown = True
+                _log.warning("BEGIN of migration %s: %s", name, error.message)
+            await self._context.clock.sleep(delay_s)
+        raise AssertionError("backoff_delays never ends")
+
+    def _drive(self, run: Run) -> None:
+        self.runs[run.record.name] = run
+        self.spawn(self._run(run))
+
+    async def _run(self, run: Run) -> None:
+        name = run.record.name
+        try:
+            await run.run()
+        except VfleetError as error:
+            _log.warning("migration %s is left to whoever owns it: %s", name, error.message)
+            await self._context.clock.sleep(RETRY_LONGEST_S)
+        except Exception:  # noqa: BLE001  # a defect must not keep the migration from being driven again
+            _log.exception("migration %s fails for a reason that nobody foresaw", name)
+            await self._context.clock.sleep(RETRY_LONGEST_S)
+        finally:
+            del self.runs[name]
+            self._context.inventory.notify()
+
+
+async def _result(task: asyncio.Task[ResultT]) -> ResultT:
+    """Return a task's result; giving up waiting doesn't stop it. Raise OUTCOME_UNKNOWN if the term ended before it."""
+    await asyncio.wait((task,))
+    if task.cancelled():
+        raise VfleetError(Reason.OUTCOME_UNKNOWN, "the coordinator lost its session with etcd meanwhile; ask again")
+    return task.result()
+
+
+def _the_same(existing: Stored[Migration], requests: Sequence[MoveRequest]) -> Stored[Migration]:
+    targets = {move.function: move.target for move in existing.record.moves}
+    same = {request.function for request in requests} == set(targets) and all(
+        request.target_device == targets[request.function].device
+        and request.target_vf_index in (0, targets[request.function].vf_index)
+        for request in requests
+    )
+    if not same:
+        name = existing.record.name
+        raise VfleetError(
+            Reason.ALREADY_EXISTS, f"migration {name!r} exists and has other moves", metadata={"migration": name}
+        )
+    return existing

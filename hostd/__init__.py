@@ -1,0 +1,1 @@
+"""hostd: one host, one simulated PCI segment."""

@@ -1,0 +1,93 @@
+"""hostd's process: the settings, the real world, and one host in it."""
+
+import asyncio
+import contextlib
+import fcntl
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+from hostd.config import Config, parse
+from hostd.host import Host
+from hostd.identity import kernel_boot_id, open_identity
+from hostd.ledger import Ledger
+from hostd.service import SERVICE_NAMES, add_services
+from hostd.topology import load
+from vfleet import daemon
+from vfleet.clock import SystemClock
+from vfleet.errors import Reason, VfleetError, invalid_field
+from vfleet.etcd.client import EtcdStore
+from vfleet.rpc import Channels, Server
+
+STOP_GRACE_S = 0.5
+
+
+async def _serve(config: Config) -> None:
+    clock, random = SystemClock(), Random()  # noqa: S311  # delays and incarnations: nothing secret
+    topology = load(config.topology, config.host)
+    with _locked(config.data_dir):
+        ledger = Ledger(config.data_dir)
+        identity = open_identity(ledger, topology.name, kernel_boot_id(), random, clock, power_cycle=config.power_cycle)
+        channels, server = Channels(), Server(SERVICE_NAMES, identity.incarnation)
+        address = f"{config.listen.rpartition(':')[0]}:{server.listen(config.listen)}"
+        async with EtcdStore.open(config.etcd, clock, random) as store:
+            reached_at = config.advertise or address
+            host = Host(topology, identity, reached_at, ledger, store, channels, clock, random, config.lease_ttl_s)
+            add_services(host, server.grpc)
+            registered = asyncio.Event()
+            announcing = asyncio.create_task(_announce(server, address, registered))
+            try:
+                # What it has, it serves at once: that a function is not at home here any more would be in the ledger.
+                await server.grpc.start()
+                await _claim(host, is_first_start=identity.starts == 1)
+                await host.run(registered.set)
+            finally:
+                announcing.cancel()
+                await server.stop(STOP_GRACE_S)
+                await host.close()
+                await channels.close()
+
+
+async def _announce(server: Server, address: str, registered: asyncio.Event) -> None:
+    await registered.wait()
+    await server.set_serving(serving=True)
+    daemon.announce(address)
+
+
+async def _claim(host: Host, *, is_first_start: bool) -> None:
+    """Claim the segment. A host that may have functions outlasts an etcd out of reach; a new one says so and ends."""
+    while True:
+        try:
+            await host.registration.claim_segment()
+        except VfleetError as error:
+            if is_first_start or error.reason not in (Reason.STORE_UNAVAILABLE, Reason.OUTCOME_UNKNOWN):
+                raise
+        else:
+            return
+
+
+@contextlib.contextmanager
+def _locked(data_dir: Path) -> Iterator[None]:
+    """Keep a second daemon off the data directory. Raise INVALID_FIELD if there is one, or it can't be written."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        lock = (data_dir / "lock").open("w")
+    except OSError as error:
+        raise invalid_field("--data-dir", str(data_dir), f"a directory that can be written ({error})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise invalid_field("--data-dir", str(data_dir), "a directory that no other hostd uses") from None
+        yield
+
+
+def main() -> None:
+    """Run the host that the command line describes until SIGTERM or SIGINT."""
+    config = parse(sys.argv[1:])
+    daemon.run("vfleet-hostd", config.log_level, lambda: _serve(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""One driver's accesses to one function, in program order, until each has its answer.
+
+    submitted --> [ waiting ][ sent, without an answer ] --> answered
+
+What has no answer is not lost and not in doubt: after a hold, a broken link or a refusal it is sent again, with the
+same sequence, to the home that the table names by then. While the entry is held nothing is sent. A queue that has just
+been made (also by a restart of the daemon) asks the function first how far it got, and goes on from there.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from random import Random
+
+from hostd.fabric import Fabric, Link
+from hostd.functions import Functions
+from hostd.home import forget_driver, last_sequence
+from hostd.image import Sequencer
+from hostd.instance import Instance, Result, SequenceGapError
+from hostd.translation import Entry
+from vfleet.address import location_of, translate
+from vfleet.clock import Clock, backoff_delays
+from vfleet.errors import Reason, VfleetError
+from vfleet.limits import WINDOW
+from vfleet.v1.access_pb2 import Access, AccessKind
+from vfleet.v1.fabric_service_pb2 import (
+    REFUSAL_UNSPECIFIED,
+    ExchangeRequest,
+    ExchangeResponse,
+    ForgetDriverRequest,
+    GetSequenceRequest,
+)
+
+MAX_WAITING = 4096  # accesses in a queue, sent or not
+RETRY_FIRST_S = 0.002
+RETRY_LONGEST_S = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """An access without an answer. Its sequence is 0 until it is first sent, unless its client gave it one.
+
+    A client that gives sequences may ask again for an answer that this host already has.
+    """
+
+    kind: AccessKind.ValueType
+    virtual_address: int
+    length: int
+    data: bytes
+    sequence: int = 0
+    may_ask_again: bool = False
+    answer: "asyncio.Future[Result]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def finish(self, result: Result) -> None:
+        """Give the answer to whoever still waits for it."""
+        if not self.answer.done():
+            self.answer.set_result(result)
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How a queue reaches homes: this host's own functions, and the fabric."""
+
+    segment: int
+    session: int
+    functions: Functions
+    fabric: Fabric
+    clock: Clock
+    random: Random
+
+
+class AccessQueue:
+    """The queue. Its entry is the one of the driver's present table; `follow` tells it of every change."""
+
+    def __init__(self, driver: str, entry: Entry, reach: Reach) -> None:
+        self._driver = driver
+        self._entry = entry
+        self._reach = reach
+        self._accesses: deque[Waiting] = deque()
+        self._repeats: dict[int, Waiting] = {}
+        self._sent = 0
+        self._next_sequence = 0  # 0: not known yet
+        self._acknowledged = 0
+        self._link: Link | None = None
+        self._home: tuple[Instance, Sequencer] | None = None
+        self._repair: asyncio.Task[None] | None = None
+        self._delays = self._new_delays()
+        self._synchronized = asyncio.Event()
+        self._closed: VfleetError | None = None
+        self._start_repair()
+
+    @property
+    def last_sequence(self) -> int:
+        """The last sequence given to an access; 0 for none, or if it isn't known yet."""
+        return max(self._next_sequence - 1, 0)
+
+    @property
+    def is_synchronized(self) -> bool:
+        """Whether the next sequence is known."""
+        return bool(self._next_sequence)
+
+    @property
+    def unanswered(self) -> int:
+        """Accesses that wait or have no answer yet."""
+        return len(self._accesses)
+
+    def submit(self, access: Waiting) -> None:
+        """Put an access at the end of the queue, and send it if nothing is in the way.
+
+        Raise LIMIT_EXCEEDED if the queue is full, SEQUENCE_GAP if the access has a sequence that is not its turn's, and
+        what the queue was ended with.
+        """
+        if self._closed is not None:
+            raise self._closed
+        if len(self._accesses) + len(self._repeats) >= MAX_WAITING:
+            raise VfleetError(
+                Reason.LIMIT_EXCEEDED,
+                f"driver {self._driver!r} has {MAX_WAITING} accesses to function {self._entry.function!r} without an"
+                " answer; expected fewer",
+            )
+        if access.sequence and not self._take_sequence(access):
+            return
+        self._accesses.append(access)
+        self._pump()
+
+    def give_up(self, access: Waiting) -> bool:
+        """Take an access back that was never sent. Return False if it was: then it will still take effect, once."""
+        if access.sequence or access not in self._accesses:
+            return False
+        self._accesses.remove(access)
+        return True
+
+    async def synchronized(self) -> None:
+        """Wait until the next sequence is known."""
+        await self._synchronized.wait()
+
+    def follow(self, entry: Entry) -> None:
+        """Go by another entry: after the lift, what has no answer is sent again, to the home that it names."""
+        self._entry = entry
+        self._home = None
+        self._sent = 0
+        self._delays = self._new_delays()
+        if self._repair is not None:
+            self._repair.cancel()
+            self._repair = None
+        if self._next_sequence:
+            self._pump()
+        else:
+            self._start_repair()
+
+    def detach(self, error: VfleetError) -> None:
+        """End the queue, and let the function forget the driver. What has no answer fails with `error`."""
+        self.close(error)
+        entry, reach = self._entry, self._reach
+        request = ForgetDriverRequest(
+            driver=self._driver, function=entry.function, generation=entry.generation, session=reach.session
+        )
+        if self._entry_segment() == reach.segment:
+            forget_driver(reach.functions, request)
+        else:
+            reach.fabric.to(self._entry_segment()).forget_driver(request)
+
+    def close(self, error: VfleetError) -> None:
+        """End the queue. What has no answer fails with `error`."""
+        self._closed = error
+        self._synchronized.set()
+        if self._repair is not None:
+            self._repair.cancel()
+        if self._link is not None:
+            self._link.leave(self._driver, self._entry.function)
+        for access in (*self._accesses, *self._repeats.values()):
+            if not access.answer.done():
+                access.answer.set_exception(error)
+                # Nobody may be left who asks for it.
+                access.answer.exception()
+        self._accesses.clear()
+        self._repeats.clear()
+
+    def answered(self, response: ExchangeResponse) -> None:
+        """Take the answers, or the refusal, of a batch (as the link's sender)."""
+        if response.answers:
+            self._delays = self._new_delays()
+        for answer in response.answers:
+            head = self._accesses[0] if self._accesses else None
+            if head is not None and head.sequence == answer.sequence:
+                self._finish_head((answer.status, answer.data))
+            elif answer.sequence in self._repeats:
+                self._repeats.pop(answer.sequence).finish((answer.status, answer.data))
+        if response.refusal != REFUSAL_UNSPECIFIED and response.generation == self._entry.generation:
+            self._start_repair()
+        else:
+            self._pump()
+
+    def connected(self) -> None:
+        """Send again what has no answer: the link is new (as the link's sender)."""
+        self._sent = 0
+        self._pump()
+
+    def _take_sequence(self, access: Waiting) -> bool:
+        """Check a client's own sequence. Return False if the access is a repeated one, and is dealt with."""
+        if not self._next_sequence:
+            raise VfleetError(Reason.SEQUENCE_GAP, "the sequences are not known yet; call again")
+        # Those before it keep their places whatever happens to their callers.
+        for waiting in self._accesses:
+            self._give_sequence(waiting)
+        if access.sequence == self._next_sequence:
+            self._next_sequence += 1
+            return True
+        if access.sequence > self._next_sequence:
+            raise VfleetError(
+                Reason.SEQUENCE_GAP,
+                f"sequence is {access.sequence}; expected at most {self._next_sequence}, the next",
+                metadata={"expected": str(self._next_sequence)},
+            )
+        unanswered = (*self._repeats.values(), *self._accesses)
+        first = next((waiting for waiting in unanswered if waiting.sequence == access.sequence), None)
+        if first is not None:
+            first.answer.add_done_callback(lambda answer: _copy(answer, access))
+        else:
+            self._repeats[access.sequence] = access
+            self._pump()
+        return False
+
+    def _give_sequence(self, access: Waiting) -> None:
+        if not access.sequence:
+            access.sequence = self._next_sequence
+            self._next_sequence += 1
+
+    def _finish_head(self, result: Result) -> None:
+        access = self._accesses.popleft()
+        self._sent = max(self._sent - 1, 0)
+        kept = WINDOW if access.may_ask_again else 0
+        self._acknowledged = max(self._acknowledged, access.sequence - kept)
+        access.finish(result)
+
+    def _pump(self) -> None:
+        """Send what may be sent. The one place from which accesses leave."""
+        if self._closed or self._entry.held or not (self._accesses or self._repeats):
+            return
+        if not self._next_sequence:
+            self._start_repair()
+        elif self._repair is not None and not self._repair.done():
+            return
+        elif self._entry_segment() == self._reach.segment:
+            self._pump_local()
+        else:
+            self._pump_remote()
+
+    def _entry_segment(self) -> int:
+        return location_of(translate(self._entry.virtual_address, self._entry.offset)).segment
+
+    def _pump_local(self) -> None:
+        while self._accesses or self._repeats:
+            if self._home is None or not self._home[0].is_serving:
+                entry, reach = self._entry, self._reach
+                address = translate(entry.virtual_address, entry.offset)
+                admitted = reach.functions.admit(self._driver, entry.function, entry.generation, reach.session, address)
+                if not isinstance(admitted, tuple):
+                    self._start_repair()
+                    return
+                self._home = admitted
+                self._delays = self._new_delays()
+            if self._repeats:
+                self._finish_repeat(self._repeats.pop(next(iter(self._repeats))))
+                continue
+            access = self._accesses[0]
+            self._give_sequence(access)
+            try:
+                result = self._carry_out(access)
+            except SequenceGapError:
+                self._start_repair()
+                return
+            self._finish_head(result)
+
+    def _finish_repeat(self, access: Waiting) -> None:
+        access.finish(self._carry_out(access))
+
+    def _carry_out(self, access: Waiting) -> Result:
+        assert self._home is not None  # noqa: S101  # the caller admitted it
+        instance, sequencer = self._home
+        sequencer.acknowledged = self._acknowledged
+        address = translate(access.virtual_address, self._entry.offset)
+        return instance.access(sequencer, access.sequence, access.kind, address, access.length, access.data)
+
+    def _pump_remote(self) -> None:
+        end = min(len(self._accesses), WINDOW)
+        batch = list(self._repeats.values())
+        while self._sent < end:
+            access = self._accesses[self._sent]
+            self._give_sequence(access)
+            batch.append(access)
+            self._sent += 1
+        if not batch:
+            return
+        link = self._reach.fabric.to(self._entry_segment())
+        if self._link is not None and self._link is not link:
+            self._link.leave(self._driver, self._entry.function)
+        self._link = link
+        request = ExchangeRequest(
+            driver=self._driver,
+            function=self._entry.function,
+            generation=self._entry.generation,
+            acknowledged_sequence=self._acknowledged,
+            accesses=[self._message(access) for access in batch],
+            session=self._reach.session,
+        )
+        if not link.send(request, self):
+            self._sent = 0
+
+    def _message(self, access: Waiting) -> Access:
+        return Access(
+            sequence=access.sequence,
+            kind=access.kind,
+            address=translate(access.virtual_address, self._entry.offset),
+            length_bytes=access.length,
+            data=access.data,
+        )
+
+    def _start_repair(self) -> None:
+        if not self._closed and not self._entry.held and (self._repair is None or self._repair.done()):
+            self._repair = asyncio.create_task(self._run_repair(), name=f"repair {self._driver} {self._entry.function}")
+
+    def _new_delays(self) -> Iterator[float]:
+        return backoff_delays(self._reach.random, RETRY_FIRST_S, RETRY_LONGEST_S)
+
+    async def _run_repair(self) -> None:
+        """After a refusal, or before the first access: find the home's sequence, wait, send again."""
+        if self._next_sequence:
+            await self._reach.clock.sleep(next(self._delays))
+        while not self._next_sequence:
+            try:
+                last = await self._ask_sequence()
+            except VfleetError:
+                await self._reach.clock.sleep(next(self._delays))
+                continue
+            self._next_sequence = last + 1
+            self._acknowledged = max(last - WINDOW, 0)
+            self._synchronized.set()
+        self._repair = None
+        self._home = None
+        self._sent = 0
+        self._pump()
+
+    async def _ask_sequence(self) -> int:
+        request = GetSequenceRequest(
+            driver=self._driver,
+            function=self._entry.function,
+            generation=self._entry.generation,
+            session=self._reach.session,
+        )
+        segment = self._entry_segment()
+        if segment == self._reach.segment:
+            return last_sequence(self._reach.functions, request)
+        return await self._reach.fabric.to(segment).get_sequence(request)
+
+
+def _copy(answer: "asyncio.Future[Result]", access: Waiting) -> None:
+    error = answer.exception()
+    if access.answer.done():
+        return
+    if error is not None:
+        access.answer.set_exception(error)
+    else:
+        access.answer.set_result(answer.result())

@@ -1,0 +1,63 @@
+"""The daemon's settings, from its command line."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vfleet.daemon import Parser, check_address, check_lease_ttl
+from vfleet.errors import VfleetError
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What hostd is told at its start. Raise INVALID_FIELD for what can't be."""
+
+    topology: Path
+    host: str | None
+    data_dir: Path
+    etcd: tuple[str, ...]
+    listen: str
+    advertise: str | None
+    power_cycle: bool
+    lease_ttl_s: int
+    log_level: str
+
+    def __post_init__(self) -> None:
+        check_address("--listen", self.listen, least_port=0)
+        if self.advertise is not None:
+            check_address("--advertise", self.advertise, least_port=1)
+        for endpoint in self.etcd:
+            check_address("--etcd", endpoint, least_port=1)
+        check_lease_ttl("--lease-ttl-s", self.lease_ttl_s)
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """Return the settings. Exit with 2 and one line on stderr if they are not what is expected."""
+    parser = Parser(prog="vfleet-hostd", description="One host of a fleet: a simulated PCI segment and its drivers.")
+    parser.add_argument("--topology", metavar="FILE", type=Path, required=True, help="the fleet's topology file")
+    parser.add_argument("--host", metavar="NAME", help="which of the file's hosts, if it has several")
+    parser.add_argument("--data-dir", metavar="DIR", type=Path, required=True, help="where the host's state survives")
+    parser.add_argument(
+        "--power-cycle", action="store_true", help="begin as a machine does that was switched off: with no state"
+    )
+    parser.add_common_arguments()
+    parser.add_argument(
+        "--advertise",
+        metavar="HOST:PORT",
+        help="where the fleet finds this host, if not where it listens (behind a proxy, or in a container)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        return Config(
+            topology=options.topology,
+            host=options.host,
+            data_dir=options.data_dir,
+            etcd=tuple(options.etcd.split(",")),
+            listen=options.listen,
+            advertise=options.advertise,
+            power_cycle=options.power_cycle,
+            lease_ttl_s=options.lease_ttl_s,
+            log_level=options.log_level,
+        )
+    except VfleetError as error:
+        parser.error(error.message)

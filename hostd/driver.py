@@ -1,0 +1,199 @@
+"""One driver: its virtual address space, its main memory, its translation table, its accesses.
+
+The table is one reference, `table`, which every change swaps; the queues, one a function, are told of the change at
+once. Accesses of one driver to one function keep their order; a driver's main memory is this host's and needs none.
+"""
+
+import asyncio
+import mmap
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from hostd.access_queue import AccessQueue, Reach, Waiting
+from hostd.instance import Result
+from hostd.translation import Entry, TranslationTable
+from vfleet.address import AddressError, check_access
+from vfleet.errors import Reason, VfleetError, invalid_field
+from vfleet.limits import MAIN_MEMORY_VIRTUAL_ADDRESS
+from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_STATUS_OK, AccessKind
+from vfleet.v1.driver_service_pb2 import DriverState, WatchNotificationsResponse
+from vfleet.v1.host_records_pb2 import DriverRecord
+
+Listener = Callable[[WatchNotificationsResponse], None]
+
+
+class Driver:
+    """A driver on this host. `record` is what the ledger knows of it; `changed` is set at every change of the table."""
+
+    def __init__(self, record: DriverRecord, memory: mmap.mmap | None, entries: Iterable[Entry], reach: Reach) -> None:
+        self.record = record
+        self.table = TranslationTable(entries)
+        self.changed = asyncio.Event()
+        self.listeners: list[Listener] = []
+        self._memory = memory
+        self._reach = reach
+        self._faults = 0
+        self._queues = {entry.function: self._new_queue(entry) for entry in self.table.entries if entry.function}
+
+    @property
+    def name(self) -> str:
+        """The driver's name."""
+        return self.record.driver
+
+    def swap(self, table: TranslationTable) -> None:
+        """Put a new table in the place of the old one, and let every access go by it from now on."""
+        before, self.table = self.table.by_function, table
+        for function, entry in table.by_function.items():
+            if not function or before.get(function) == entry:
+                continue
+            own = before.get(function)
+            if own is None or own.lost != entry.lost:
+                if own is not None:
+                    self._queues[function].close(_lost(entry))
+                self._queues[function] = self._new_queue(entry)
+            else:
+                self._queues[function].follow(entry)
+        for function in sorted(before.keys() - table.by_function.keys()):
+            self._queues.pop(function).detach(
+                VfleetError(
+                    Reason.TRANSLATION_FAULT,
+                    f"function {function!r} was detached from driver {self.name!r}",
+                    metadata={"driver": self.name, "function": function},
+                )
+            )
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def notify(self, notification: WatchNotificationsResponse) -> None:
+        """Tell all who listen for this driver."""
+        for listener in list(self.listeners):
+            listener(notification)
+
+    def find(self, virtual_address: int, length: int) -> Entry:
+        """Return the entry that maps an access. Raise INVALID_FIELD if it isn't one, TRANSLATION_FAULT if none does."""
+        try:
+            check_access(virtual_address, length)
+        except AddressError as error:
+            raise invalid_field("virtual_address", f"{virtual_address:#x}+{length}", str(error)) from None
+        entry = self.table.lookup(virtual_address)
+        if entry is None:
+            self._faults += 1
+            raise VfleetError(
+                Reason.TRANSLATION_FAULT,
+                f"driver {self.name!r} has nothing at virtual address {virtual_address:#x}",
+                metadata={"driver": self.name, "virtual_address": f"{virtual_address:#x}"},
+            )
+        return entry
+
+    def queue(self, function: str) -> AccessQueue:
+        """Return the queue of a function that is attached. Raise TRANSLATION_FAULT if it isn't."""
+        found = self._queues.get(function)
+        if found is None:
+            raise VfleetError(
+                Reason.TRANSLATION_FAULT,
+                f"driver {self.name!r} is not attached to function {function!r}",
+                metadata={"driver": self.name, "function": function},
+            )
+        return found
+
+    async def submit(
+        self, kind: AccessKind.ValueType, virtual_address: int, length: int, data: bytes, *, sequence: int
+    ) -> "Submitted":
+        """Put an access into its queue; accesses submitted one after the other keep that order.
+
+        `sequence` is 0 to let the queue give the next; a client's own is waited for until the queue knows its place.
+        Raise INVALID_FIELD or TRANSLATION_FAULT as `find` does, LIMIT_EXCEEDED or SEQUENCE_GAP as the queue does,
+        FUNCTION_LOST for a function that is lost.
+        """
+        entry = self.find(virtual_address, length)
+        access = Waiting(kind, virtual_address, length, data, sequence, may_ask_again=bool(sequence))
+        if not entry.function:
+            access.finish(self._access_memory(kind, virtual_address - entry.virtual_address, length, data))
+            return Submitted(entry, access, None)
+        queue = self.queue(entry.function)
+        if sequence:
+            await queue.synchronized()
+        queue.submit(access)
+        return Submitted(entry, access, queue)
+
+    def state(self, memory_base: int) -> DriverState:
+        """Return the driver as the contract shows it; `memory_base` is the fabric address of its main memory."""
+        return DriverState(
+            driver=self.name,
+            main_memory_bytes=self.record.main_memory_bytes,
+            main_memory_virtual_address=MAIN_MEMORY_VIRTUAL_ADDRESS if self._memory else 0,
+            main_memory_base=memory_base if self._memory else 0,
+            entries=[entry.to_proto() for entry in self.table.entries],
+            last_sequences={
+                function: queue.last_sequence for function, queue in self._queues.items() if queue.is_synchronized
+            },
+            unanswered={function: queue.unanswered for function, queue in self._queues.items()},
+            translation_faults=self._faults,
+        )
+
+    def close(self) -> None:
+        """End all queues and unmap the main memory."""
+        for queue in self._queues.values():
+            queue.close(VfleetError(Reason.HOST_UNAVAILABLE, f"the host of driver {self.name!r} stops"))
+        if self._memory is not None:
+            self._memory.close()
+
+    def _new_queue(self, entry: Entry) -> AccessQueue:
+        queue = AccessQueue(self.name, entry, self._reach)
+        if entry.lost:
+            queue.close(_lost(entry))
+        return queue
+
+    def _access_memory(self, kind: AccessKind.ValueType, offset: int, length: int, data: bytes) -> Result:
+        assert self._memory is not None  # noqa: S101  # it has an entry
+        if kind == ACCESS_KIND_READ:
+            return ACCESS_STATUS_OK, self._memory[offset : offset + length]
+        self._memory[offset : offset + length] = data
+        return ACCESS_STATUS_OK, b""
+
+
+def _lost(entry: Entry) -> VfleetError:
+    return VfleetError(
+        Reason.FUNCTION_LOST,
+        f"function {entry.function!r} was lost with the machine that was its home",
+        metadata={"function": entry.function, "driver": entry.driver},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """An access that is in its queue, or was to main memory and is done."""
+
+    entry: Entry
+    access: Waiting
+    queue: AccessQueue | None
+
+    async def result(self, timeout_s: float) -> tuple[Result, int]:
+        """Return the result and the sequence (0 in main memory).
+
+        Raise HOLD_TIMEOUT after `timeout_s` seconds without an answer, saying whether the access was taken back or will
+        still take effect; TRANSLATION_FAULT if the function is detached meanwhile, FUNCTION_LOST if it is lost.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                # The answer may also be another caller's, who asked for the same sequence.
+                return await asyncio.shield(self.access.answer), self.access.sequence
+        except TimeoutError:
+            raise self._timed_out(timeout_s) from None
+
+    def _timed_out(self, timeout_s: float) -> VfleetError:
+        taken_back = self.queue is not None and self.queue.give_up(self.access)
+        if taken_back:
+            outcome = "it was taken back and has had no effect"
+        else:
+            outcome = f"it will still take effect, once, as sequence {self.access.sequence}"
+        function = self.entry.function
+        return VfleetError(
+            Reason.HOLD_TIMEOUT,
+            f"function {function!r} gave no answer for {timeout_s:g} s (on hold, or its home out of reach); {outcome}",
+            metadata={
+                "function": function,
+                "sequence": str(self.access.sequence),
+                "taken_back": str(taken_back).lower(),
+            },
+        )

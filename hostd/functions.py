@@ -1,0 +1,337 @@
+"""The functions that have an instance on this host: made, stopped, resumed and destroyed under the fence. Durable.
+
+Nothing here decides where a function lives: etcd does. Preparatory requests are harmless while nothing is decided;
+consequences come from those who have read the decision. An access, or a request, that names an instance's generation as
+the function's home proves that the move to it was committed, and so lets a prepared instance run.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+
+from hostd.fence import Fences, order_of
+from hostd.image import FunctionImage, Sequencer, image_bytes
+from hostd.instance import Instance
+from hostd.ledger import Ledger
+from hostd.models import create_model
+from hostd.models.base import DeviceModel
+from hostd.segment import Segment
+from vfleet import failpoint
+from vfleet.address import bar_span, location_of
+from vfleet.clock import Clock
+from vfleet.errors import Reason, VfleetError, invalid_field, not_found
+from vfleet.names import check_name
+from vfleet.v1.fabric_service_pb2 import REFUSAL_NOT_SERVING, REFUSAL_STALE_SESSION, Refusal
+from vfleet.v1.function_service_pb2 import (
+    ChangeStateRequest,
+    CreateFunctionRequest,
+    DestroyFunctionRequest,
+    FunctionInstance,
+    ResetFunctionRequest,
+)
+from vfleet.v1.host_records_pb2 import InstanceRecord
+from vfleet.v1.types_pb2 import (
+    DECISION_ABORTED,
+    DECISION_COMMITTED,
+    DEVICE_STATE_RESUMING,
+    DEVICE_STATE_RUNNING,
+    DEVICE_STATE_STOP,
+    DEVICE_STATE_STOP_COPY,
+    Attempt,
+)
+
+_KIND = "instance"
+
+Slot = tuple[str, int]
+
+_log = logging.getLogger(__name__)
+
+
+class Functions:
+    """All instances of the host. `deadlines_changed` is set whenever one gets or loses its deadline."""
+
+    def __init__(self, segment: Segment, ledger: Ledger, fences: Fences, clock: Clock) -> None:
+        self._segment = segment
+        self._ledger = ledger
+        self._fences = fences
+        self._clock = clock
+        self._by_slot: dict[Slot, Instance] = {}
+        self._by_function: dict[str, list[Instance]] = {}
+        self.deadlines_changed = asyncio.Event()
+        for record in ledger.all(_KIND, InstanceRecord):
+            instance = self._open(record)
+            self._add(instance)
+            if record.is_resetting:
+                self._finish_reset(instance)
+
+    def files(self) -> set[str]:
+        """Return the names of the mapped files that instances use."""
+        return {instance.record.file for instance in self.instances()}
+
+    def instances(self) -> list[Instance]:
+        """Return all instances, by device and VF index."""
+        return [self._by_slot[slot] for slot in sorted(self._by_slot)]
+
+    def find(self, function: str, generation: int) -> Instance | None:
+        """Return the function's instance of this generation (0: the newest), whatever its state.
+
+        Of two, one is left by an attempt that was aborted; it is the later attempt's that is meant.
+        """
+        instances = self._by_function.get(function, [])
+        named = (instance for instance in instances if generation in (0, instance.about.generation))
+        return max(named, key=lambda i: (i.about.generation, order_of(i.about.attempt)), default=None)
+
+    def require(self, function: str, generation: int) -> Instance:
+        """Return what `find` does. Raise NOT_FOUND if there is none, WRONG_GENERATION if there are only others."""
+        found = self.find(function, generation)
+        if found is None:
+            other = self.find(function, 0)
+            if other is None:
+                raise not_found("function", check_name("function", function))
+            raise VfleetError(
+                Reason.WRONG_GENERATION,
+                f"function {function!r} is here at generation {other.about.generation}; the request names {generation}",
+                metadata={"function": function, "generation": str(other.about.generation)},
+            )
+        return found
+
+    def create(self, request: CreateFunctionRequest) -> Instance:
+        """Make an instance (CreateFunction in the contract). Raise SLOT_TAKEN, STALE_ATTEMPT or INVALID_FIELD."""
+        model = _checked_model(request)
+        place = self._segment.place(request.device, request.vf_index)
+        self._fences.prepare(request.function, request.attempt)
+        there = self._by_slot.get((request.device, request.vf_index))
+        if there is not None:
+            if there.about.function == request.function and there.about.attempt == request.attempt:
+                return there
+            raise VfleetError(
+                Reason.SLOT_TAKEN,
+                f"VF {request.vf_index} of device {request.device!r} is in use by function {there.about.function!r}",
+                metadata={"device": request.device, "function": there.about.function},
+            )
+        failpoint.reach("hostd.create.before")
+        attempt = request.attempt
+        record = InstanceRecord(
+            instance=FunctionInstance(
+                function=request.function,
+                generation=request.generation,
+                attempt=attempt,
+                device=request.device,
+                vf_index=request.vf_index,
+                base=place.base,
+                state=DEVICE_STATE_RUNNING if request.fresh else DEVICE_STATE_RESUMING,
+                complete=request.fresh,
+                migration=request.migration,
+                bars=request.bars,
+                identity=request.identity,
+                model=request.model,
+            ),
+            resolve_time=0 if request.fresh else self._clock.time() + request.resolve_after_ms / 1000,
+            file=f"{request.function}-{attempt.fleet_generation}-{attempt.revision}",
+        )
+        # A file that a killed daemon left without a record is not this function's, and a slot's memory begins as zero.
+        self._ledger.delete_file(record.file)
+        instance = self._open(record, model)
+        if request.fresh:
+            instance.reset()
+        self._save(instance)
+        self._add(instance)
+        failpoint.reach("hostd.create.after")
+        return instance
+
+    def may_end_home(self, request: DestroyFunctionRequest) -> bool:
+        """Return whether what a request ends has all of its function's state, and was not stopped by its attempt."""
+        instance = self.find(request.function, request.generation) if request.generation else None
+        return instance is not None and instance.about.complete and instance.about.stopped_by != request.attempt
+
+    def destroy(self, request: DestroyFunctionRequest, fleet_generation: int = 0) -> None:
+        """End an instance by a decision (DestroyFunction in the contract). Raise STALE_ATTEMPT or INVALID_FIELD.
+
+        `fleet_generation` is the present one: what was made before it was raised may be a home that etcd has forgotten.
+        """
+        if request.decision not in (DECISION_COMMITTED, DECISION_ABORTED):
+            raise invalid_field("decision", request.decision, "1 (COMMITTED) or 2 (ABORTED)")
+        self._fences.conclude(request.function, request.attempt)
+        instance = self.find(request.function, request.generation) if request.generation else None
+        if instance is None:
+            return
+        # A later attempt that was aborted before may have left, or made, another instance of the same generation.
+        if request.decision == DECISION_ABORTED and instance.about.attempt != request.attempt:
+            return
+        is_earlier = instance.about.complete and instance.about.attempt.fleet_generation < fleet_generation
+        if request.decision == DECISION_ABORTED and (instance.has_run or is_earlier):
+            # Its attempt was, or may have been, committed before etcd was restored from a backup.
+            _log.error("function %s may live here by a commit that etcd has forgotten", request.function)
+            return
+        with failpoint.around("hostd.destroy"):
+            self.remove(instance)
+
+    def remove(self, instance: Instance) -> None:
+        """Reset an instance out of existence: its memory is gone, and its slot free and zero."""
+        slot = (instance.about.device, instance.about.vf_index)
+        self._ledger.delete(_KIND, _key(slot))
+        failpoint.reach("hostd.remove.halfway")
+        self._ledger.delete_file(instance.record.file)
+        del self._by_slot[slot]
+        self._by_function[instance.about.function].remove(instance)
+        instance.about.state = DEVICE_STATE_STOP
+        instance.close()
+        self.deadlines_changed.set()
+
+    def stop(self, request: ChangeStateRequest) -> Instance:
+        """Stop a home for its last copy. Raise STALE_ATTEMPT, NOT_FOUND, WRONG_GENERATION or ILLEGAL_STATE."""
+        check_deadline(request.resolve_after_ms)
+        self._fences.prepare(request.function, request.attempt)
+        instance = self.require(request.function, request.generation)
+        if instance.state == DEVICE_STATE_STOP_COPY and instance.about.stopped_by == request.attempt:
+            return instance
+        self.prove(instance)
+        if not instance.about.complete:
+            raise VfleetError(
+                Reason.ILLEGAL_STATE,
+                f"function {request.function!r} does not have all its state here; it can't be the home",
+                metadata={"function": request.function},
+            )
+        with failpoint.around("hostd.stop"):
+            instance.go_to(DEVICE_STATE_STOP_COPY)
+            instance.about.stopped_by.CopyFrom(request.attempt)
+            instance.about.migration = request.migration
+            instance.record.resolve_time = self._clock.time() + request.resolve_after_ms / 1000
+            self._save(instance)
+        return instance
+
+    def resume(self, request: ChangeStateRequest) -> Instance | None:
+        """Let a home run again that this attempt had stopped; else do nothing. A consequence of an abort."""
+        self._fences.conclude(request.function, request.attempt)
+        instance = self.find(request.function, request.generation)
+        if instance is not None and instance.about.stopped_by == request.attempt:
+            with failpoint.around("hostd.resume"):
+                self.run(instance)
+        return instance
+
+    def reset(self, request: ResetFunctionRequest) -> None:
+        """Do a function-level reset. Raise NOT_FOUND, WRONG_GENERATION, or ILLEGAL_STATE while it doesn't run."""
+        instance = self.require(request.function, request.generation)
+        if not instance.is_serving:
+            raise VfleetError(
+                Reason.ILLEGAL_STATE, f"function {request.function!r} does not run; a reset waits for that"
+            )
+        # A daemon that is killed in the middle does it again when it comes back.
+        instance.record.is_resetting = True
+        self._save(instance)
+        self._finish_reset(instance)
+
+    def run(self, instance: Instance) -> None:
+        """Let an instance run: it is the function's home, by etcd's word."""
+        instance.go_to(DEVICE_STATE_RUNNING)
+        instance.about.ClearField("stopped_by")
+        instance.about.migration = ""
+        instance.record.resolve_time = 0
+        self._save(instance)
+
+    def prove(self, instance: Instance) -> None:
+        """Take it that etcd names this instance as home, because somebody who has read so said so."""
+        if instance.state == DEVICE_STATE_STOP and instance.about.complete:
+            with failpoint.around("hostd.prove"):
+                self._fences.end(instance.about.function, instance.about.attempt)
+                self.run(instance)
+
+    def complete_import(self, instance: Instance) -> None:
+        """Note that an instance has all its state; it waits for the proof that it is the home."""
+        with failpoint.around("hostd.complete"):
+            instance.go_to(DEVICE_STATE_STOP)
+            instance.about.complete = True
+            self._save(instance)
+
+    def postpone(self, instance: Instance, resolve_time: float) -> None:
+        """Give an instance another deadline, in seconds since 1970."""
+        instance.record.resolve_time = resolve_time
+        self._save(instance)
+
+    def admit(
+        self, driver: str, function: str, generation: int, session: int, address: int
+    ) -> tuple[Instance, Sequencer] | Refusal.ValueType:
+        """Find the home that an access goes to, walking the segment's tree by its address, or say why it is refused."""
+        route = self._segment.route(location_of(address).routing_id)
+        instance = self._by_slot.get((route.device, route.vf_index)) if route is not None else None
+        if instance is None or (instance.about.function, instance.about.generation) != (function, generation):
+            return REFUSAL_NOT_SERVING
+        self.prove(instance)
+        if not instance.is_serving:
+            return REFUSAL_NOT_SERVING
+        sequencer = instance.image.sequencer(driver)
+        if session < sequencer.session:
+            return REFUSAL_STALE_SESSION
+        if session > sequencer.session:
+            sequencer.set_session(session)
+        return instance, sequencer
+
+    def fence_for_export(self, function: str, generation: int, attempt: Attempt) -> Instance:
+        """Return a home whose state may be copied out for an attempt. Raise as `stop` does."""
+        self._fences.prepare(function, attempt)
+        instance = self.require(function, generation)
+        self.prove(instance)
+        return instance
+
+    def fence_for_import(self, function: str, generation: int, attempt: Attempt) -> Instance:
+        """Return the instance that an attempt made. Raise STALE_ATTEMPT, NOT_FOUND or WRONG_GENERATION."""
+        self._fences.prepare(function, attempt)
+        instance = self.require(function, generation)
+        if instance.about.attempt != attempt:
+            raise VfleetError(
+                Reason.STALE_ATTEMPT,
+                f"the instance of function {function!r} was made by another attempt",
+                metadata={"function": function},
+            )
+        return instance
+
+    def with_deadline(self) -> Iterator[Instance]:
+        """Yield the instances that wait for a decision, each until its `record.resolve_time`."""
+        return (instance for instance in self.instances() if instance.record.resolve_time)
+
+    def close(self) -> None:
+        """Unmap all images."""
+        for instance in self.instances():
+            instance.close()
+
+    def _open(self, record: InstanceRecord, model: DeviceModel | None = None) -> Instance:
+        about = record.instance
+        bars = {bar.index: bar.size_bytes for bar in about.bars}
+        model = model or create_model(about.model, about.identity, bars)
+        mapped = self._ledger.map_file(record.file, image_bytes(bar_span(bars) + model.private_bytes))
+        return Instance(record, model, FunctionImage(mapped))
+
+    def _finish_reset(self, instance: Instance) -> None:
+        instance.reset()
+        instance.record.is_resetting = False
+        self._save(instance)
+
+    def _add(self, instance: Instance) -> None:
+        self._by_slot[instance.about.device, instance.about.vf_index] = instance
+        self._by_function.setdefault(instance.about.function, []).append(instance)
+
+    def _save(self, instance: Instance) -> None:
+        self._ledger.put(_KIND, _key((instance.about.device, instance.about.vf_index)), instance.record)
+        self.deadlines_changed.set()
+
+
+def check_deadline(resolve_after_ms: int) -> None:
+    """Raise INVALID_FIELD unless there is a deadline."""
+    if not resolve_after_ms:
+        raise invalid_field("resolve_after_ms", resolve_after_ms, "from 1 ms on: whatever waits has a deadline")
+
+
+def _checked_model(request: CreateFunctionRequest) -> DeviceModel:
+    check_name("function", request.function)
+    if not request.generation:
+        raise invalid_field("generation", 0, "from 1 on")
+    if not request.identity:
+        raise invalid_field("identity", 0, "an identity other than 0")
+    if not request.fresh:
+        check_name("migration", request.migration)
+        check_deadline(request.resolve_after_ms)
+    return create_model(request.model, request.identity, {bar.index: bar.size_bytes for bar in request.bars})
+
+
+def _key(slot: Slot) -> str:
+    return f"{slot[0]}/{slot[1]}"

@@ -1,0 +1,92 @@
+"""The home's side of accesses: batches of one driver, carried out in order, for this host's own drivers and others'.
+
+What is refused has had no effect and changes nothing; the sender sends it again, to where its table says by then.
+"""
+
+from hostd.functions import Functions
+from hostd.instance import SequenceGapError
+from vfleet.address import AddressError, check_access
+from vfleet.errors import Reason, VfleetError, invalid_field
+from vfleet.names import check_name
+from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, Access, Answer
+from vfleet.v1.fabric_service_pb2 import (
+    REFUSAL_SEQUENCE_GAP,
+    ExchangeRequest,
+    ExchangeResponse,
+    ForgetDriverRequest,
+    GetSequenceRequest,
+    Refusal,
+)
+
+
+def exchange(functions: Functions, request: ExchangeRequest) -> ExchangeResponse:
+    """Carry out a batch from the fabric. Raise INVALID_FIELD for what no hostd sends; nothing was done then."""
+    check_name("driver", request.driver)
+    check_name("function", request.function)
+    for index, access in enumerate(request.accesses):
+        _check(f"accesses[{index}]", access)
+    response = ExchangeResponse(driver=request.driver, function=request.function, generation=request.generation)
+    for access in request.accesses:
+        admitted = functions.admit(
+            request.driver, request.function, request.generation, request.session, access.address
+        )
+        if not isinstance(admitted, tuple):
+            response.refusal = admitted
+            break
+        instance, sequencer = admitted
+        sequencer.acknowledged = max(sequencer.acknowledged, request.acknowledged_sequence)
+        try:
+            status, data = instance.access(
+                sequencer, access.sequence, access.kind, access.address, access.length_bytes, access.data
+            )
+        except SequenceGapError as gap:
+            response.refusal = REFUSAL_SEQUENCE_GAP
+            response.expected_sequence = gap.expected
+            break
+        response.answers.append(Answer(sequence=access.sequence, status=status, data=data))
+    return response
+
+
+def last_sequence(functions: Functions, request: GetSequenceRequest) -> int:
+    """Return the last sequence of a driver that the function applied, and refuse the driver's earlier sessions.
+
+    Raise ILLEGAL_STATE if the function isn't served here at this generation.
+    """
+    check_name("driver", request.driver)
+    check_name("function", request.function)
+    instance = functions.find(request.function, request.generation) if request.generation else None
+    admitted = (
+        functions.admit(request.driver, request.function, request.generation, request.session, instance.about.base)
+        if instance is not None
+        else None
+    )
+    if not isinstance(admitted, tuple):
+        why = Refusal.Name(admitted) if admitted is not None else "it has no such instance"
+        raise VfleetError(
+            Reason.ILLEGAL_STATE,
+            f"function {request.function!r} at generation {request.generation} is not served here: {why}",
+            metadata={"function": request.function},
+        )
+    return admitted[1].last
+
+
+def forget_driver(functions: Functions, request: ForgetDriverRequest) -> None:
+    """Free what a function keeps for a driver that was detached, unless a later session has come since."""
+    instance = functions.find(request.function, request.generation) if request.generation else None
+    known = {} if instance is None else {s.driver: s for s in instance.image.sequencers()}
+    sequencer = known.get(request.driver)
+    if instance is not None and sequencer is not None and sequencer.session <= request.session:
+        instance.image.forget(request.driver)
+
+
+def _check(field: str, access: Access) -> None:
+    try:
+        check_access(access.address, access.length_bytes)
+    except AddressError as error:
+        raise invalid_field(field, f"{access.address:#x}+{access.length_bytes}", str(error)) from None
+    if access.kind not in (ACCESS_KIND_READ, ACCESS_KIND_WRITE):
+        raise invalid_field(f"{field}.kind", access.kind, "1 (READ) or 2 (WRITE)")
+    if len(access.data) != (access.length_bytes if access.kind == ACCESS_KIND_WRITE else 0):
+        raise invalid_field(f"{field}.data", f"{len(access.data)} bytes", "length_bytes for a write, none for a read")
+    if not access.sequence:
+        raise invalid_field(f"{field}.sequence", 0, "from 1 on")

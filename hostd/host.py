@@ -1,0 +1,116 @@
+"""One host, put together: what the services serve, and the tasks that keep it true to etcd.
+
+Everything that it takes from the world (store, network, clock, randomness, disk) is an argument.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from random import Random
+
+from hostd.access_queue import Reach
+from hostd.directory import Directory
+from hostd.drivers import Drivers
+from hostd.fabric import Fabric, Link
+from hostd.fence import Fences
+from hostd.functions import Functions
+from hostd.history import History
+from hostd.ledger import Ledger
+from hostd.registration import Registration
+from hostd.resolution import Resolver
+from hostd.segment import Segment
+from hostd.topology import HostTopology
+from hostd.workload import Workloads
+from vfleet.clock import Clock, backoff_delays
+from vfleet.errors import VfleetError
+from vfleet.etcd.store import Store
+from vfleet.rpc import Channels
+from vfleet.v1.host_records_pb2 import HostIdentity
+from vfleet.v1.records_pb2 import Host as HostRecord
+
+RETRY_FIRST_S = 0.1
+RETRY_LONGEST_S = 2.0
+
+_log = logging.getLogger(__name__)
+
+
+class Host:
+    """A host's functions, drivers and workloads, reloaded from its ledger; `run` keeps them true to etcd."""
+
+    def __init__(
+        self,
+        topology: HostTopology,
+        identity: HostIdentity,
+        address: str,
+        ledger: Ledger,
+        store: Store,
+        channels: Channels,
+        clock: Clock,
+        random: Random,
+        lease_ttl_s: int,
+    ) -> None:
+        segment = Segment(topology)
+        fences = Fences(ledger)
+        self.ledger = ledger
+        self.clock = clock
+        self.channels = channels
+        self.directory = Directory()
+        self.fabric = Fabric(lambda number: Link(number, self.directory, channels, clock, random))
+        self.functions = Functions(segment, ledger, fences, clock)
+        reach = Reach(segment.number, identity.session, self.functions, self.fabric, clock, random)
+        self.drivers = Drivers(topology.name, segment.main_memory, ledger, fences, clock, reach)
+        self.workloads = Workloads(self.drivers, ledger, clock)
+        self._store = store
+        self._random = random
+        history = self.history = History(topology.name, ledger, fences, random)
+        self._resolver = Resolver(topology.name, self.functions, self.drivers, fences, history, store, clock)
+        record = HostRecord(
+            name=topology.name,
+            segment=topology.segment,
+            address=address,
+            incarnation=identity.incarnation,
+            devices=topology.devices(),
+        )
+        self.registration = Registration(
+            record, self.functions, self.drivers, self._resolver, history, store, clock, random, lease_ttl_s
+        )
+        used = self.functions.files() | self.drivers.files()
+        for name in ledger.files():
+            if name not in used:
+                # Left by a daemon that was killed before it had written, or after it had deleted, the record.
+                ledger.delete_file(name)
+
+    async def run(self, registered: Callable[[], None]) -> None:
+        """Keep the host registered and true to etcd, for ever. `registered` is told whenever it is (again).
+
+        Raise ALREADY_EXISTS as `Registration.run` does.
+        """
+        self.workloads.resume()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._always(lambda: self.directory.follow(self._store)))
+                group.create_task(self._always(self.registration.follow_entries))
+                group.create_task(self._always(self.registration.follow_generation))
+                group.create_task(self._always(self.registration.follow_witness))
+                group.create_task(self._always(self.registration.keep_witness))
+                group.create_task(self._always(self._resolver.run))
+                group.create_task(self.registration.run(registered))
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    async def close(self) -> None:
+        """End all work and unmap all memory; what is durable stays."""
+        await self.workloads.close()
+        self.drivers.close()
+        await self.fabric.close()
+        self.functions.close()
+        self.ledger.close()
+
+    async def _always(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        delays = backoff_delays(self._random, RETRY_FIRST_S, RETRY_LONGEST_S)
+        while True:
+            try:
+                await work()
+            except VfleetError as error:
+                _log.warning("begun anew: %s", error)
+                await self.clock.sleep(next(delays))

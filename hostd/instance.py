@@ -1,0 +1,121 @@
+"""One instance of a function: its place, its state after VFIO, its device model and its image.
+
+An instance serves accesses of its own generation only, and only while it runs. Whether it may run is decided in etcd;
+this room knows nothing of that.
+"""
+
+import asyncio
+
+from hostd.device_state import next_state, path, serves
+from hostd.image import FunctionImage, Sequencer
+from hostd.models.base import DeviceModel
+from vfleet.address import window_offset
+from vfleet.v1.access_pb2 import (
+    ACCESS_KIND_READ,
+    ACCESS_STATUS_FORGOTTEN,
+    ACCESS_STATUS_OK,
+    ACCESS_STATUS_UNSUPPORTED_REQUEST,
+    AccessKind,
+    AccessStatus,
+)
+from vfleet.v1.function_service_pb2 import FunctionInstance
+from vfleet.v1.host_records_pb2 import InstanceRecord
+from vfleet.v1.types_pb2 import DeviceState
+
+Result = tuple[AccessStatus.ValueType, bytes]
+
+
+class SequenceGapError(Exception):
+    """An access came ahead of its turn; `expected` is the sequence that the function will take next."""
+
+    def __init__(self, expected: int) -> None:
+        super().__init__(f"expected sequence {expected}")
+        self.expected = expected
+
+
+class Instance:
+    """A function in one slot. `record` is what the ledger knows of it; `changed` is set at every change of state."""
+
+    def __init__(self, record: InstanceRecord, model: DeviceModel, image: FunctionImage) -> None:
+        self.record = record
+        self.model = model
+        self.image = image
+        self.changed = asyncio.Event()
+        self.unsupported_requests = 0
+        self.is_importing = False
+        self.is_closed = False
+
+    @property
+    def about(self) -> FunctionInstance:
+        """The instance as the contract shows it."""
+        return self.record.instance
+
+    @property
+    def state(self) -> DeviceState.ValueType:
+        """Where it is in VFIO's state machine."""
+        return self.record.instance.state
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether it serves accesses of its generation."""
+        return serves(self.record.instance.state)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether it is, or was, the function's home at its generation, by the proof of an access or by etcd's word."""
+        return self.about.state not in (DeviceState.DEVICE_STATE_RESUMING, DeviceState.DEVICE_STATE_STOP)
+
+    def go_to(self, wanted: DeviceState.ValueType) -> None:
+        """Walk VFIO's arcs to a state. Raise ILLEGAL_STATE if there is no way."""
+        state = self.state
+        for step in path(state, wanted):
+            state = next_state(state, step)
+        self.record.instance.state = state
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def reset(self) -> None:
+        """Do what a function-level reset does: zero the memory and set the registers; drivers' sequences go on."""
+        memory = self.image.memory
+        for start in range(0, len(memory), 1 << 20):
+            end = min(start + (1 << 20), len(memory))
+            self.image.store([(start, bytes(end - start))])
+        self.image.store(self.model.reset())
+
+    def access(
+        self, sequencer: Sequencer, sequence: int, kind: AccessKind.ValueType, address: int, length: int, data: bytes
+    ) -> Result:
+        """Carry out one access once: a repeated one gets its first answer. The instance is serving.
+
+        Raise SequenceGapError if an earlier sequence is missing.
+        """
+        if sequence <= sequencer.last:
+            return sequencer.answer(sequence) or (ACCESS_STATUS_FORGOTTEN, b"")
+        if sequence != sequencer.last + 1:
+            raise SequenceGapError(sequencer.last + 1)
+        offset, memory = window_offset(address), self.image.memory
+        if kind == ACCESS_KIND_READ:
+            read = self.model.read(memory, offset, length)
+            answer, stores = read if read is not None else (b"\xff" * length, None)
+        else:
+            answer, stores = b"", self.model.write(memory, offset, data)
+        status = ACCESS_STATUS_OK
+        if stores is None:
+            self.unsupported_requests += 1
+            stores, status = (), ACCESS_STATUS_UNSUPPORTED_REQUEST
+        self.image.apply(sequencer, sequence, status, answer, stores)
+        return status, answer
+
+    def shown(self) -> FunctionInstance:
+        """Return a copy of `about` with the last sequence of each driver."""
+        shown = FunctionInstance()
+        shown.CopyFrom(self.about)
+        for sequencer in self.image.sequencers():
+            shown.last_sequences[sequencer.driver] = sequencer.last
+        return shown
+
+    def close(self) -> None:
+        """Unmap the image; who waits for a change of state is told."""
+        self.is_closed = True
+        self.changed.set()
+        self.image.close()

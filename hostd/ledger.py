@@ -1,0 +1,87 @@
+"""What survives a kill of the daemon: protobuf records in SQLite, and memory in mapped files, in one data directory.
+
+Both are in the page cache once written, so they outlive the process at any instruction; neither is forced to disk,
+since the loss of the machine is the loss of its devices anyway (a new incarnation).
+"""
+
+import contextlib
+import mmap
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+class Ledger:
+    """A data directory. Records are named by kind and key."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self._files = data_dir / "memory"
+        self._files.mkdir(parents=True, exist_ok=True)
+        self._database = sqlite3.connect(data_dir / "records.sqlite", isolation_level=None)
+        # WAL without synchronizing: a commit is one append to a file, and safe against everything but a machine's end.
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = OFF")
+        self._database.execute(
+            "CREATE TABLE IF NOT EXISTS records (kind TEXT, key TEXT, value BLOB NOT NULL, PRIMARY KEY (kind, key))"
+            " WITHOUT ROWID"
+        )
+
+    def get(self, kind: str, key: str, message_type: type[MessageT]) -> MessageT | None:
+        """Return a record, or None."""
+        row = self._database.execute("SELECT value FROM records WHERE kind = ? AND key = ?", (kind, key)).fetchone()
+        return None if row is None else message_type.FromString(row[0])
+
+    def all(self, kind: str, message_type: type[MessageT]) -> list[MessageT]:
+        """Return all records of a kind, by key."""
+        rows = self._database.execute("SELECT value FROM records WHERE kind = ? ORDER BY key", (kind,))
+        return [message_type.FromString(value) for (value,) in rows]
+
+    def put(self, kind: str, key: str, record: Message) -> None:
+        """Write a record."""
+        self._database.execute("REPLACE INTO records VALUES (?, ?, ?)", (kind, key, record.SerializeToString()))
+
+    def delete(self, kind: str, key: str) -> None:
+        """Delete a record; deleting one that is absent does nothing."""
+        self._database.execute("DELETE FROM records WHERE kind = ? AND key = ?", (kind, key))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Make the writes within true all at once, or, if the block raises, none of them."""
+        if self._database.in_transaction:
+            yield
+            return
+        self._database.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    def map_file(self, name: str, size_bytes: int) -> mmap.mmap:
+        """Map a file of exactly this size, a multiple of 4096; what is new in it is zero."""
+        with (self._files / name).open("a+b") as file:
+            file.truncate(size_bytes)
+            return mmap.mmap(file.fileno(), size_bytes)
+
+    def delete_file(self, name: str) -> None:
+        """Delete a mapped file; what still maps it keeps its bytes until it is closed."""
+        (self._files / name).unlink(missing_ok=True)
+
+    def files(self) -> list[str]:
+        """Return the names of all mapped files."""
+        return sorted(path.name for path in self._files.iterdir())
+
+    def erase(self) -> None:
+        """Forget all records, as a machine does that is switched off. Mapped files are deleted by their owners."""
+        self._database.execute("DELETE FROM records")
+
+    def close(self) -> None:
+        """Close the database; mapped files stay mapped until their maps are closed."""
+        self._database.close()

@@ -1,0 +1,509 @@
+"""The vfleet command against a coordinator and a hostd that answer from memory, over real gRPC."""
+# ruff: noqa: N802  # servicers have the methods of the protos
+
+import asyncio
+import inspect
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import yaml
+
+from vfleet.address import table_offset
+from vfleet.cli import cluster, fleet, migration, operations, workload
+from vfleet.cli.main import run
+from vfleet.errors import Reason, VfleetError, invalid_field, not_found
+from vfleet.rpc import Server
+from vfleet.v1 import driver_service_pb2 as driver_pb2
+from vfleet.v1 import fleet_service_pb2 as fleet_pb2
+from vfleet.v1 import migration_service_pb2 as migration_pb2
+from vfleet.v1.driver_service_pb2_grpc import DriverServiceServicer, add_DriverServiceServicer_to_server
+from vfleet.v1.fleet_service_pb2_grpc import FleetServiceServicer, add_FleetServiceServicer_to_server
+from vfleet.v1.migration_service_pb2_grpc import MigrationServiceServicer, add_MigrationServiceServicer_to_server
+from vfleet.v1.records_pb2 import (
+    Device,
+    Driver,
+    Function,
+    FunctionStatus,
+    Host,
+    Migration,
+    Move,
+    Phase,
+    Place,
+    Step,
+    StepDuration,
+)
+from vfleet.v1.types_pb2 import Attempt, Bar, Manufacturer, TableEntry
+
+BASE = 0x0001_0180_0000_0000
+VIRTUAL_ADDRESS = 0x1000_0000
+ENTRY = TableEntry(
+    driver="d1",
+    function="vf1",
+    host="h1",
+    virtual_address=VIRTUAL_ADDRESS,
+    length_bytes=0x200000,
+    offset=table_offset(BASE, VIRTUAL_ADDRESS),
+    generation=1,
+)
+FUNCTION = Function(
+    name="vf1",
+    identity=7,
+    generation=1,
+    device="h1/nic0",
+    vf_index=1,
+    base=BASE,
+    bars=[Bar(index=0, size_bytes=4096), Bar(index=2, size_bytes=1 << 20)],
+    status=FunctionStatus.FUNCTION_STATUS_ACTIVE,
+    drivers=["d1"],
+    model="checker",
+)
+
+
+def device(host: str, name: str) -> fleet_pb2.DeviceUse:
+    return fleet_pb2.DeviceUse(
+        device=Device(
+            name=f"{host}/{name}",
+            host=host,
+            routing_id=0x100,
+            model="checker",
+            manufacturer=Manufacturer(vendor_id=0x1AF4, device_id=0x10C0),
+            io_type="network",
+            total_vfs=32,
+            first_vf_offset=128,
+            vf_stride=1,
+            bars=FUNCTION.bars,
+        ),
+        segment=int(host[1:]),
+        used_slots=1,
+    )
+
+
+def a_migration(request: migration_pb2.CreateMigrationRequest | migration_pb2.PlanMigrationRequest) -> Migration:
+    return Migration(
+        moves=[
+            Move(
+                function=move.function,
+                source=Place(device="h1/nic0", vf_index=1, base=BASE, generation=1, segment=1, routing_id=0x180),
+                target=Place(
+                    device=move.target_device,
+                    vf_index=move.target_vf_index or 1,
+                    base=0x0002_1110_0000_0000,
+                    generation=2,
+                    segment=2,
+                    routing_id=0x1110,
+                ),
+            )
+            for move in request.moves
+        ]
+    )
+
+
+@dataclass
+class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer):
+    """Answers what a fleet of two hosts would; `refuse` makes it refuse everything. Records what it was asked."""
+
+    address: str = ""
+    refuse: VfleetError | None = None
+    outcome: Phase.ValueType = Phase.PHASE_DONE
+    requests: list[object] = field(default_factory=list)
+
+    def seen(self, request: object) -> None:
+        self.requests.append(request)
+        if self.refuse is not None:
+            raise self.refuse
+
+    async def ListHosts(self, request, context):
+        self.seen(request)
+        # A page a host, however many were asked for.
+        number = int(request.page_token or "1")
+        host = Host(name=f"h{number}", segment=number, address=self.address, incarnation="abc", registered=True)
+        return fleet_pb2.ListHostsResponse(hosts=[host], next_page_token="" if number == 2 else str(number + 1))
+
+    async def ListDevices(self, request, context):
+        self.seen(request)
+        return fleet_pb2.ListDevicesResponse(devices=[device("h1", "nic0"), device("h2", "nic0")])
+
+    async def ListFunctions(self, request, context):
+        self.seen(request)
+        return fleet_pb2.FleetServiceListFunctionsResponse(functions=[FUNCTION])
+
+    async def ListDrivers(self, request, context):
+        self.seen(request)
+        driver = Driver(name="d1", host="h1", main_memory_bytes=4096, entries=[ENTRY])
+        return fleet_pb2.FleetServiceListDriversResponse(drivers=[driver])
+
+    async def CreateFunction(self, request, context):
+        self.seen(request)
+        return fleet_pb2.FleetServiceCreateFunctionResponse(function=FUNCTION)
+
+    async def DeleteFunction(self, request, context):
+        self.seen(request)
+        return fleet_pb2.DeleteFunctionResponse()
+
+    async def AttachDriver(self, request, context):
+        self.seen(request)
+        return fleet_pb2.AttachDriverResponse(entry=ENTRY)
+
+    async def DetachDriver(self, request, context):
+        self.seen(request)
+        return fleet_pb2.DetachDriverResponse()
+
+    async def DeleteDriver(self, request, context):
+        self.seen(request)
+        return fleet_pb2.FleetServiceDeleteDriverResponse()
+
+    async def CheckFleet(self, request, context):
+        self.seen(request)
+        return fleet_pb2.CheckFleetResponse()
+
+    async def BumpGeneration(self, request, context):
+        self.seen(request)
+        return fleet_pb2.BumpGenerationResponse(generation=2)
+
+    async def ForgetHost(self, request, context):
+        self.seen(request)
+        return fleet_pb2.ForgetHostResponse(lost_functions=["vf1"])
+
+    async def PlanMigration(self, request, context):
+        self.seen(request)
+        return migration_pb2.PlanMigrationResponse(migration=a_migration(request))
+
+    async def CreateMigration(self, request, context):
+        self.seen(request)
+        migration = a_migration(request)
+        migration.name, migration.phase = request.request_id, Phase.PHASE_PREPARING
+        return migration_pb2.CreateMigrationResponse(migration=migration)
+
+    async def GetMigration(self, request, context):
+        self.seen(request)
+        return migration_pb2.GetMigrationResponse(migration=self.over(request.name))
+
+    async def ListMigrations(self, request, context):
+        self.seen(request)
+        return migration_pb2.ListMigrationsResponse(migrations=[self.over("m-1")])
+
+    async def WatchMigration(self, request, context):
+        self.seen(request)
+        running = Migration(name=request.name, phase=Phase.PHASE_PREPARING)
+        copies = [migration_pb2.CopyProgress(function="vf1", rounds=1, received_bytes=1 << 20, dirty_bytes=8192)]
+        yield migration_pb2.WatchMigrationResponse(migration=running, step=Step.STEP_COPY, copies=copies)
+        yield migration_pb2.WatchMigrationResponse(migration=self.over(request.name))
+
+    async def CancelMigration(self, request, context):
+        self.seen(request)
+        migration = Migration(name=request.name, phase=Phase.PHASE_ABORTING)
+        return migration_pb2.CancelMigrationResponse(migration=migration)
+
+    async def StartWorkload(self, request, context):
+        self.seen(request)
+        return driver_pb2.StartWorkloadResponse()
+
+    async def StopWorkload(self, request, context):
+        self.seen(request)
+        return driver_pb2.StopWorkloadResponse(report=driver_pb2.WorkloadReport(operations=1234567))
+
+    async def GetWorkloadReport(self, request, context):
+        self.seen(request)
+        return driver_pb2.GetWorkloadReportResponse(report=driver_pb2.WorkloadReport(operations=1234567))
+
+    def over(self, name: str) -> Migration:
+        aborted = self.outcome == Phase.PHASE_ABORTED
+        migration = Migration(
+            name=name,
+            phase=self.outcome,
+            attempt=Attempt(fleet_generation=1, revision=42),
+            abort_reason="h2 is gone" if aborted else "",
+            abort_step=Step.STEP_COPY if aborted else Step.STEP_UNSPECIFIED,
+            steps=[StepDuration(step=Step.STEP_BEGIN)],
+        )
+        migration.steps[0].duration.FromMilliseconds(7)
+        return migration
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[Fake]:
+    servicer = Fake()
+    server = Server(["vfleet.v1.FleetService", "vfleet.v1.MigrationService", "vfleet.v1.DriverService"])
+    add_FleetServiceServicer_to_server(servicer, server.grpc)
+    add_MigrationServiceServicer_to_server(servicer, server.grpc)
+    add_DriverServiceServicer_to_server(servicer, server.grpc)
+    servicer.address = f"127.0.0.1:{server.listen('127.0.0.1:0')}"
+    await server.start()
+    yield servicer
+    await server.stop(0)
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Vfleet = Callable[..., "asyncio.Future[Result]"]
+
+
+@pytest.fixture
+def vfleet(fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Vfleet:
+    """Run the vfleet command with the fake as its coordinator."""
+    monkeypatch.setenv("VFLEET_COORDINATOR", fake.address)
+
+    async def command(*arguments: str) -> Result:
+        code = await asyncio.to_thread(run, arguments)
+        return Result(code, *capsys.readouterr())
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("hosts", ["h1", "h2", "0x0001", "yes"]),
+        ("devices", ["h1/nic0", "0001:01:00.0", "0: 4 KiB, 2: 1 MiB"]),
+        ("functions", ["vf1", "active", "0x0001018000000000", "d1"]),
+        ("drivers", ["d1", "h1", "vf1"]),
+        ("migrations", ["m-1", "done"]),
+    ],
+)
+async def test_get_prints_a_table_for_people(vfleet: Vfleet, kind: str, words: list[str]) -> None:
+    result = await vfleet("get", kind)
+    assert (result.code, result.err) == (0, "")
+    for word in words:
+        assert word in result.out
+
+
+async def test_get_takes_all_pages(vfleet: Vfleet) -> None:
+    result = await vfleet("get", "hosts", "-o", "json")
+    assert [host["name"] for host in json.loads(result.out)["hosts"]] == ["h1", "h2"]
+
+
+@pytest.mark.parametrize("kind", ["hosts", "devices", "functions", "drivers", "migrations"])
+async def test_json_and_yaml_say_the_same(vfleet: Vfleet, kind: str) -> None:
+    as_json = json.loads((await vfleet("get", kind, "-o", "json")).out)
+    as_yaml = yaml.safe_load((await vfleet("get", kind, "-o", "yaml")).out)
+    assert as_json == as_yaml
+    assert next(iter(as_json)) == kind
+
+
+async def test_json_has_the_fields_of_the_protos_even_when_empty(vfleet: Vfleet) -> None:
+    function = json.loads((await vfleet("describe", "function", "vf1", "-o", "json")).out)
+    assert function["vf_index"] == 1
+    assert function["base"] == str(BASE)
+    assert function["migration"] == ""
+
+
+async def test_describe_function_prints_how_addresses_are_computed(vfleet: Vfleet) -> None:
+    out = (await vfleet("describe", "function", "vf1")).out
+    assert "0001:01:10.0" in out
+    assert "0x0001018000000000 = 0x0001 << 48 | 0x0180 << 32" in out
+    assert re.search(r"BAR 2\s+0x0001018000100000, 1 MiB", out)
+    assert f"{ENTRY.offset:#018x}" in out
+
+
+async def test_describe_device_prints_where_its_vfs_are(vfleet: Vfleet) -> None:
+    out = (await vfleet("describe", "device", "h1/nic0")).out
+    assert "routing ID 0x0100 + 128 + (n - 1) * 1" in out
+    assert "01:10.0 to 01:13.7" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["host", "h9"], "host"),
+        (["device", "h9/nic0"], "device"),
+        (["function", "vf9"], "function"),
+        (["driver", "d9"], "driver"),
+    ],
+)
+async def test_what_is_not_there_is_bad_input(vfleet: Vfleet, arguments: list[str], kind: str) -> None:
+    result = await vfleet("describe", *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert result.err == f"vfleet: no {kind} named '{arguments[1]}'\n"
+
+
+async def test_migrate_to_one_device(vfleet: Vfleet, fake: Fake) -> None:
+    result = await vfleet("migrate", "vf1", "vf2", "--to", "h2/nic0", "--request-id", "mine")
+    assert (result.code, result.out) == (0, "mine has begun; follow it with: vfleet watch mine\n")
+    (request,) = fake.requests
+    assert request.request_id == "mine"
+    assert [(move.function, move.target_device) for move in request.moves] == [("vf1", "h2/nic0"), ("vf2", "h2/nic0")]
+
+
+async def test_migrate_a_group_to_several_devices(vfleet: Vfleet, fake: Fake) -> None:
+    assert (await vfleet("migrate", "vf1=h2/nic0:4", "vf2=h3/nic1", "vf3", "--to", "h2/nic0:5")).code == 0
+    (request,) = fake.requests
+    moves = [(move.function, move.target_device, move.target_vf_index) for move in request.moves]
+    assert moves == [("vf1", "h2/nic0", 4), ("vf2", "h3/nic1", 0), ("vf3", "h2/nic0", 5)]
+
+
+async def test_every_migration_gets_a_request_id_of_its_own(vfleet: Vfleet, fake: Fake) -> None:
+    await vfleet("migrate", "vf1=h2/nic0")
+    await vfleet("migrate", "vf1=h2/nic0")
+    first, second = (request.request_id for request in fake.requests)
+    assert first
+    assert first != second
+
+
+async def test_a_dry_run_only_plans(vfleet: Vfleet, fake: Fake) -> None:
+    result = await vfleet("migrate", "vf1=h2/nic0", "--dry-run")
+    assert result.code == 0
+    assert "0002:11:02.0" in result.out
+    assert [type(request) for request in fake.requests] == [migration_pb2.PlanMigrationRequest]
+
+
+async def test_migrate_waits_and_shows_how_it_ended(vfleet: Vfleet) -> None:
+    result = await vfleet("migrate", "vf1=h2/nic0", "--wait", "--request-id", "mine")
+    assert result.code == 0
+    assert result.err == "mine: preparing, copy\nmine: done\n"
+    assert re.search(r"begin\s+7\.0 ms", result.out)
+
+
+async def test_an_aborted_migration_is_a_failure(vfleet: Vfleet, fake: Fake) -> None:
+    fake.outcome = Phase.PHASE_ABORTED
+    result = await vfleet("migrate", "vf1=h2/nic0", "--wait", "--request-id", "mine")
+    assert result.code == 1
+    assert result.err.endswith("vfleet: mine was aborted: h2 is gone\n")
+
+
+async def test_watch_for_programs_is_a_line_an_update(vfleet: Vfleet) -> None:
+    result = await vfleet("watch", "m-1", "-o", "json")
+    updates = [json.loads(line) for line in result.out.splitlines()]
+    assert [update["migration"]["phase"] for update in updates] == ["PHASE_PREPARING", "PHASE_DONE"]
+    assert (result.code, result.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["migrate", "vf1"],
+        ["migrate", "vf1=h2"],
+        ["migrate", "vf1=h2/nic0:x"],
+        ["migrate", "vf1=h2/nic0:-1"],
+        ["migrate", "vf1=h2/nic0:99999999999"],
+        ["migrate", "vf1=h2/nic0", "--to", "h3/nic0"],
+        ["migrate", "\udcff=h2/nic0"],
+        ["migrate", "vf1=h2/nic0", "--request-id", "Not A Name"],
+        ["create", "function", "x" * 64, "--on", "h1/nic0"],
+        ["create", "function", "vf1", "--on", "h1/nic0", "--vf", "-1"],
+        ["create", "function", "vf1", "--on", "\udcff"],
+        ["attach", "vf1", "--driver", "d1", "--virtual-address", "0x10000001"],
+        ["attach", "vf1", "--driver", "d1", "--virtual-address", "0x10000000000000000"],
+        ["attach", "vf1", "--driver", "d1", "--virtual-address", "here"],
+        ["attach", "vf1", "--driver", "d1", "--host", "h1", "--main-memory-bytes", "4097"],
+        ["attach", "vf1", "--driver", "d1", "--host", "h1", "--main-memory-bytes", "2147483648"],
+        ["describe", "function", ""],
+        ["describe", "gadget", "vf1"],
+        ["workload", "start", "d1", "vf1", "--rate", "-1"],
+        ["workload", "start", "d1", "vf1", "--channel", "99999999999"],
+        ["get"],
+        ["get", "gadgets"],
+        ["get", "hosts", "--coordinator", "nowhere"],
+        ["get", "hosts", "--coordinator", "127.0.0.1:0"],
+        ["get", "hosts", "--coordinator", "127.0.0.1:99999"],
+        ["get", "hosts", "--etcd", "127.0.0.1:2379"],  # with VFLEET_COORDINATOR, too
+        ["get", "hosts", "-o", "xml"],
+        ["create"],
+        ["fly"],
+    ],
+)
+async def test_bad_input_is_one_line_and_nothing_is_asked(vfleet: Vfleet, fake: Fake, arguments: list[str]) -> None:
+    result = await vfleet(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert re.fullmatch(r"vfleet: [^\n]+\n", result.err)
+    assert fake.requests == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (invalid_field("function", "x", "y"), 2),
+        (not_found("function", "vf1"), 2),
+        (VfleetError(Reason.TARGET_IS_SOURCE, "vf1 is there"), 2),
+        (VfleetError(Reason.GROUP_TOO_LARGE, "too many"), 2),
+        (VfleetError(Reason.NO_FREE_SLOT, "full"), 1),
+        (VfleetError(Reason.IN_MIGRATION, "vf1 is in m-1"), 1),
+        (VfleetError(Reason.STORE_UNAVAILABLE, "etcd did not answer at 127.0.0.1:1, tried for 5.0 s"), 1),
+        (VfleetError(Reason.INTERNAL, "a\nb"), 1),
+    ],
+)
+async def test_what_the_coordinator_refuses_is_one_line(
+    vfleet: Vfleet, fake: Fake, error: VfleetError, code: int
+) -> None:
+    fake.refuse = error
+    result = await vfleet("migrate", "vf1=h2/nic0")
+    assert (result.code, result.out) == (code, "")
+    assert result.err == f"vfleet: {' '.join(error.message.split())}\n"
+    assert len(fake.requests) == 1
+
+
+async def test_a_coordinator_that_is_down_is_passed_over(vfleet: Vfleet, fake: Fake) -> None:
+    result = await vfleet("get", "hosts", "--coordinator", f"127.0.0.1:1,{fake.address}")
+    assert result.code == 0
+
+
+async def test_out_of_reach_names_the_address_and_the_time(vfleet: Vfleet) -> None:
+    result = await vfleet("get", "hosts", "--coordinator", "127.0.0.1:1")
+    assert result.code == 1
+    assert re.fullmatch(
+        r"vfleet: no answer from the coordinator at 127\.0\.0\.1:1, tried for \d\.\d s; .*\n", result.err
+    )
+
+
+async def test_without_a_cluster_it_says_how_to_get_one(
+    vfleet: Vfleet, monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    monkeypatch.delenv("VFLEET_COORDINATOR")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    result = await vfleet("get", "hosts")
+    assert result.code == 2
+    assert "vfleet up" in result.err
+
+
+async def test_the_cluster_that_up_left_is_found(
+    vfleet: Vfleet, fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    monkeypatch.delenv("VFLEET_COORDINATOR")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (tmp_path / "vfleet").mkdir()
+    (tmp_path / "vfleet" / "local.json").write_text(json.dumps({"coordinator": fake.address}))
+    assert (await vfleet("get", "hosts")).code == 0
+
+
+async def test_workload_report_is_the_drivers_own_view(vfleet: Vfleet) -> None:
+    result = await vfleet("workload", "stop", "d1", "vf1")
+    assert result.code == 0
+    assert re.search(r"Operations\s+1,234,567", result.out)
+    assert re.search(r"Lost\s+0", result.out)
+
+
+def examples() -> Iterator[str]:
+    for module in (cluster, fleet, migration, operations, workload):
+        for _, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__:
+                yield from re.findall(r"Example: (vfleet .*)", function.__doc__ or "")
+
+
+@pytest.mark.parametrize("example", sorted(set(examples()) - {"vfleet up vfleet/topologies/demo.yaml"}))
+async def test_the_examples_of_the_help_work(vfleet: Vfleet, example: str) -> None:
+    result = await vfleet(*example.split()[1:])
+    assert (result.code, result.out != "") == (0, True), result.err
+
+
+async def test_every_command_has_an_example(vfleet: Vfleet) -> None:
+    words = re.findall(r"^  ([\w-]+)  ", (await vfleet()).out.partition("Commands:")[2], re.MULTILINE)
+    assert len(words) == 14
+    for word in words:
+        out = (await vfleet(word, "--help")).out
+        inner = re.findall(r"^  ([\w-]+)  ", out.partition("Commands:")[2], re.MULTILINE)
+        for command in [[word, name] for name in inner] or [[word]]:
+            assert f"Example: vfleet {' '.join(command)}" in (await vfleet(*command, "--help")).out
+
+
+async def test_help_fits_one_screen(vfleet: Vfleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = (await vfleet("--help")).out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80

@@ -1,0 +1,221 @@
+"""One instance: what its accesses do, once; its reset; and what a restart leaves of it."""
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.bench import COMMITTED, IDENTITY, MEMORY_BYTES, Bench, attempt, reason_of
+
+from hostd.image import FunctionImage, image_bytes
+from hostd.instance import Instance, SequenceGapError
+from hostd.models import checker
+from vfleet.errors import Reason
+from vfleet.v1.access_pb2 import (
+    ACCESS_KIND_READ,
+    ACCESS_KIND_WRITE,
+    ACCESS_STATUS_FORGOTTEN,
+    ACCESS_STATUS_OK,
+    ACCESS_STATUS_UNSUPPORTED_REQUEST,
+)
+from vfleet.v1.fabric_service_pb2 import REFUSAL_NOT_SERVING, REFUSAL_STALE_SESSION
+from vfleet.v1.function_service_pb2 import DestroyFunctionRequest, ResetFunctionRequest
+from vfleet.v1.host_records_pb2 import InstanceRecord
+from vfleet.v1.types_pb2 import (
+    DEVICE_STATE_RUNNING,
+)
+
+RUNNING = DEVICE_STATE_RUNNING
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    found = Bench(tmp_path)
+    yield found
+    found.close()
+
+
+def access(bench: Bench, generation: int = 1, *, session: int = 1, address: int | None = None, driver: str = "d1"):
+    """Let a driver's access come to where the function's instance of the generation is, or would be."""
+    instance = bench.functions.find("vf1", generation)
+    at = instance.about.base if address is None and instance is not None else address or 0
+    return bench.functions.admit(driver, "vf1", generation, session, at)
+
+
+def prepared(bench: Bench, revision: int = 10, generation: int = 2, **where) -> Instance:
+    """Make a target's instance that has all its state and waits for the proof that it is the home."""
+    instance = bench.create(generation=generation, revision=revision, fresh=False, **where)
+    bench.functions.complete_import(instance)
+    return instance
+
+
+# Accesses
+
+
+def test_an_access_reaches_the_function_at_its_address_only(bench: Bench):
+    bench.create("vf1")
+    bench.create("vf2", vf_index=2)
+    for device, vf_index in (("h1/nic0", 2), ("h1/nic0", 3), ("h1/nic1", 1)):
+        assert access(bench, address=bench.segment.place(device, vf_index).base) == REFUSAL_NOT_SERVING
+    assert access(bench, address=bench.segment.main_memory.base) == REFUSAL_NOT_SERVING
+    assert isinstance(access(bench), tuple)
+
+
+def test_an_earlier_session_is_refused_once_a_later_one_was_heard_of(bench: Bench):
+    bench.create()
+    assert isinstance(access(bench, session=2), tuple)
+    assert access(bench, session=1) == REFUSAL_STALE_SESSION
+    assert isinstance(access(bench, session=2), tuple)
+    bench.restart()
+    assert access(bench, session=1) == REFUSAL_STALE_SESSION
+    assert isinstance(access(bench, session=1, driver="d2"), tuple)
+
+
+def do(instance: Instance, sequence: int, offset: int, value: int | None = None):
+    """Read, or write if there is a value, a word of the function's window as driver d1."""
+    kind = ACCESS_KIND_READ if value is None else ACCESS_KIND_WRITE
+    data = b"" if value is None else value.to_bytes(8, "little")
+    return instance.access(instance.image.sequencer("d1"), sequence, kind, instance.about.base + offset, 8, data)
+
+
+def test_a_repeated_access_gets_its_first_answer_and_has_no_second_effect(bench: Bench):
+    instance = bench.create()
+    doorbell = checker.channel_offset(0)
+    do(instance, 1, checker.SCRATCH, 0x11)
+    first = do(instance, 2, checker.SCRATCH)
+    do(instance, 3, checker.SCRATCH, 0x22)
+    do(instance, 4, doorbell, 1)
+    for _ in range(3):
+        assert do(instance, 2, checker.SCRATCH) == first == (ACCESS_STATUS_OK, (0x11).to_bytes(8, "little"))
+        assert do(instance, 1, checker.SCRATCH, 0x11) == do(instance, 4, doorbell, 1) == (ACCESS_STATUS_OK, b"")
+    assert do(instance, 5, checker.SCRATCH)[1] == (0x22).to_bytes(8, "little")
+    assert do(instance, 6, doorbell + checker.REPEATED)[1] == bytes(8)
+
+
+def test_a_gap_is_refused_and_changes_nothing(bench: Bench):
+    instance = bench.create()
+    do(instance, 1, checker.SCRATCH, 0x11)
+    for sequence in (3, 4, 1 << 60):
+        with pytest.raises(SequenceGapError) as caught:
+            do(instance, sequence, checker.SCRATCH, 0x22)
+        assert caught.value.expected == 2
+        assert str(caught.value) == "expected sequence 2"
+    assert do(instance, 2, checker.SCRATCH)[1] == (0x11).to_bytes(8, "little")
+
+
+def test_an_access_of_more_than_64_ago_is_forgotten_and_never_done_again(bench: Bench):
+    instance = bench.create()
+    do(instance, 1, checker.SCRATCH, 0x11)
+    for sequence in range(2, 66):
+        do(instance, sequence, checker.IDENTITY)
+    assert do(instance, 2, checker.IDENTITY)[0] == ACCESS_STATUS_OK
+    do(instance, 66, checker.SCRATCH, 0x22)
+    assert do(instance, 1, checker.SCRATCH, 0x11) == (ACCESS_STATUS_FORGOTTEN, b"")
+    assert do(instance, 67, checker.SCRATCH)[1] == (0x22).to_bytes(8, "little")
+
+
+def test_what_no_bar_claims_reads_all_ones_and_is_counted(bench: Bench):
+    instance = bench.create()
+    assert do(instance, 1, 8192) == (ACCESS_STATUS_UNSUPPORTED_REQUEST, b"\xff" * 8)
+    assert do(instance, 2, MEMORY_BYTES, 1) == (ACCESS_STATUS_UNSUPPORTED_REQUEST, b"")
+    assert do(instance, 1, 8192) == (ACCESS_STATUS_UNSUPPORTED_REQUEST, b"\xff" * 8)
+    assert instance.unsupported_requests == 2
+
+
+# Reset, restart
+
+
+def reset(bench: Bench, generation: int = 1) -> None:
+    bench.functions.reset(ResetFunctionRequest(function="vf1", generation=generation))
+
+
+def test_a_reset_zeroes_memory_and_registers_and_the_sequences_go_on(bench: Bench):
+    instance = bench.create()
+    do(instance, 1, checker.SCRATCH, 0x11)
+    instance.image.store([(MEMORY_BYTES - 4, b"last")])
+    reset(bench)
+    assert instance.image.sequencer("d1").last == 1
+    assert do(instance, 2, checker.SCRATCH) == (ACCESS_STATUS_OK, bytes(8))
+    assert do(instance, 3, checker.IDENTITY)[1] == IDENTITY.to_bytes(8, "little")
+    assert bytes(instance.image.memory[-4:]) == bytes(4)
+
+
+class NoRegisters:
+    """A device model whose registers are all 0 after a reset."""
+
+    def reset(self) -> tuple:
+        return ()
+
+
+def test_a_reset_leaves_nothing_of_a_large_memory():
+    image = FunctionImage(mmap.mmap(-1, image_bytes(4 << 20)))
+    image.store([(0, b"\xff" * (4 << 20))])
+    instance = Instance(InstanceRecord(), NoRegisters(), image)
+    instance.reset()
+    assert instance.image.memory == bytes(4 << 20)
+    instance.close()
+
+
+def test_a_reset_is_refused_of_what_does_not_run(bench: Bench):
+    bench.create()
+    bench.stop(1, 10)
+    assert reason_of(reset, bench) is Reason.ILLEGAL_STATE
+    assert reason_of(reset, bench, 2) is Reason.WRONG_GENERATION
+
+
+def test_a_reset_that_a_kill_interrupts_is_finished_after_it(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    instance = bench.create()
+    instance.image.store([(8, b"registers"), (MEMORY_BYTES - 4, b"last")])
+
+    def killed() -> None:
+        instance.image.store([(0, bytes(4096))])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(instance, "reset", killed)
+    with pytest.raises(KeyboardInterrupt):
+        reset(bench)
+    for _ in range(2):
+        bench.restart()
+        again = bench.functions.require("vf1", 1)
+        expected = bytearray(MEMORY_BYTES)
+        for offset, data in again.model.reset():
+            expected[offset : offset + len(data)] = data
+        assert again.image.memory == expected
+    again.image.store([(MEMORY_BYTES - 4, b"kept")])
+    bench.restart()
+    assert bytes(bench.functions.require("vf1", 1).image.memory[-4:]) == b"kept"
+
+
+def test_a_restart_keeps_everything(bench: Bench):
+    do(bench.create(), 1, checker.SCRATCH, 0x11)
+    bench.create("vf2", generation=5, revision=3, fresh=False, vf_index=2)
+    prepared(bench, revision=12, generation=2, device="nic1")
+    bench.stop(1, 12)
+    before = [(i.shown(), i.record.resolve_time, bytes(i.image.memory)) for i in bench.functions.instances()]
+    bench.clock.now += 5
+    bench.restart()
+    assert [(i.shown(), i.record.resolve_time, bytes(i.image.memory)) for i in bench.functions.instances()] == before
+    assert bench.functions.files() == set(bench.ledger.files())
+
+
+def test_a_file_that_a_kill_left_before_its_record_is_not_taken_over(bench: Bench):
+    instance = bench.create()
+    file = instance.record.file
+    bench.functions.destroy(
+        DestroyFunctionRequest(attempt=attempt(1), function="vf1", generation=1, decision=COMMITTED)
+    )
+    with bench.ledger.map_file(file, 4096) as mapped:
+        mapped[:] = b"x" * 4096
+    bench.ledger.erase()
+    bench.restart()
+    assert bench.create().record.file == file
+    assert bytes(bench.functions.require("vf1", 1).image.memory[64:128]) == bytes(64)
+
+
+def test_who_waits_for_a_change_of_state_hears_of_the_end(bench: Bench):
+    instance = bench.create()
+    assert (instance.is_importing, instance.is_closed) == (False, False)
+    assert not instance.changed.is_set()
+    instance.close()
+    assert instance.is_closed is True
+    assert instance.changed.is_set()

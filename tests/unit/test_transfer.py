@@ -1,0 +1,291 @@
+"""A function's state, out of its source and into its target: all of it, or nothing."""
+
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from random import Random
+
+import pytest
+from support.fake_transfer import Network
+from support.manual_clock import settle
+from support.transfer_pair import PAGES, Pair, Parts, exported, receive
+
+from hostd.instance import Instance
+from hostd.transfer import CHUNK_PAGES, FEW_DIRTY_PAGES, pages_crc, sequences_crc
+from vfleet.address import PAGE_BYTES
+from vfleet.errors import Reason, VfleetError
+from vfleet.v1.access_pb2 import ACCESS_STATUS_OK, Answer
+from vfleet.v1.transfer_service_pb2 import (
+    ExportStateResponse,
+    StatePages,
+)
+from vfleet.v1.types_pb2 import (
+    DEVICE_STATE_RESUMING,
+    DEVICE_STATE_RUNNING,
+    Bar,
+)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    found = Pair(tmp_path)
+    yield found
+    found.close()
+
+
+# All of it
+
+
+async def test_all_that_a_function_is_moves(pair: Pair):
+    steps = await pair.pull_all()
+    pair.assert_moved()
+    assert pair.target.image.sequencer("d1").answer(2) == (ACCESS_STATUS_OK, b"two")
+    assert pair.target.image.sequencer("d2").session == 4
+    assert [(step.rounds, step.ready_to_stop, step.complete) for step in steps] == [(1, True, False), (1, True, True)]
+    pair.h2.restart()
+    pair.assert_moved(pair.h2.functions.require("vf1", 2))
+
+
+async def test_a_stopped_function_is_sent_at_once_and_again_if_asked(pair: Pair):
+    pair.h1.stop(1, 10)
+    assert [step.complete for step in await pair.pull_all()] == [True]
+    pair.assert_moved()
+    assert [part.WhichOneof("part") async for part in pair.export()][-1] == "end"
+
+
+async def test_an_import_that_is_complete_says_so_again_and_asks_nobody(pair: Pair):
+    await pair.pull_all()
+    pair.h1.destroy(1, 10, 1)
+    assert [step.complete for step in await pair.pull_all()] == [True]
+
+
+async def test_zero_pages_are_left_out_and_come_out_zero(pair: Pair):
+    parts = await pair.parts()
+    pages = [part.pages for part in parts if part.HasField("pages")]
+    assert sum(len(page.data) for page in pages) < 4 * CHUNK_PAGES * PAGE_BYTES
+    assert all(any(page.data) for page in pages)
+    receive(pair.target, parts)
+    assert pair.target.image.memory == pair.source.image.memory
+
+
+async def test_a_page_that_became_zero_during_the_copy_is_sent_as_zeros(pair: Pair):
+    async with aclosing(pair.export()) as export:
+        parts = []
+        async for part in export:
+            parts.append(part)
+            if part.HasField("round_end"):
+                pair.source.image.store([(300 * PAGE_BYTES, bytes(PAGE_BYTES))])
+                pair.h1.stop(1, 10)
+    assert pages_of(parts)[-1].data == bytes(PAGE_BYTES)
+    receive(pair.target, parts)
+    assert pair.target.image.memory == pair.source.image.memory
+
+
+def pages_of(parts: Parts) -> list[StatePages]:
+    return [part.pages for part in parts if part.HasField("pages")]
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_no_page_that_changes_during_the_copy_is_missed(pair: Pair, seed: int):
+    """Accesses fall between any two parts, anywhere; the stop comes at any moment, also before it is asked for."""
+    random = Random(seed)
+    stop_at = random.randrange(3, 30)
+    count = 0
+    async with aclosing(pair.export(max_rounds=random.randrange(1, 6))) as export:
+        parts: Parts = []
+        async for part in export:
+            parts.append(part)
+            count += 1
+            if not pair.source.is_serving:
+                continue
+            for _ in range(random.choice([0, 1, 5, 2 * FEW_DIRTY_PAGES])):
+                length = random.choice([1, 8, PAGE_BYTES])
+                offset = random.randrange(PAGES * PAGE_BYTES - length)
+                pair.source.image.store([(offset, random.randbytes(length))])
+            pair.access("d1", random.randbytes(8))
+            if count >= stop_at or part.round_end.last_before_stop:
+                pair.h1.stop(1, 10)
+    receive(pair.target, parts)
+    assert pair.target.image.memory == pair.source.image.memory
+    assert exported(pair.target.image) == exported(pair.source.image)
+
+
+async def test_rounds_go_on_until_few_pages_are_left_or_the_rounds_are_used_up(pair: Pair):
+    async def ends(max_rounds: int, dirty_in_round: list[int]) -> list[tuple[int, int, bool]]:
+        found = []
+        async with aclosing(pair.export(max_rounds=max_rounds)) as export:
+            async for part in export:
+                if part.HasField("pages") and dirty_in_round:
+                    for page in range(dirty_in_round.pop(0)):
+                        pair.write(page, b"again")
+                if part.HasField("round_end"):
+                    end = part.round_end
+                    found.append((end.round, end.dirty_bytes // PAGE_BYTES, end.last_before_stop))
+                    if end.last_before_stop:
+                        break
+        return found
+
+    assert await ends(5, []) == [(1, 0, True)]
+    many = FEW_DIRTY_PAGES + 1
+    assert await ends(5, [many]) == [(1, many, False), (2, 0, True)]
+    assert await ends(1, [many]) == [(1, many, True)]
+    assert await ends(5, [many - 1]) == [(1, many - 1, True)]
+    assert pair.source.state == DEVICE_STATE_RUNNING
+
+
+# Or nothing
+
+
+def flipped(message: ExportStateResponse, path: str, change: Callable) -> ExportStateResponse:
+    """Return the part with one field, given by its path, changed."""
+    changed = ExportStateResponse.FromString(message.SerializeToString())
+    *parents, name = path.split(".")
+    at = changed
+    for parent in parents:
+        at = getattr(at, parent)
+        at = at[0] if not hasattr(at, "DESCRIPTOR") else at
+    value = change(getattr(at, name))
+    if isinstance(value, list):
+        at.ClearField(name)
+        getattr(at, name).extend(value)
+    else:
+        setattr(at, name, value)
+    return changed
+
+
+def flip_bit(data: bytes) -> bytes:
+    return bytes([data[0] ^ 1]) + data[1:]
+
+
+# Which field of which part (the first that has it) is changed, and how.
+DAMAGE = {
+    "version": ("header.format_version", lambda v: v + 1),
+    "model": ("header.model", lambda v: v + "x"),
+    "bars": ("header.bars", lambda bars: [Bar(index=0, size_bytes=4096)]),
+    "bar size": ("header.bars.size_bytes", lambda size: size * 2),
+    "identity": ("header.identity", lambda v: v ^ 1 << 63),
+    "image size": ("header.image_bytes", lambda v: v + PAGE_BYTES),
+    "a bit of the pages": ("pages.data", flip_bit),
+    "pages cut short": ("pages.data", lambda data: data[:-1]),
+    "pages without a page": ("pages.data", lambda data: data[:-PAGE_BYTES]),
+    "no pages": ("pages.data", lambda data: b""),
+    "the pages' checksum": ("pages.crc", lambda v: v ^ 1),
+    "the pages' place": ("pages.image_offset", lambda v: v + PAGE_BYTES),
+    "an odd place": ("pages.image_offset", lambda v: v + 1),
+    "a place beyond the end": ("pages.image_offset", lambda v: PAGES * PAGE_BYTES),
+    "the number of parts": ("end.page_messages", lambda v: v + 1),
+    "the checksum of all pages": ("end.pages_crc", lambda v: v ^ 1),
+    "the checksum of the sequences": ("end.sequences_crc", lambda v: v ^ 1),
+    "a sequence": ("end.sequences.last_sequence", lambda v: v + 1),
+    "a session": ("end.sequences.session", lambda v: v + 1),
+    "a driver": ("end.sequences.driver", lambda v: "d3"),
+    "an answer": ("end.sequences.answers", lambda a: [Answer(sequence=1, status=ACCESS_STATUS_OK, data=b"else")]),
+    "answers left out": ("end.sequences.answers", lambda a: []),
+    "sequences left out": ("end.sequences", lambda s: list(s)[:1]),
+    "sequences in another order": ("end.sequences", lambda s: list(s)[::-1]),
+}
+
+
+def assert_refused(instance: Instance, parts: Parts) -> None:
+    with pytest.raises(VfleetError) as caught:
+        receive(instance, parts)
+    assert caught.value.reason is Reason.BAD_STATE
+    assert caught.value.metadata["function"] == "vf1"
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+async def test_damage_is_refused(pair: Pair, name: str):
+    parts = await pair.parts()
+    path, change = DAMAGE[name]
+    kind = path.partition(".")[0]
+    index = next(index for index, part in enumerate(parts) if part.HasField(kind))
+    damaged = [*parts[:index], flipped(parts[index], path, change), *parts[index + 1 :]]
+    assert damaged != parts
+    assert_refused(pair.target, damaged)
+
+
+async def test_any_bit_of_any_page_and_of_its_place_counts(pair: Pair):
+    (first, *_) = pages_of(await pair.parts())
+    random = Random(5)
+    for _ in range(50):
+        data = bytearray(first.data)
+        data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+        assert pages_crc(first.image_offset, bytes(data)) != first.crc
+    for bit in range(64):
+        assert pages_crc(first.image_offset ^ 1 << bit, first.data) != first.crc
+
+
+async def test_parts_that_are_lost_repeated_or_out_of_order_are_refused(pair: Pair):
+    parts = await pair.parts()
+    assert len(parts) > 4
+    for index in range(len(parts)):
+        assert_refused(pair.target, parts[:index])
+        assert_refused(pair.target, parts[:index] + parts[index + 1 :])
+        assert_refused(pair.target, [*parts[: index + 1], *parts[index:]])
+        if index:
+            swapped = [*parts[: index - 1], parts[index], parts[index - 1], *parts[index + 1 :]]
+            assert_refused(pair.target, swapped)
+    assert_refused(pair.target, [parts[0], ExportStateResponse(), *parts[1:]])
+
+
+async def test_another_image_with_the_right_checksums_is_still_not_this_functions(pair: Pair):
+    parts = await pair.parts()
+    pages = StatePages(image_offset=PAGES * PAGE_BYTES, data=bytes(PAGE_BYTES))
+    pages.crc = pages_crc(pages.image_offset, pages.data)
+    assert_refused(pair.target, [parts[0], ExportStateResponse(pages=pages), *parts[1:]])
+
+
+async def test_the_order_of_sequences_counts(pair: Pair):
+    sequences = (await pair.parts())[-1].end.sequences
+    assert sequences_crc(sequences) != sequences_crc(list(sequences)[::-1])
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_after_an_import_that_broke_at_any_part_the_next_is_right(tmp_path: Path, is_restarted: bool):
+    for broken_after in range(100):
+        pair = Pair(tmp_path / str(broken_after))
+        # What the broken import leaves must not show: a page and a driver that the source has no more.
+        pair.write(7, b"gone")
+        pair.access("d0", b"gone")
+
+        async def break_off(parts, left=broken_after):
+            async for part in parts:
+                if not left:
+                    raise VfleetError(Reason.UNREACHABLE, "the source is gone")
+                yield part
+                left -= 1
+
+        try:
+            await pair.pull_all(Network(pair.h1, break_off))
+        except VfleetError as error:
+            if error.reason is not Reason.UNREACHABLE:
+                raise
+        else:
+            pair.close()
+            break
+        assert (pair.target.state, pair.target.about.complete) == (DEVICE_STATE_RESUMING, False)
+        await settle()
+        pair.source.image.store([(7 * PAGE_BYTES, bytes(PAGE_BYTES))])
+        pair.source.image.forget("d0")
+        if is_restarted:
+            pair.h2.restart()
+            pair.target = pair.h2.functions.require("vf1", 2)
+        await pair.pull_all()
+        pair.assert_moved()
+        pair.close()
+    assert broken_after > 4
+
+
+async def test_a_damaged_import_leaves_the_instance_incomplete(pair: Pair):
+    async def damage(parts):
+        async for part in parts:
+            yield flipped(part, "pages.data", flip_bit) if part.HasField("pages") else part
+
+    with pytest.raises(VfleetError) as caught:
+        await pair.pull_all(Network(pair.h1, damage))
+    assert caught.value.reason is Reason.BAD_STATE
+    assert (pair.target.state, pair.target.about.complete) == (DEVICE_STATE_RESUMING, False)
+    assert not isinstance(pair.h2.functions.admit("d1", "vf1", 2, 1, pair.target.about.base), tuple)
+    await settle()
+    await pair.pull_all()
+    pair.assert_moved()

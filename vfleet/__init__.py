@@ -1,0 +1,1 @@
+"""What every process and every client of vfleet shares. Imports neither daemon."""

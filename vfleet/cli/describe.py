@@ -1,0 +1,209 @@
+"""What `vfleet describe` and the migration commands show of one thing: every address with what it is computed from."""
+
+from collections.abc import Iterable
+
+from vfleet.address import Location, bar_layout, format_routing_id, location_of, translate, vf_routing_id
+from vfleet.cli.output import enum_word, hex64, milliseconds, print_fields, print_table, size
+from vfleet.v1.fleet_service_pb2 import DeviceUse
+from vfleet.v1.records_pb2 import Driver, Function, FunctionStatus, Host, Migration, Move, Phase, Place, Step
+from vfleet.v1.types_pb2 import Bar, TableEntry
+
+
+def phase_word(migration: Migration) -> str:
+    """Return how far a migration is, in a word."""
+    return enum_word(Phase.Name(migration.phase), "PHASE_")
+
+
+def step_word(step: Step.ValueType) -> str:
+    """Return a step's name, in small letters."""
+    return enum_word(Step.Name(step), "STEP_")
+
+
+def status_word(function: Function) -> str:
+    """Return where a function is in its life, in a word."""
+    return enum_word(FunctionStatus.Name(function.status), "FUNCTION_STATUS_")
+
+
+def base_arithmetic(base: int) -> str:
+    """Return how a base address is computed from its place."""
+    place = location_of(base)
+    return f"{hex64(base)} = {place.segment:#06x} << 48 | {place.routing_id:#06x} << 32"
+
+
+def offset_arithmetic(base: int, virtual_address: int, offset: int) -> str:
+    """Return how a table's offset is computed from base and virtual address."""
+    return f"{hex64(offset)} = ({hex64(base)} - {hex64(virtual_address)}) mod 2^64"
+
+
+def describe_host(host: Host, devices: Iterable[DeviceUse]) -> None:
+    """Print a host and its devices."""
+    print_fields(
+        [
+            ("Host", host.name),
+            ("Segment", f"{host.segment:#06x}"),
+            ("Address", host.address),
+            ("Incarnation", host.incarnation),
+            ("Registered", "yes" if host.registered else "no"),
+        ]
+    )
+    print_devices(devices)
+
+
+def print_devices(devices: Iterable[DeviceUse]) -> None:
+    """Print devices and the use of their slots, one a line."""
+    print_table(
+        ("DEVICE", "LOCATION", "MODEL", "TYPE", "VFS", "USED", "RESERVED", "BARS", "ATTACHMENTS"),
+        (
+            (
+                use.device.name,
+                Location(use.segment, use.device.routing_id),
+                use.device.model,
+                use.device.io_type,
+                use.device.total_vfs,
+                use.used_slots,
+                use.reserved_slots,
+                _bars(use.device.bars),
+                ", ".join(use.device.attachments),
+            )
+            for use in devices
+        ),
+    )
+
+
+def describe_device(use: DeviceUse) -> None:
+    """Print a device, with the arithmetic of its VFs' routing IDs."""
+    device = use.device
+    first, last = (
+        vf_routing_id(device.routing_id, device.first_vf_offset, device.vf_stride, index)
+        for index in (1, device.total_vfs)
+    )
+    print_fields(
+        [
+            ("Device", device.name),
+            ("Host", f"{device.host}, segment {use.segment:#06x}"),
+            ("Location", f"{Location(use.segment, device.routing_id)}, routing ID {device.routing_id:#06x}"),
+            ("Model", device.model),
+            ("Manufacturer", f"{device.manufacturer.vendor_id:04x}:{device.manufacturer.device_id:04x}"),
+            ("I/O type", device.io_type),
+            ("Physical adapter", device.physical_adapter),
+            ("Bridge", device.bridge or "none"),
+            ("Parent bridge", device.parent_bridge or "none"),
+            ("Power domain", device.power_domain),
+            ("Attachments", ", ".join(device.attachments) or "none"),
+            ("VFs", f"{device.total_vfs}: {use.used_slots} used, {use.reserved_slots} reserved"),
+            ("VF n", f"routing ID {device.routing_id:#06x} + {device.first_vf_offset} + (n - 1) * {device.vf_stride}"),
+            ("VFs at", f"{format_routing_id(first)} to {format_routing_id(last)}"),
+            ("VF BARs", _bars(device.bars)),
+        ]
+    )
+
+
+def describe_function(function: Function, entries: Iterable[TableEntry]) -> None:
+    """Print a function, its BARs, and its drivers' entries."""
+    layout = bar_layout({bar.index: bar.size_bytes for bar in function.bars})
+    print_fields(
+        [
+            ("Function", function.name),
+            ("Identity", hex64(function.identity)),
+            ("Status", status_word(function)),
+            ("Generation", function.generation),
+            ("Home", f"{function.device}, VF {function.vf_index}"),
+            ("Location", location_of(function.base)),
+            ("Base", base_arithmetic(function.base)),
+            *(
+                (f"BAR {bar.index}", f"{hex64(function.base + layout[bar.index])}, {size(bar.size_bytes)}")
+                for bar in function.bars
+            ),
+            ("Model", function.model),
+            ("Migration", function.migration or "none"),
+        ]
+    )
+    print_entries(entries)
+
+
+def describe_driver(driver: Driver) -> None:
+    """Print a driver and its entries."""
+    print_fields([("Driver", driver.name), ("Host", driver.host), ("Main memory", size(driver.main_memory_bytes))])
+    print_entries(driver.entries)
+
+
+def print_entries(entries: Iterable[TableEntry]) -> None:
+    """Print table entries, one a line, with the base that each leads to."""
+    print_table(
+        ("DRIVER", "HOST", "FUNCTION", "GENERATION", "VIRTUAL ADDRESS", "LENGTH", "OFFSET", "LEADS TO", "AT"),
+        (
+            (
+                entry.driver,
+                entry.host,
+                entry.function,
+                entry.generation,
+                hex64(entry.virtual_address),
+                size(entry.length_bytes),
+                hex64(entry.offset),
+                hex64(base := translate(entry.virtual_address, entry.offset)),
+                location_of(base),
+            )
+            for entry in entries
+        ),
+    )
+
+
+def describe_migration(migration: Migration) -> None:
+    """Print a migration: what it moves, how far it is, how long each step took."""
+    attempt = migration.attempt
+    print_fields(
+        [
+            ("Migration", migration.name or "not begun"),
+            ("Phase", phase_word(migration)),
+            ("Attempt", f"{attempt.fleet_generation}.{attempt.revision}" if attempt.revision else "none"),
+            ("Coordinator", migration.coordinator or "none"),
+            *(
+                [("Aborted", f"{migration.abort_reason} (at {step_word(migration.abort_step)})")]
+                if migration.abort_reason
+                else []
+            ),
+        ]
+    )
+    print_moves(migration.moves)
+    if migration.steps:
+        print_table(
+            ("STEP", "TOOK"),
+            ((step_word(step.step), milliseconds(step.duration)) for step in migration.steps),
+        )
+
+
+def print_moves(moves: Iterable[Move]) -> None:
+    """Print moves: places, generations, and how each driver's entry changes."""
+    moves = tuple(moves)
+    print_table(
+        ("FUNCTION", "", "DEVICE", "VF", "GENERATION", "LOCATION", "BASE"),
+        (
+            (move.function, word, place.device, place.vf_index, place.generation, _location(place), hex64(place.base))
+            for move in moves
+            for word, place in (("from", move.source), ("to", move.target))
+        ),
+    )
+    if any(move.entries for move in moves):
+        print_table(
+            ("FUNCTION", "DRIVER", "HOST", "VIRTUAL ADDRESS", "OFFSET BEFORE", "OFFSET AFTER"),
+            (
+                (
+                    move.function,
+                    entry.driver,
+                    entry.host,
+                    hex64(entry.virtual_address),
+                    hex64(entry.offset_before),
+                    hex64(entry.offset_after),
+                )
+                for move in moves
+                for entry in move.entries
+            ),
+        )
+
+
+def _location(place: Place) -> Location:
+    return Location(place.segment, place.routing_id)
+
+
+def _bars(bars: Iterable[Bar]) -> str:
+    return ", ".join(f"{bar.index}: {size(bar.size_bytes)}" for bar in bars)

@@ -1,0 +1,286 @@
+"""The commands about what is in the fleet: get, describe, create, delete, attach, detach."""
+
+import enum
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from google.protobuf.message import Message
+
+from vfleet.cli import describe
+from vfleet.cli.output import Output, OutputOption, hex64, print_message, print_table
+from vfleet.cli.session import CoordinatorOption, EtcdOption, fleet_client, run
+from vfleet.client import FleetClient
+from vfleet.errors import invalid_field
+from vfleet.v1.fleet_service_pb2 import (
+    FleetServiceListDriversResponse,
+    FleetServiceListFunctionsResponse,
+    ListDevicesResponse,
+    ListHostsResponse,
+)
+from vfleet.v1.migration_service_pb2 import ListMigrationsResponse
+
+create_app = typer.Typer()
+delete_app = typer.Typer()
+
+
+class Kinds(enum.StrEnum):
+    """What there is, in the plural."""
+
+    HOSTS = "hosts"
+    DEVICES = "devices"
+    FUNCTIONS = "functions"
+    DRIVERS = "drivers"
+    MIGRATIONS = "migrations"
+
+
+class Kind(enum.StrEnum):
+    """What there is, in the singular."""
+
+    HOST = "host"
+    DEVICE = "device"
+    FUNCTION = "function"
+    DRIVER = "driver"
+    MIGRATION = "migration"
+
+
+FunctionArgument = Annotated[str, typer.Argument(metavar="FUNCTION", help="The function.")]
+DriverArgument = Annotated[str, typer.Argument(metavar="DRIVER", help="The driver.")]
+
+
+def get(
+    kind: Annotated[Kinds, typer.Argument(metavar="KIND", help="hosts, devices, functions, drivers or migrations.")],
+    active: Annotated[bool, typer.Option("--active", help="Only migrations that are not over.")] = False,
+    coordinator: CoordinatorOption = None,
+    etcd: EtcdOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """List hosts, devices, functions, drivers or migrations.
+
+    Example: vfleet get functions -o json
+    """
+
+    async def command() -> None:
+        async with fleet_client(coordinator, etcd) as fleet:
+            listing = await _listing(fleet, kind, active_only=active)
+        if output is Output.TABLE:
+            _print_listing(listing)
+        else:
+            print_message(listing, output)
+
+    run(command())
+
+
+async def _listing(fleet: FleetClient, kind: Kinds, *, active_only: bool) -> Message:
+    match kind:
+        case Kinds.HOSTS:
+            return ListHostsResponse(hosts=await fleet.list_hosts())
+        case Kinds.DEVICES:
+            return ListDevicesResponse(devices=await fleet.list_devices())
+        case Kinds.FUNCTIONS:
+            return FleetServiceListFunctionsResponse(functions=await fleet.list_functions())
+        case Kinds.DRIVERS:
+            return FleetServiceListDriversResponse(drivers=await fleet.list_drivers())
+        case Kinds.MIGRATIONS:
+            return ListMigrationsResponse(migrations=await fleet.list_migrations(active_only=active_only))
+
+
+def _print_listing(listing: Message) -> None:
+    if isinstance(listing, ListHostsResponse):
+        print_table(
+            ("HOST", "SEGMENT", "ADDRESS", "REGISTERED", "INCARNATION"),
+            (
+                (host.name, f"{host.segment:#06x}", host.address, "yes" if host.registered else "no", host.incarnation)
+                for host in listing.hosts
+            ),
+        )
+    elif isinstance(listing, ListDevicesResponse):
+        describe.print_devices(listing.devices)
+    elif isinstance(listing, FleetServiceListFunctionsResponse):
+        print_table(
+            ("FUNCTION", "STATUS", "GENERATION", "DEVICE", "VF", "BASE", "DRIVERS", "MIGRATION"),
+            (
+                (
+                    function.name,
+                    describe.status_word(function),
+                    function.generation,
+                    function.device,
+                    function.vf_index,
+                    hex64(function.base),
+                    ", ".join(function.drivers),
+                    function.migration,
+                )
+                for function in listing.functions
+            ),
+        )
+    elif isinstance(listing, FleetServiceListDriversResponse):
+        print_table(
+            ("DRIVER", "HOST", "FUNCTIONS"),
+            (
+                (driver.name, driver.host, ", ".join(entry.function for entry in driver.entries))
+                for driver in listing.drivers
+            ),
+        )
+    elif isinstance(listing, ListMigrationsResponse):
+        print_table(
+            ("MIGRATION", "PHASE", "MOVES", "REASON"),
+            (
+                (
+                    migration.name,
+                    describe.phase_word(migration),
+                    ", ".join(f"{move.function}={move.target.device}" for move in migration.moves),
+                    migration.abort_reason,
+                )
+                for migration in listing.migrations
+            ),
+        )
+
+
+def describe_command(
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="host, device, function, driver or migration.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name.")],
+    coordinator: CoordinatorOption = None,
+    etcd: EtcdOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Show one host, device, function, driver or migration.
+
+    Example: vfleet describe device h1/nic0
+    """
+
+    async def command() -> None:
+        async with fleet_client(coordinator, etcd) as fleet:
+            match kind:
+                case Kind.HOST:
+                    host = await fleet.get_host(name)
+                    devices = [use for use in await fleet.list_devices() if use.device.host == name]
+                    host.devices.extend(use.device for use in devices)
+                    _show(host, output, lambda: describe.describe_host(host, devices))
+                case Kind.DEVICE:
+                    use = await fleet.get_device(name)
+                    _show(use, output, lambda: describe.describe_device(use))
+                case Kind.FUNCTION:
+                    function = await fleet.get_function(name)
+                    drivers = await fleet.list_drivers()
+                    entries = [e for driver in drivers for e in driver.entries if e.function == name]
+                    _show(function, output, lambda: describe.describe_function(function, entries))
+                case Kind.DRIVER:
+                    driver = await fleet.get_driver(name)
+                    _show(driver, output, lambda: describe.describe_driver(driver))
+                case Kind.MIGRATION:
+                    migration = await fleet.get_migration(name)
+                    _show(migration, output, lambda: describe.describe_migration(migration))
+
+    run(command())
+
+
+@create_app.command("function")
+def create_function(
+    function: Annotated[str, typer.Argument(metavar="NAME", help="The new function's name.")],
+    device: Annotated[str, typer.Option("--on", metavar="HOST/DEVICE", help="The device that is to be its home.")],
+    vf_index: Annotated[int, typer.Option("--vf", metavar="N", help="The VF's index; 0 for the lowest free.")] = 0,
+    coordinator: CoordinatorOption = None,
+    etcd: EtcdOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Make a function on a device. Asking again for the same one succeeds.
+
+    Example: vfleet create function vf1 --on h1/nic0
+    """
+
+    async def command() -> None:
+        async with fleet_client(coordinator, etcd) as fleet:
+            created = await fleet.create_function(function, device, vf_index=vf_index)
+        _show(created, output, lambda: describe.describe_function(created, []))
+
+    run(command())
+
+
+@delete_app.command("function")
+def delete_function(function: FunctionArgument, coordinator: CoordinatorOption = None, etcd: EtcdOption = None) -> None:
+    """End a function that has no drivers.
+
+    Example: vfleet delete function vf1
+    """
+
+    async def command() -> None:
+        async with fleet_client(coordinator, etcd) as fleet:
+            await fleet.delete_function(function)
+        typer.echo(f"{function} is deleted")
+
+    run(command())
+
+
+@delete_app.command("driver")
+def delete_driver(driver: DriverArgument, coordinator: CoordinatorOption = None, etcd: EtcdOption = None) -> None:
+    """End a driver that has no functions.
+
+    Example: vfleet delete driver d1
+    """
+
+    async def command() -> None:
+        async with fleet_client(coordinator, etcd) as fleet:
+            await fleet.delete_driver(driver)
+        typer.echo(f"{driver} is deleted")
+
+    run(command())
+
+
+def attach(
+    function: FunctionArgument,
+    driver: Annotated[str, typer.Option("--driver", metavar="DRIVER", help="The driver; made if it isn't there.")],
+    host: Annotated[str, typer.Option("--host", metavar="HOST", help="Its host, if it is new.")] = "",
+    virtual_address: Annotated[
+        str,
+        typer.Option("--virtual-address", metavar="0x…", help="Where it sees the function; by default, a free place."),
+    ] = "0",
+    main_memory: Annotated[
+        int, typer.Option("--main-memory-bytes", metavar="BYTES", help="Its main memory, if it is new.")
+    ] = 0,
+    coordinator: CoordinatorOption = None,
+    etcd: EtcdOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Attach a driver to a function. Asking again succeeds.
+
+    Example: vfleet attach vf1 --driver d1 --host h1
+    """
+    try:
+        address = int(virtual_address, 0)
+    except ValueError:
+        raise invalid_field("--virtual-address", virtual_address, "a number, for example 0x10000000") from None
+
+    async def command() -> None:
+        async with fleet_client(coordinator, etcd) as fleet:
+            entry = await fleet.attach_driver(
+                function, driver, host=host, virtual_address=address, main_memory_bytes=main_memory
+            )
+        _show(entry, output, lambda: describe.print_entries([entry]))
+
+    run(command())
+
+
+def detach(
+    function: FunctionArgument,
+    driver: Annotated[str, typer.Option("--driver", metavar="DRIVER", help="The driver.")],
+    coordinator: CoordinatorOption = None,
+    etcd: EtcdOption = None,
+) -> None:
+    """Detach a driver from a function.
+
+    Example: vfleet detach vf1 --driver d1
+    """
+
+    async def command() -> None:
+        async with fleet_client(coordinator, etcd) as fleet:
+            await fleet.detach_driver(function, driver)
+        typer.echo(f"{driver} is detached from {function}")
+
+    run(command())
+
+
+def _show(message: Message, output: Output, for_people: Callable[[], None]) -> None:
+    if output is Output.TABLE:
+        for_people()
+    else:
+        print_message(message, output)

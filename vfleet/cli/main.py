@@ -1,0 +1,91 @@
+"""The vfleet command: its subcommands, and the one place where failures become a line and an exit code.
+
+0 done, 1 failed, 2 bad input (`vfleet.cli.session.exit_code` says which is which).
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from typer.core import TyperOption
+
+from vfleet.cli import cluster, demo, fleet, migration, operations, workload
+from vfleet.cli.session import FAILED, INTERRUPTED, exit_code
+from vfleet.errors import VfleetError
+
+# Plain help: it fits one screen. The error edge below replaces Typer's own, which prints tracebacks and boxes.
+app = typer.Typer(
+    name="vfleet",
+    help="Move SR-IOV virtual functions between hosts under running drivers.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vfleet {version('vfleet')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Move SR-IOV virtual functions between hosts under running drivers."""
+
+
+app.command("demo")(demo.demo)
+app.command("up")(cluster.up)
+app.command("get")(fleet.get)
+app.command("describe")(fleet.describe_command)
+app.add_typer(fleet.create_app, name="create", help="Make a function.")
+app.add_typer(fleet.delete_app, name="delete", help="End a function or a driver.")
+app.command("attach")(fleet.attach)
+app.command("detach")(fleet.detach)
+app.command("migrate")(migration.migrate)
+app.command("watch")(migration.watch)
+app.command("cancel")(migration.cancel)
+app.command("doctor")(operations.doctor)
+app.add_typer(operations.fleet_app, name="fleet", help="Raise the fleet generation, or forget a host.")
+app.add_typer(workload.app, name="workload", help="Start, stop or report a workload of a driver.")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Carry out a command line and return its exit code. A failure is one line on standard error."""
+    command = typer.main.get_command(app)
+    for option in command.params:
+        # Who needs it finds it in Typer's documentation; the help is to fit one screen.
+        if "--show-completion" in option.opts and isinstance(option, TyperOption):
+            option.hidden = True
+    try:
+        result: object = command.main(list(arguments) or ["--help"], prog_name="vfleet", standalone_mode=False)
+    except VfleetError as error:
+        return _fail(error.message, exit_code(error))
+    except typer.TyperException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except typer.Abort:
+        return INTERRUPTED
+    except OSError as error:
+        return _fail(str(error), FAILED)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    typer.echo(f"vfleet: {line}", err=True)
+    return code
+
+
+def main() -> None:
+    """Run the vfleet command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The commands about migrations: migrate, watch, cancel."""
+
+from contextlib import aclosing
+from typing import Annotated
+
+import typer
+from rich.status import Status
+
+from vfleet.cli import describe
+from vfleet.cli.output import Output, OutputOption, console, print_message, size
+from vfleet.cli.session import FAILED, CoordinatorOption, EtcdOption, fleet_client, run
+from vfleet.client import PHASES_OVER, FleetClient, move_request, request_id
+from vfleet.errors import invalid_field
+from vfleet.v1.migration_service_pb2 import MoveRequest, WatchMigrationResponse
+from vfleet.v1.records_pb2 import Migration, Phase, Step
+
+MigrationArgument = Annotated[str, typer.Argument(metavar="MIGRATION", help="The migration.")]
+
+
+def migrate(
+    functions: Annotated[
+        list[str], typer.Argument(metavar="FUNCTION[=DEVICE[:VF]]…", help="Functions, and where each is to go.")
+    ],
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="DEVICE[:VF]", help="Where functions named without a device go.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and do nothing.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it is over; exit 1 if it was aborted.")] = False,
+    name: Annotated[
+        str, typer.Option("--request-id", metavar="NAME", help="Name of the migration; the same again is the same one.")
+    ] = "",
+    coordinator: CoordinatorOption = None,
+    etcd: EtcdOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Move functions to other devices, all or none.
+
+    Their drivers go on meanwhile, at the same virtual addresses.
+
+    \b
+    Example: vfleet migrate vf1 --to h2/nic0 --wait
+    Example: vfleet migrate vf1=h2/nic0 vf2=h3/nic1:4
+    """
+    moves = [_move(function, to) for function in functions]
+    if to is not None and all("=" in function for function in functions):
+        raise invalid_field("--to", to, "a function without a device of its own")
+
+    async def command() -> Migration:
+        async with fleet_client(coordinator, etcd) as fleet:
+            if dry_run:
+                return await fleet.plan_migration(moves)
+            migration = await fleet.create_migration(moves, name=name or request_id())
+            return await _follow(fleet, migration.name) if wait else migration
+
+    migration = run(command())
+    if output is not Output.TABLE:
+        print_message(migration, output)
+    elif dry_run:
+        describe.print_moves(migration.moves)
+    elif wait:
+        describe.describe_migration(migration)
+    else:
+        typer.echo(f"{migration.name} has begun; follow it with: vfleet watch {migration.name}")
+    _exit_by_outcome(migration)
+
+
+def watch(
+    migration: MigrationArgument,
+    coordinator: CoordinatorOption = None,
+    etcd: EtcdOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Follow a migration until it is over.
+
+    Exits 1 if it was aborted. JSON is one line an update.
+
+    Example: vfleet watch m-0123456789ab
+    """
+
+    async def command() -> Migration:
+        async with fleet_client(coordinator, etcd) as fleet:
+            return await _follow(fleet, migration, output)
+
+    last = run(command())
+    if output is Output.TABLE:
+        describe.describe_migration(last)
+    _exit_by_outcome(last)
+
+
+def cancel(
+    migration: MigrationArgument,
+    coordinator: CoordinatorOption = None,
+    etcd: EtcdOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Abort a migration that is not yet committed.
+
+    Example: vfleet cancel m-0123456789ab
+    """
+
+    async def command() -> Migration:
+        async with fleet_client(coordinator, etcd) as fleet:
+            return await fleet.cancel_migration(migration)
+
+    cancelled = run(command())
+    if output is Output.TABLE:
+        typer.echo(f"{migration} is {describe.phase_word(cancelled)}")
+    else:
+        print_message(cancelled, output)
+
+
+def _move(argument: str, to: str | None) -> MoveRequest:
+    function, equals, own = argument.partition("=")
+    target = own if equals else to
+    if target is None:
+        raise invalid_field("FUNCTION", argument, "FUNCTION=DEVICE, or FUNCTION with --to DEVICE")
+    device, colon, vf_index = target.partition(":")
+    if colon and not (vf_index.isascii() and vf_index.isdigit()):
+        raise invalid_field("device", target, "HOST/DEVICE or HOST/DEVICE:VF, for example h2/nic0:4")
+    return move_request(function, device, int(vf_index) if colon else 0)
+
+
+async def _follow(fleet: FleetClient, name: str, output: Output = Output.TABLE) -> Migration:
+    """Return the migration once it is over.
+
+    Until then show how far it is: on a terminal in one line that changes, else a line for each step; or every update
+    in the form for programs.
+    """
+    progress = console(stderr=True)
+    shown = ""
+    with progress.status(f"{name}: waiting") as status:
+        async with aclosing(fleet.watch_migration(name)) as updates:
+            async for update in updates:
+                if output is not Output.TABLE:
+                    print_message(update, output, compact=True)
+                elif progress.is_terminal:
+                    _show_progress(status, update)
+                elif (line := _progress_line(update)) != shown:
+                    progress.print(line)
+                    shown = line
+                if update.migration.phase in PHASES_OVER:
+                    return update.migration
+    return await fleet.get_migration(name)
+
+
+def _show_progress(status: Status, update: WatchMigrationResponse) -> None:
+    copies = (
+        f"{copy.function}: {copy.rounds} rounds, {size(copy.received_bytes)} received, {size(copy.dirty_bytes)} dirty"
+        for copy in update.copies
+    )
+    status.update("; ".join((_progress_line(update), *copies)))
+
+
+def _progress_line(update: WatchMigrationResponse) -> str:
+    line = f"{update.migration.name}: {describe.phase_word(update.migration)}"
+    return f"{line}, {describe.step_word(update.step)}" if update.step != Step.STEP_UNSPECIFIED else line
+
+
+def _exit_by_outcome(migration: Migration) -> None:
+    if migration.phase in (Phase.PHASE_ABORTING, Phase.PHASE_ABORTED):
+        typer.echo(f"vfleet: {migration.name} was aborted: {migration.abort_reason}", err=True)
+        raise typer.Exit(FAILED)

@@ -1,0 +1,115 @@
+"""The commands for when something went wrong: doctor, fleet bump-generation, fleet forget-host."""
+
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+
+from vfleet.cli.output import Output, OutputOption, enum_word, print_message, print_table
+from vfleet.cli.session import FAILED, CoordinatorOption, EtcdOption, fleet_client, run
+from vfleet.v1.fleet_service_pb2 import (
+    BumpGenerationResponse,
+    CheckFleetResponse,
+    Difference,
+    DifferenceKind,
+    ForgetHostResponse,
+)
+
+fleet_app = typer.Typer()
+
+
+def doctor(
+    repair: Annotated[bool, typer.Option("--repair", help="Repair what etcd proves how to repair.")] = False,
+    coordinator: CoordinatorOption = None,
+    etcd: EtcdOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Compare etcd with every host and name each difference.
+
+    Exits 1 if differences are left. What is under way is none.
+
+    Example: vfleet doctor --repair
+    """
+
+    async def command() -> CheckFleetResponse:
+        async with fleet_client(coordinator, etcd) as fleet:
+            return await fleet.check_fleet(repair=repair)
+
+    checked = run(command())
+    if output is not Output.TABLE:
+        print_message(checked, output)
+    else:
+        _print_differences("repaired", checked.repaired)
+        _print_differences("differences", checked.differences)
+        if not checked.differences:
+            typer.echo("etcd and all hosts agree")
+    if checked.differences:
+        raise typer.Exit(FAILED)
+
+
+@fleet_app.command("bump-generation")
+def bump_generation(
+    coordinator: CoordinatorOption = None, etcd: EtcdOption = None, output: OutputOption = Output.TABLE
+) -> None:
+    """Raise the fleet generation, after etcd was restored from a backup.
+
+    Example: vfleet fleet bump-generation
+    """
+
+    async def command() -> int:
+        async with fleet_client(coordinator, etcd) as fleet:
+            return await fleet.bump_generation()
+
+    generation = run(command())
+    if output is Output.TABLE:
+        typer.echo(f"the fleet generation is {generation}; see what the backup forgot: vfleet doctor")
+    else:
+        print_message(BumpGenerationResponse(generation=generation), output)
+
+
+@fleet_app.command("forget-host")
+def forget_host(
+    host: Annotated[str, typer.Argument(metavar="HOST", help="A host that is down and never comes back.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Also if something is there: functions become LOST, drivers go.")
+    ] = False,
+    coordinator: CoordinatorOption = None,
+    etcd: EtcdOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Take a host that never comes back out of the fleet.
+
+    Example: vfleet fleet forget-host h3 --force
+    """
+
+    async def command() -> ForgetHostResponse:
+        async with fleet_client(coordinator, etcd) as fleet:
+            return await fleet.forget_host(host, force=force)
+
+    forgotten = run(command())
+    if output is not Output.TABLE:
+        print_message(forgotten, output)
+        return
+    typer.echo(f"{host} is forgotten")
+    for what, names in (("LOST", forgotten.lost_functions), ("deleted", forgotten.deleted_drivers)):
+        for name in names:
+            typer.echo(f"{name} is {what}")
+
+
+def _print_differences(title: str, differences: Iterable[Difference]) -> None:
+    rows = [
+        (
+            enum_word(DifferenceKind.Name(each.kind), "DIFFERENCE_KIND_").replace("_", " "),
+            each.host,
+            each.function,
+            each.driver,
+            each.migration,
+            each.etcd_says,
+            each.host_says,
+            each.remedy,
+        )
+        for each in differences
+    ]
+    if rows:
+        typer.echo(f"{title}:")
+        print_table(("KIND", "HOST", "FUNCTION", "DRIVER", "MIGRATION", "ETCD SAYS", "HOST SAYS", "REPAIR"), rows)

@@ -1,0 +1,102 @@
+"""What commands print: tables for people, protobuf's JSON mapping (also as YAML) for programs.
+
+Results go to standard output, progress to standard error. Colours and animation are for terminals only.
+"""
+
+import enum
+from collections.abc import Iterable, Sequence
+from typing import Annotated
+
+import typer
+import yaml
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToDict, MessageToJson
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+
+PIPE_WIDTH = 400  # columns, where there is no terminal to fit: enough not to break lines
+
+
+class Output(enum.StrEnum):
+    """The form of a command's output."""
+
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
+
+
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="For people, or for programs.")]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return the console for results, or for progress."""
+    found = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+    if not found.is_terminal:
+        found.width = PIPE_WIDTH
+    return found
+
+
+def print_message(message: Message, output: Output, *, compact: bool = False) -> None:
+    """Print a message for programs: all fields, named as in the protos. `compact` JSON is one line."""
+    if output is Output.JSON:
+        text = MessageToJson(
+            message,
+            preserving_proto_field_name=True,
+            always_print_fields_with_no_presence=True,
+            indent=None if compact else 2,
+        )
+        typer.echo(text)
+    else:
+        fields = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        typer.echo(yaml.safe_dump(fields, sort_keys=False, explicit_start=compact), nl=False)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    _print_aligned(table)
+
+
+def print_fields(fields: Iterable[tuple[str, object]]) -> None:
+    """Print names and values, one pair a line."""
+    grid = Table.grid(padding=(0, 3))
+    for name, value in fields:
+        grid.add_row(name, str(value))
+    _print_aligned(grid)
+
+
+def _print_aligned(table: Table) -> None:
+    """Print a table without the blanks that rich puts at the end of lines."""
+    out = console()
+    with out.capture() as captured:
+        out.print(table)
+    for line in captured.get().splitlines():
+        typer.echo(line.rstrip(), color=True)  # rich has decided on colours already
+
+
+def hex64(value: int) -> str:
+    """Return a 64-bit address or offset with all its digits."""
+    return f"{value:#018x}"
+
+
+def size(value_bytes: int) -> str:
+    """Return a size in the largest unit that divides it."""
+    for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if value_bytes and not value_bytes % (1 << shift):
+            return f"{value_bytes >> shift} {unit}"
+    return f"{value_bytes} B"
+
+
+def milliseconds(duration: Duration) -> str:
+    """Return a duration in milliseconds."""
+    return f"{duration.ToTimedelta().total_seconds() * 1000:.1f} ms"
+
+
+def enum_word(name: str, prefix: str) -> str:
+    """Return the name of an enum's value without its prefix, in small letters."""
+    return name.removeprefix(prefix).lower()

@@ -1,0 +1,405 @@
+"""Typed asyncio clients of both daemons: `FleetClient` for coordinators, `HostClient` for one hostd.
+
+Thin: plain arguments in, the messages of vfleet.v1 out, VfleetError for every failure. What can be checked without a
+daemon is checked before anything is sent. `vfleet.driver.DriverClient` is for a program that is a driver itself.
+"""
+
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
+from random import Random
+from types import TracebackType
+from typing import Self, TypeVar
+
+from vfleet.address import ADDRESS_SPACE, PAGE_BYTES
+from vfleet.caller import PATIENCE_S, Caller
+from vfleet.clock import Clock
+from vfleet.errors import invalid_field, not_found
+from vfleet.limits import MAX_MAIN_MEMORY_BYTES
+from vfleet.names import check_device_name, check_name
+from vfleet.rpc import Channels
+from vfleet.v1 import driver_service_pb2 as driver_pb2
+from vfleet.v1 import fleet_service_pb2 as fleet_pb2
+from vfleet.v1 import function_service_pb2 as function_pb2
+from vfleet.v1 import hold_service_pb2 as hold_pb2
+from vfleet.v1 import migration_service_pb2 as migration_pb2
+from vfleet.v1 import translation_service_pb2 as translation_pb2
+from vfleet.v1.driver_service_pb2_grpc import DriverServiceStub
+from vfleet.v1.fleet_service_pb2_grpc import FleetServiceStub
+from vfleet.v1.function_service_pb2_grpc import FunctionServiceStub
+from vfleet.v1.hold_service_pb2_grpc import HoldServiceStub
+from vfleet.v1.migration_service_pb2_grpc import MigrationServiceStub
+from vfleet.v1.records_pb2 import Driver, Function, Host, Migration, Phase
+from vfleet.v1.translation_service_pb2_grpc import TranslationServiceStub
+from vfleet.v1.types_pb2 import TableEntry
+
+PAGE_SIZE = 1000
+MAX_VF_INDEX = 65535
+# An access may wait for as long as a hold may last.
+ACCESS_TIMEOUT_S = 120.0
+PHASES_OVER = frozenset({Phase.PHASE_DONE, Phase.PHASE_ABORTED})
+
+T = TypeVar("T")
+
+
+def move_request(function: str, device: str, vf_index: int = 0) -> migration_pb2.MoveRequest:
+    """Return where a function is to go: the device, as HOST/DEVICE, and the VF's index (0: the lowest free)."""
+    return migration_pb2.MoveRequest(
+        function=check_name("function", function),
+        target_device=check_device_name("device", device),
+        target_vf_index=_check_number("vf_index", vf_index, MAX_VF_INDEX),
+    )
+
+
+def request_id() -> str:
+    """Return a new request ID, which becomes a migration's name."""
+    return f"m-{uuid.uuid4().hex[:12]}"
+
+
+class _Client:
+    """What both clients share: made from addresses, closed after use."""
+
+    _kind: str
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        channels: Channels | None = None,
+        clock: Clock | None = None,
+        random: Random | None = None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self.caller = Caller(
+            self._kind, addresses, channels=channels, clock=clock, random=random, patience_s=patience_s
+        )
+
+    async def close(self) -> None:
+        """Close the connections that the client made."""
+        await self.caller.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class FleetClient(_Client):
+    """The fleet, through any of its coordinators: the first that answers of those at `addresses`.
+
+    Goes on for `patience_s` seconds when none answers, then raises UNREACHABLE. With several addresses, a call that can
+    be repeated leaves a coordinator that is frozen after 5 s.
+    """
+
+    _kind = "coordinator"
+
+    async def list_hosts(self) -> list[Host]:
+        """Return all hosts, without their devices, by name."""
+
+        async def page(token: str) -> tuple[Iterable[Host], str]:
+            request = fleet_pb2.ListHostsRequest(page_size=PAGE_SIZE, page_token=token)
+            response = await self.caller.call(lambda channel: FleetServiceStub(channel).ListHosts, request)
+            return response.hosts, response.next_page_token
+
+        return await _all_pages(page)
+
+    async def list_devices(self) -> list[fleet_pb2.DeviceUse]:
+        """Return all devices and the use of their slots, by name."""
+
+        async def page(token: str) -> tuple[Iterable[fleet_pb2.DeviceUse], str]:
+            request = fleet_pb2.ListDevicesRequest(page_size=PAGE_SIZE, page_token=token)
+            response = await self.caller.call(lambda channel: FleetServiceStub(channel).ListDevices, request)
+            return response.devices, response.next_page_token
+
+        return await _all_pages(page)
+
+    async def list_functions(self) -> list[Function]:
+        """Return all functions, by name."""
+
+        async def page(token: str) -> tuple[Iterable[Function], str]:
+            request = fleet_pb2.FleetServiceListFunctionsRequest(page_size=PAGE_SIZE, page_token=token)
+            response = await self.caller.call(lambda channel: FleetServiceStub(channel).ListFunctions, request)
+            return response.functions, response.next_page_token
+
+        return await _all_pages(page)
+
+    async def list_drivers(self) -> list[Driver]:
+        """Return all drivers with their entries, by name."""
+
+        async def page(token: str) -> tuple[Iterable[Driver], str]:
+            request = fleet_pb2.FleetServiceListDriversRequest(page_size=PAGE_SIZE, page_token=token)
+            response = await self.caller.call(lambda channel: FleetServiceStub(channel).ListDrivers, request)
+            return response.drivers, response.next_page_token
+
+        return await _all_pages(page)
+
+    async def list_migrations(self, *, active_only: bool = False) -> list[Migration]:
+        """Return all migrations, or those that are not over; the newest first."""
+
+        async def page(token: str) -> tuple[Iterable[Migration], str]:
+            request = migration_pb2.ListMigrationsRequest(
+                page_size=PAGE_SIZE, page_token=token, active_only=active_only
+            )
+            response = await self.caller.call(lambda channel: MigrationServiceStub(channel).ListMigrations, request)
+            return response.migrations, response.next_page_token
+
+        return await _all_pages(page)
+
+    async def get_host(self, name: str) -> Host:
+        """Return a host. Raise NOT_FOUND."""
+        check_name("host", name)
+        return _named("host", name, ((host.name, host) for host in await self.list_hosts()))
+
+    async def get_device(self, name: str) -> fleet_pb2.DeviceUse:
+        """Return a device, named as HOST/DEVICE. Raise NOT_FOUND."""
+        check_device_name("device", name)
+        return _named("device", name, ((use.device.name, use) for use in await self.list_devices()))
+
+    async def get_function(self, name: str) -> Function:
+        """Return a function. Raise NOT_FOUND."""
+        check_name("function", name)
+        return _named("function", name, ((function.name, function) for function in await self.list_functions()))
+
+    async def get_driver(self, name: str) -> Driver:
+        """Return a driver. Raise NOT_FOUND."""
+        check_name("driver", name)
+        return _named("driver", name, ((driver.name, driver) for driver in await self.list_drivers()))
+
+    async def create_function(self, function: str, device: str, *, vf_index: int = 0) -> Function:
+        """Make a function on a device (HOST/DEVICE), in the VF of that index (0: the lowest free)."""
+        request = fleet_pb2.FleetServiceCreateFunctionRequest(
+            function=check_name("function", function),
+            device=check_device_name("device", device),
+            vf_index=_check_number("vf_index", vf_index, MAX_VF_INDEX),
+        )
+        response = await self.caller.call(lambda channel: FleetServiceStub(channel).CreateFunction, request)
+        return response.function
+
+    async def delete_function(self, function: str) -> None:
+        """End a function without drivers. Sent once: a name may mean another function the next time."""
+        request = fleet_pb2.DeleteFunctionRequest(function=check_name("function", function))
+        await self.caller.call(lambda channel: FleetServiceStub(channel).DeleteFunction, request, repeatable=False)
+
+    async def attach_driver(
+        self, function: str, driver: str, *, host: str = "", virtual_address: int = 0, main_memory_bytes: int = 0
+    ) -> TableEntry:
+        """Attach a driver to a function and return its table entry; make the driver, on `host`, if it isn't there.
+
+        `virtual_address` is a multiple of 4096, 0 for the first place that is free; `main_memory_bytes` a multiple of
+        4096 up to 1 GiB.
+        """
+        for field, value in (("virtual_address", virtual_address), ("main_memory_bytes", main_memory_bytes)):
+            if value % PAGE_BYTES:
+                raise invalid_field(field, value, f"a multiple of {PAGE_BYTES}")
+        request = fleet_pb2.AttachDriverRequest(
+            function=check_name("function", function),
+            driver=check_name("driver", driver),
+            host=check_name("host", host) if host else "",
+            virtual_address=_check_number("virtual_address", virtual_address, ADDRESS_SPACE - 1),
+            main_memory_bytes=_check_number("main_memory_bytes", main_memory_bytes, MAX_MAIN_MEMORY_BYTES),
+        )
+        response = await self.caller.call(lambda channel: FleetServiceStub(channel).AttachDriver, request)
+        return response.entry
+
+    async def detach_driver(self, function: str, driver: str) -> None:
+        """End an attachment. Sent once, as `delete_function`."""
+        request = fleet_pb2.DetachDriverRequest(
+            function=check_name("function", function), driver=check_name("driver", driver)
+        )
+        await self.caller.call(lambda channel: FleetServiceStub(channel).DetachDriver, request, repeatable=False)
+
+    async def delete_driver(self, driver: str) -> None:
+        """End a driver without functions. Sent once, as `delete_function`."""
+        request = fleet_pb2.FleetServiceDeleteDriverRequest(driver=check_name("driver", driver))
+        await self.caller.call(lambda channel: FleetServiceStub(channel).DeleteDriver, request, repeatable=False)
+
+    async def check_fleet(self, *, repair: bool = False) -> fleet_pb2.CheckFleetResponse:
+        """Compare etcd with every host, and repair what can be repaired if asked to."""
+        request = fleet_pb2.CheckFleetRequest(repair=repair)
+        return await self.caller.call(lambda channel: FleetServiceStub(channel).CheckFleet, request)
+
+    async def bump_generation(self) -> int:
+        """Raise the fleet generation by one and return it. Sent once."""
+        request = fleet_pb2.BumpGenerationRequest()
+        response = await self.caller.call(
+            lambda channel: FleetServiceStub(channel).BumpGeneration, request, repeatable=False
+        )
+        return response.generation
+
+    async def forget_host(self, host: str, *, force: bool = False) -> fleet_pb2.ForgetHostResponse:
+        """Take a host that never comes back out of the fleet. Sent once, as `delete_function`."""
+        request = fleet_pb2.ForgetHostRequest(host=check_name("host", host), force=force)
+        return await self.caller.call(lambda channel: FleetServiceStub(channel).ForgetHost, request, repeatable=False)
+
+    async def plan_migration(self, moves: Sequence[migration_pb2.MoveRequest]) -> Migration:
+        """Return the migration that `create_migration` would begin, and do nothing."""
+        request = migration_pb2.PlanMigrationRequest(moves=moves)
+        response = await self.caller.call(lambda channel: MigrationServiceStub(channel).PlanMigration, request)
+        return response.migration
+
+    async def create_migration(
+        self,
+        moves: Sequence[migration_pb2.MoveRequest],
+        *,
+        name: str = "",
+        options: migration_pb2.MigrationOptions | None = None,
+    ) -> Migration:
+        """Begin a migration of one or more functions, all or none, and return it.
+
+        `name` is the request ID: asking again with the same one gets the same migration. One is made if it is empty.
+        """
+        request = migration_pb2.CreateMigrationRequest(
+            request_id=check_name("request_id", name or request_id()), moves=moves, options=options
+        )
+        response = await self.caller.call(lambda channel: MigrationServiceStub(channel).CreateMigration, request)
+        return response.migration
+
+    async def get_migration(self, name: str) -> Migration:
+        """Return a migration, running or over. Raise NOT_FOUND."""
+        request = migration_pb2.GetMigrationRequest(name=check_name("migration", name))
+        response = await self.caller.call(lambda channel: MigrationServiceStub(channel).GetMigration, request)
+        return response.migration
+
+    def watch_migration(self, name: str) -> AsyncGenerator[migration_pb2.WatchMigrationResponse, None]:
+        """Yield how far the migration is, now and whenever it gets further, until it is over."""
+        request = migration_pb2.WatchMigrationRequest(name=check_name("migration", name))
+        return self.caller.stream(lambda channel: MigrationServiceStub(channel).WatchMigration, request)
+
+    async def wait_migration(self, name: str) -> Migration:
+        """Wait until the migration is over and return it, DONE or ABORTED."""
+        async with aclosing(self.watch_migration(name)) as updates:
+            async for update in updates:
+                if update.migration.phase in PHASES_OVER:
+                    return update.migration
+        return await self.get_migration(name)
+
+    async def cancel_migration(self, name: str) -> Migration:
+        """Abort a migration that isn't decided and return it. Raise TOO_LATE once it is committed."""
+        request = migration_pb2.CancelMigrationRequest(name=check_name("migration", name))
+        response = await self.caller.call(lambda channel: MigrationServiceStub(channel).CancelMigration, request)
+        return response.migration
+
+
+class HostClient(_Client):
+    """One host, through its hostd at HOST:PORT: what lives there, and what drivers do there."""
+
+    _kind = "hostd"
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        channels: Channels | None = None,
+        clock: Clock | None = None,
+        random: Random | None = None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        super().__init__([address], channels=channels, clock=clock, random=random, patience_s=patience_s)
+
+    async def list_functions(self) -> list[function_pb2.FunctionInstance]:
+        """Return all instances on the host, by device and VF index."""
+        request = function_pb2.ListFunctionsRequest()
+        response = await self.caller.call(lambda channel: FunctionServiceStub(channel).ListFunctions, request)
+        return list(response.instances)
+
+    async def get_function(self, function: str, *, generation: int = 0) -> function_pb2.FunctionInstance:
+        """Return an instance, of a generation or (0) the newest. Raise NOT_FOUND if the host has none."""
+        request = function_pb2.GetFunctionRequest(function=check_name("function", function), generation=generation)
+        response = await self.caller.call(lambda channel: FunctionServiceStub(channel).GetFunction, request)
+        return response.instance
+
+    async def reset_function(self, function: str, *, generation: int) -> None:
+        """Reset an instance (FLR): initial registers, zero memory. Sent once: another would undo what came between."""
+        request = function_pb2.ResetFunctionRequest(function=check_name("function", function), generation=generation)
+        await self.caller.call(lambda channel: FunctionServiceStub(channel).ResetFunction, request, repeatable=False)
+
+    async def list_holds(self) -> list[hold_pb2.Hold]:
+        """Return all holds on the host, by driver and function."""
+        request = hold_pb2.ListHoldsRequest()
+        response = await self.caller.call(lambda channel: HoldServiceStub(channel).ListHolds, request)
+        return list(response.holds)
+
+    async def get_table(self, driver: str) -> list[TableEntry]:
+        """Return a driver's translation table, by virtual address."""
+        request = translation_pb2.GetTableRequest(driver=check_name("driver", driver))
+        response = await self.caller.call(lambda channel: TranslationServiceStub(channel).GetTable, request)
+        return list(response.entries)
+
+    async def watch_table(self, driver: str) -> AsyncGenerator[list[TableEntry], None]:
+        """Yield a driver's translation table, now and after every change."""
+        request = translation_pb2.WatchTableRequest(driver=check_name("driver", driver))
+        method = self.caller.stream(lambda channel: TranslationServiceStub(channel).WatchTable, request)
+        async with aclosing(method) as responses:
+            async for response in responses:
+                yield list(response.entries)
+
+    async def list_drivers(self) -> list[driver_pb2.DriverState]:
+        """Return all drivers on the host, by name."""
+        request = driver_pb2.ListDriversRequest()
+        response = await self.caller.call(lambda channel: DriverServiceStub(channel).ListDrivers, request)
+        return list(response.drivers)
+
+    async def get_driver(self, driver: str) -> driver_pb2.DriverState:
+        """Return a driver. Raise NOT_FOUND."""
+        request = driver_pb2.GetDriverRequest(driver=check_name("driver", driver))
+        response = await self.caller.call(lambda channel: DriverServiceStub(channel).GetDriver, request)
+        return response.state
+
+    async def start_workload(
+        self, driver: str, function: str, options: driver_pb2.WorkloadOptions | None = None
+    ) -> None:
+        """Start the built-in workload of a driver on one of its functions. Sent once."""
+        request = driver_pb2.StartWorkloadRequest(
+            driver=check_name("driver", driver), function=check_name("function", function), options=options
+        )
+        await self.caller.call(lambda channel: DriverServiceStub(channel).StartWorkload, request, repeatable=False)
+
+    async def stop_workload(self, driver: str, function: str) -> driver_pb2.WorkloadReport:
+        """Stop the workload and return its final report.
+
+        If its accesses on their way have no answers for 5 s, the report has `running` set, and it ends later.
+        """
+        request = driver_pb2.StopWorkloadRequest(
+            driver=check_name("driver", driver), function=check_name("function", function)
+        )
+        response = await self.caller.call(lambda channel: DriverServiceStub(channel).StopWorkload, request)
+        return response.report
+
+    async def workload_report(
+        self, driver: str, function: str, *, restart_measurement: bool = False
+    ) -> driver_pb2.WorkloadReport:
+        """Return what the workload did and saw; `restart_measurement` lets gap and latencies start anew after it."""
+        request = driver_pb2.GetWorkloadReportRequest(
+            driver=check_name("driver", driver),
+            function=check_name("function", function),
+            restart_measurement=restart_measurement,
+        )
+        response = await self.caller.call(
+            lambda channel: DriverServiceStub(channel).GetWorkloadReport, request, repeatable=not restart_measurement
+        )
+        return response.report
+
+
+async def _all_pages(page: Callable[[str], Awaitable[tuple[Iterable[T], str]]]) -> list[T]:
+    items, token = await page("")
+    everything = list(items)
+    while token:
+        items, token = await page(token)
+        everything.extend(items)
+    return everything
+
+
+def _named(kind: str, name: str, items: Iterable[tuple[str, T]]) -> T:
+    for item_name, item in items:
+        if item_name == name:
+            return item
+    raise not_found(kind, name)
+
+
+def _check_number(field: str, value: int, largest: int) -> int:
+    if not 0 <= value <= largest:
+        raise invalid_field(field, value, f"0 to {largest}")
+    return value

@@ -1,0 +1,95 @@
+"""What both daemons' processes have in common: one-line errors, an announcement, signals, exit codes.
+
+Exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 bad input. Once it is ready, a daemon writes one JSON line with
+its address to standard output; everything else goes to standard error.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from typing import NoReturn
+
+from vfleet import failpoint
+from vfleet.errors import Reason, VfleetError, invalid_field
+from vfleet.process import BAD_INPUT_EXIT
+
+DEFAULT_LEASE_TTL_S = 5
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+# What can't be right as it is given, whatever else changes.
+_BAD_INPUT = (Reason.INVALID_FIELD, Reason.NOT_FOUND, Reason.SEGMENT_TAKEN)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2 and one line."""
+        self.exit(BAD_INPUT_EXIT, f"{self.prog}: {message}\n")
+
+    def add_common_arguments(self) -> None:
+        """Add what every daemon is told: where to listen, etcd's endpoints, its lease, how much to log."""
+        self.add_argument(
+            "--listen",
+            metavar="HOST:PORT",
+            default="127.0.0.1:0",
+            help="where to serve gRPC; port 0 for any (%(default)s)",
+        )
+        self.add_argument("--etcd", metavar="HOST:PORT[,...]", required=True, help="endpoints of etcd")
+        self.add_argument(
+            "--lease-ttl-s",
+            metavar="SECONDS",
+            type=int,
+            default=DEFAULT_LEASE_TTL_S,
+            help="how long after its death others count on it (%(default)s)",
+        )
+        self.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="how much to log (%(default)s)")
+
+
+def check_address(field: str, value: str, *, least_port: int) -> str:
+    """Return `value` if it is HOST:PORT; else raise INVALID_FIELD naming `field`."""
+    host, _, port = value.rpartition(":")
+    if not host or not port.isascii() or not port.isdecimal() or not least_port <= int(port) <= 65535:
+        raise invalid_field(field, value, f"HOST:PORT with a port from {least_port} to 65535")
+    return value
+
+
+def check_lease_ttl(field: str, value: int) -> int:
+    """Return `value` if a lease can have it as its TTL; else raise INVALID_FIELD naming `field`."""
+    if not 1 <= value <= 3600:
+        raise invalid_field(field, value, "1 to 3600 seconds")
+    return value
+
+
+def announce(address: str) -> None:
+    """Say on standard output that the daemon is ready, and where."""
+    sys.stdout.write(json.dumps({"address": address}) + "\n")
+    sys.stdout.flush()
+
+
+def run(program: str, log_level: str, serve: Callable[[], Awaitable[None]]) -> None:
+    """Run a daemon until SIGTERM or SIGINT cancels it. Exit with 1 or 2 and one line if it fails."""
+    logging.basicConfig(
+        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        failpoint.enable(os.environ)
+        asyncio.run(_until_signal(serve))
+    except VfleetError as error:
+        sys.stderr.write(f"{program}: {error.message}\n")
+        sys.exit(BAD_INPUT_EXIT if error.reason in _BAD_INPUT else 1)
+
+
+async def _until_signal(serve: Callable[[], Awaitable[None]]) -> None:
+    serving = asyncio.ensure_future(serve())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
+    try:
+        await serving
+    except asyncio.CancelledError:
+        return

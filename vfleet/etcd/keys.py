@@ -1,0 +1,99 @@
+"""The key layout: where each record lives. Every key of vfleet begins with PREFIX.
+
+| key | value |
+| --- | --- |
+| fleet/generation | the fleet generation, decimal; absent means 1 |
+| segments/SEGMENT | name of the host that claimed the PCI segment, for good |
+| hosts/HOST | Host |
+| registrations/HOST | incarnation, under the daemon's lease |
+| witnesses/HOST | what only this host writes, by which it knows its etcd again: random, new each time; never deleted |
+| coordinators/COORDINATOR | Coordinator, under its lease |
+| functions/FUNCTION | Function |
+| locks/FUNCTION | name of the migration that has the function |
+| slots/HOST/DEVICE/VF_INDEX | Slot |
+| drivers/DRIVER | Driver |
+| entries/HOST/DRIVER/FUNCTION | TableEntry; HOST is the driver's |
+| migrations/MIGRATION | Migration |
+| owners/MIGRATION | name of the coordinator that runs it, under its lease |
+"""
+
+PREFIX = "/vfleet/"
+
+FLEET_GENERATION = f"{PREFIX}fleet/generation"
+SEGMENTS = f"{PREFIX}segments/"
+HOSTS = f"{PREFIX}hosts/"
+REGISTRATIONS = f"{PREFIX}registrations/"
+WITNESSES = f"{PREFIX}witnesses/"
+COORDINATORS = f"{PREFIX}coordinators/"
+FUNCTIONS = f"{PREFIX}functions/"
+LOCKS = f"{PREFIX}locks/"
+SLOTS = f"{PREFIX}slots/"
+DRIVERS = f"{PREFIX}drivers/"
+ENTRIES = f"{PREFIX}entries/"
+MIGRATIONS = f"{PREFIX}migrations/"
+OWNERS = f"{PREFIX}owners/"
+
+
+def segment_key(segment: int) -> str:
+    """Key of the claim on a PCI segment."""
+    return f"{SEGMENTS}{segment}"
+
+
+def host_key(host: str) -> str:
+    """Key of a host's record."""
+    return f"{HOSTS}{host}"
+
+
+def registration_key(host: str) -> str:
+    """Key that is there while the host's daemon is registered; its value is the incarnation."""
+    return f"{REGISTRATIONS}{host}"
+
+
+def witness_key(host: str) -> str:
+    """Key of what a host has last written to know its etcd by."""
+    return f"{WITNESSES}{host}"
+
+
+def coordinator_key(coordinator: str) -> str:
+    """Key of a running coordinator."""
+    return f"{COORDINATORS}{coordinator}"
+
+
+def function_key(function: str) -> str:
+    """Key of a function's record."""
+    return f"{FUNCTIONS}{function}"
+
+
+def lock_key(function: str) -> str:
+    """Key of a function's lock."""
+    return f"{LOCKS}{function}"
+
+
+def slot_key(device: str, vf_index: int) -> str:
+    """Key of a slot; `device` is HOST/DEVICE."""
+    return f"{SLOTS}{device}/{vf_index}"
+
+
+def driver_key(driver: str) -> str:
+    """Key of a driver's record."""
+    return f"{DRIVERS}{driver}"
+
+
+def entries_prefix(host: str) -> str:
+    """Prefix of all table entries of drivers on a host."""
+    return f"{ENTRIES}{host}/"
+
+
+def entry_key(host: str, driver: str, function: str) -> str:
+    """Key of a table entry; `host` is the driver's."""
+    return f"{ENTRIES}{host}/{driver}/{function}"
+
+
+def migration_key(migration: str) -> str:
+    """Key of a migration's record."""
+    return f"{MIGRATIONS}{migration}"
+
+
+def owner_key(migration: str) -> str:
+    """Key that is there while a coordinator runs the migration."""
+    return f"{OWNERS}{migration}"

@@ -1,0 +1,11 @@
+"""Numbers that several programs must agree on."""
+
+# Drivers attached to one function: its image keeps the sequences of so many.
+MAX_DRIVERS = 16
+
+# Accesses of one driver to one function that are on their way at once, and so answers that a function keeps.
+WINDOW = 64
+
+# A driver's main memory: how large it may be, and where it lies in the driver's virtual address space.
+MAX_MAIN_MEMORY_BYTES = 1 << 30
+MAIN_MEMORY_VIRTUAL_ADDRESS = 1 << 32

@@ -1,0 +1,29 @@
+"""Names of hosts, devices, functions, drivers and migrations: one form, checked wherever a name comes in."""
+
+import re
+
+from vfleet.errors import invalid_field
+
+MAX_NAME_LENGTH = 63
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+EXPECTED = f"1 to {MAX_NAME_LENGTH} of a-z, 0-9 and -, with no - first or last"
+
+
+def check_name(field: str, value: str) -> str:
+    """Return `value` if it is a name (a DNS label, RFC 1123); else raise INVALID_FIELD naming `field`."""
+    if not _NAME.fullmatch(value):
+        raise invalid_field(field, value, EXPECTED)
+    return value
+
+
+def check_device_name(field: str, value: str) -> str:
+    """Return `value` if it is HOST/DEVICE, two names; else raise INVALID_FIELD naming `field`."""
+    host, slash, device = value.partition("/")
+    if not slash or not _NAME.fullmatch(host) or not _NAME.fullmatch(device):
+        raise invalid_field(field, value, f"HOST/DEVICE, for example h1/nic0, each {EXPECTED}")
+    return value
+
+
+def host_of(device: str) -> str:
+    """Return the host in a device's name, HOST/DEVICE."""
+    return device.partition("/")[0]
