@@ -14,7 +14,7 @@ from support.local_cluster import Cluster, refusal, running
 from vfleet.clock import SystemClock
 from vfleet.errors import Reason, VfleetError, from_rpc_error
 from vfleet.etcd.client import EtcdStore
-from vfleet.etcd.keys import PREFIX
+from vfleet.etcd.keys import PREFIX, WITNESSES
 from vfleet.process import ChildProcess
 from vfleet.rpc import Channels, call
 from vfleet.v1 import driver_service_pb2 as driver_pb2
@@ -98,7 +98,8 @@ class Ask:
 
     async def state(self) -> object:
         """All that etcd and the hosts have, but for what time changes."""
-        records = {item.key: item.value for item in (await self.cluster.store.list(PREFIX)).items}
+        listing = await self.cluster.store.list(PREFIX)
+        records = {item.key: item.value for item in listing.items if not item.key.startswith(WITNESSES)}
         hosts = {name: await host.list_functions() for name, host in self.cluster.hosts.items()}
         tables = {name: [d.entries for d in await host.list_drivers()] for name, host in self.cluster.hosts.items()}
         return records, str(hosts), str(tables)

@@ -13,7 +13,7 @@ from simulation.vopr.world import simulate
 REPOSITORY = Path(__file__).parents[2]
 SEEDS = 240
 SEEDS_A_TEST = 20
-SEEDS_A_BUG = 40
+SEEDS_A_BUG = 500
 
 
 @pytest.mark.parametrize("first", range(1, SEEDS + 1, SEEDS_A_TEST))
@@ -22,12 +22,13 @@ def test_all_invariants_hold_whatever_fails(first):
         assert simulate(seed).violations == (), f"make simulate SEED={seed}"
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found(bug):
-    # A change of the code makes other runs of the seeds; then another finds it.
+    # A change of the code, or another Python, makes other runs of the seeds; then another finds it.
     seeds = (FOUND_AT[bug], *range(1, SEEDS_A_BUG + 1))
     with planted(bug):
-        assert any(simulate(seed).violations for seed in seeds), f"make simulate-bugs; then set FOUND_AT[{bug!r}]"
+        assert any(simulate(seed).violations for seed in seeds), f"not found within {SEEDS_A_BUG} seeds"
 
 
 @pytest.mark.parametrize("seed", [3, 11])

@@ -211,7 +211,8 @@ class StoreMachine(RuleBasedStateMachine):
     async def followed(self, prefix: str, after: int, count: int) -> list[Event]:
         store, events = self.real.store, []
         endpoint = store._endpoints.current
-        follow = watching._follow(prefix, after, endpoint, store._endpoints.timeout_s, SystemClock())
+        delivered = watching._Delivered(after)
+        follow = watching._follow(prefix, delivered, endpoint, store._endpoints.timeout_s, SystemClock())
         async with asyncio.timeout(PATIENCE_S), aclosing(follow) as stream:
             while len(events) < count:
                 events.extend((await anext(stream)).events)

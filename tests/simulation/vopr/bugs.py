@@ -33,11 +33,18 @@ from vfleet.v1.types_pb2 import DEVICE_STATE_STOP_COPY
 Patch = tuple[object, str, Any]
 
 BUGS: dict[str, Callable[[], list[Patch]]] = {}
+FOUND_AT: dict[str, int] = {}
 
 
-def _bug(make: Callable[[], list[Patch]]) -> Callable[[], list[Patch]]:
-    BUGS[make.__name__.replace("_", "-")] = make
-    return make
+def _bug(*, found_at: int):
+    """Register a bug, and the first seed that finds it."""
+
+    def register(make: Callable[[], list[Patch]]) -> Callable[[], list[Patch]]:
+        name = make.__name__.replace("_", "-")
+        BUGS[name], FOUND_AT[name] = make, found_at
+        return make
+
+    return register
 
 
 @contextmanager
@@ -66,7 +73,7 @@ def _no_fence() -> list[Patch]:
     return [(Fences, "prepare", admit), (Fences, "conclude", admit)]
 
 
-@_bug
+@_bug(found_at=1)
 def no_fence_and_no_naming() -> list[Patch]:
     def destroy(self, request, fleet_generation=0):
         found = self.find(request.function, request.generation)
@@ -82,12 +89,12 @@ def no_fence_and_no_naming() -> list[Patch]:
     return [*_no_fence(), (Functions, "destroy", destroy), (Functions, "resume", resume)]
 
 
-@_bug
+@_bug(found_at=3)
 def no_fence_and_resume_by_any_attempt() -> list[Patch]:
     return [*_no_fence(), no_fence_and_no_naming()[3]]
 
 
-@_bug
+@_bug(found_at=2)
 def no_fence_and_lift_of_any_hold() -> list[Patch]:
     def lift(self, request):
         names = [(name.driver, name.function) for name in request.entries]
@@ -96,7 +103,7 @@ def no_fence_and_lift_of_any_hold() -> list[Patch]:
     return [*_no_fence(), (Drivers, "lift", lift)]
 
 
-@_bug
+@_bug(found_at=1)
 def destroy_by_function() -> list[Patch]:
     def destroy(self, request, fleet_generation=0):
         self._fences.conclude(request.function, request.attempt)
@@ -107,7 +114,7 @@ def destroy_by_function() -> list[Patch]:
     return [(Functions, "destroy", destroy)]
 
 
-@_bug
+@_bug(found_at=3)
 def lift_before_commit() -> list[Patch]:
     prepare = Run._prepare
 
@@ -118,7 +125,7 @@ def lift_before_commit() -> list[Patch]:
     return [(Run, "_prepare", early)]
 
 
-@_bug
+@_bug(found_at=2)
 def apply_before_commit() -> list[Patch]:
     prepare = Run._prepare
 
@@ -129,7 +136,7 @@ def apply_before_commit() -> list[Patch]:
     return [(Run, "_prepare", early)]
 
 
-@_bug
+@_bug(found_at=1)
 def target_slot_forgotten() -> list[Patch]:
     begin = transaction.begin
 
@@ -140,7 +147,7 @@ def target_slot_forgotten() -> list[Patch]:
     return [(transaction, "begin", forgetful)]
 
 
-@_bug
+@_bug(found_at=1)
 def source_slot_not_freed() -> list[Patch]:
     finish = transaction.finish
 
@@ -152,7 +159,7 @@ def source_slot_not_freed() -> list[Patch]:
     return [(transaction, "finish", forgetful)]
 
 
-@_bug
+@_bug(found_at=3)
 def old_table_applied() -> list[Patch]:
     def with_entries(self, entries):
         by_function = dict(self.by_function)
@@ -162,12 +169,12 @@ def old_table_applied() -> list[Patch]:
     return [(drivers, "_is_as_new", lambda own, entry: False), (TranslationTable, "with_entries", with_entries)]
 
 
-@_bug
+@_bug(found_at=2)
 def sequences_stay_behind() -> list[Patch]:
     return [(Sequencer, "load", lambda self, exported: self.take(exported.driver))]
 
 
-@_bug
+@_bug(found_at=2)
 def answers_stay_behind() -> list[Patch]:
     export = Sequencer.export
 
@@ -179,7 +186,7 @@ def answers_stay_behind() -> list[Patch]:
     return [(Sequencer, "export", bare)]
 
 
-@_bug
+@_bug(found_at=2)
 def answers_forgotten_when_given() -> list[Patch]:
     finish_head = AccessQueue._finish_head
 
@@ -190,7 +197,7 @@ def answers_forgotten_when_given() -> list[Patch]:
     return [(AccessQueue, "_finish_head", finish)]
 
 
-@_bug
+@_bug(found_at=2)
 def lease_trusted() -> list[Patch]:
     def nothing(_: Compare) -> bool:
         return True
@@ -203,13 +210,13 @@ def lease_trusted() -> list[Patch]:
     ]
 
 
-@_bug
+@_bug(found_at=4)
 def abort_not_compared() -> list[Patch]:
     without = _without(decision.abort_transaction, lambda compare: "/migrations/" in compare.key)
     return [(resolution, "abort_transaction", without), (coordinator_service, "abort_transaction", without)]
 
 
-@_bug
+@_bug(found_at=6)
 def commit_not_compared() -> list[Patch]:
     return [
         (
@@ -220,12 +227,12 @@ def commit_not_compared() -> list[Patch]:
     ]
 
 
-@_bug
+@_bug(found_at=114)
 def incarnation_ignored() -> list[Patch]:
     return [(transaction, "commit", _without(transaction.commit, lambda c: "/registrations/" in c.key))]
 
 
-@_bug
+@_bug(found_at=1)
 def lock_not_compared() -> list[Patch]:
     return [
         (transaction, "begin", _without(transaction.begin, lambda c: "/locks/" in c.key)),
@@ -233,7 +240,7 @@ def lock_not_compared() -> list[Patch]:
     ]
 
 
-@_bug
+@_bug(found_at=11)
 def resolved_by_phase() -> list[Patch]:
     async def resolve(self, found):
         stored = await self._store.get(f"/vfleet/migrations/{found.about.migration}")
@@ -249,12 +256,12 @@ def resolved_by_phase() -> list[Patch]:
     return [(Resolver, "_resolve_instance", resolve)]
 
 
-@_bug
+@_bug(found_at=64)
 def source_runs_on() -> list[Patch]:
     return [(instance, "serves", lambda state: device_state.serves(state) or state == DEVICE_STATE_STOP_COPY)]
 
 
-@_bug
+@_bug(found_at=1)
 def nothing_zeroed() -> list[Patch]:
     open_instance = Functions._open
 
@@ -268,13 +275,13 @@ def nothing_zeroed() -> list[Patch]:
     return [(Functions, "_open", by_slot)]
 
 
-@_bug
+@_bug(found_at=3)
 def dirty_pages_forgotten() -> list[Patch]:
     rest = Export.rest
     return [(Export, "rest", lambda self, pages, *, skip_zero: rest(self, pages if skip_zero else (), skip_zero=True))]
 
 
-@_bug
+@_bug(found_at=2)
 def half_an_import_taken() -> list[Patch]:
     async def hasty(functions, channels, request):
         async for progress in import_state(functions, channels, request):
@@ -289,7 +296,7 @@ def half_an_import_taken() -> list[Patch]:
     return [(transfer, "import_state", hasty)]
 
 
-@_bug
+@_bug(found_at=14)
 def holds_forgotten_at_restart() -> list[Patch]:
     init = Drivers.__init__
 
@@ -301,7 +308,7 @@ def holds_forgotten_at_restart() -> list[Patch]:
     return [(Drivers, "__init__", forgetful)]
 
 
-@_bug
+@_bug(found_at=4)
 def holds_never_resolved() -> list[Patch]:
     async def never(self, migration):
         return
@@ -309,7 +316,7 @@ def holds_never_resolved() -> list[Patch]:
     return [(Resolver, "_resolve_holds", never)]
 
 
-@_bug
+@_bug(found_at=3)
 def source_not_scrubbed() -> list[Patch]:
     async def never(self, move):
         return
@@ -317,7 +324,7 @@ def source_not_scrubbed() -> list[Patch]:
     return [(Run, "_scrub", never), (Resolver, "_resolve_instance", never)]
 
 
-@_bug
+@_bug(found_at=1)
 def repeated_access_applied_again() -> list[Patch]:
     access = Instance.access
 
@@ -329,7 +336,7 @@ def repeated_access_applied_again() -> list[Patch]:
     return [(Instance, "access", again)]
 
 
-@_bug
+@_bug(found_at=53)
 def sessions_not_counted() -> list[Patch]:
     def admit(self, driver, function, generation, session, address, admit=Functions.admit):
         return admit(self, driver, function, generation, 1 << 40, address)
@@ -337,7 +344,7 @@ def sessions_not_counted() -> list[Patch]:
     return [(Functions, "admit", admit)]
 
 
-@_bug
+@_bug(found_at=4)
 def group_commits_in_parts() -> list[Patch]:
     commit = transaction.commit
 
@@ -350,7 +357,7 @@ def group_commits_in_parts() -> list[Patch]:
     return [(transaction, "commit", part)]
 
 
-@_bug
+@_bug(found_at=3)
 def table_changes_in_parts() -> list[Patch]:
     put = Drivers._put_entries
 
