@@ -64,7 +64,7 @@ def _instance(view: View, host: str, instance: FunctionInstance) -> Iterator[Fin
     stored = view.snapshot.functions.get(instance.function)
     if stored is not None and is_home(stored.record, host, instance):
         if instance.state not in SERVING_STATES and not _awaits_proof(instance):
-            yield _stopped(host, instance)
+            yield _stopped(view, host, instance)
         return
     is_earlier = instance.attempt.fleet_generation < view.snapshot.fleet_generation and instance.complete
     if stored is None:
@@ -111,22 +111,35 @@ def _awaits_proof(instance: FunctionInstance) -> bool:
     return instance.state == DeviceState.DEVICE_STATE_STOP and instance.complete
 
 
-def _stopped(host: str, instance: FunctionInstance) -> Finding:
+def _stopped(view: View, host: str, instance: FunctionInstance) -> Finding:
+    is_of_before = instance.stopped_by.fleet_generation < view.snapshot.fleet_generation
+    is_left = any(
+        other.complete and other.generation > instance.generation for _, other in view.instances_of(instance.function)
+    )
     request = ChangeStateRequest(
-        attempt=instance.stopped_by,
+        attempt=view.attempt if is_of_before else instance.stopped_by,
         migration=instance.migration,
         function=instance.function,
         generation=instance.generation,
         state=DeviceState.DEVICE_STATE_RUNNING,
     )
+    repair: Call | None = None
+    if not instance.HasField("stopped_by"):
+        remedy = "none: delete the function"
+    elif is_of_before and view.silent:
+        remedy = ASK_AGAIN
+    elif is_of_before and is_left:
+        remedy = "none: an instance of a later generation comes first"
+    else:
+        remedy, repair = "let it run", Call(host, request)
     return finding(
         DifferenceKind.DIFFERENCE_KIND_STOPPED_INSTANCE,
         host=host,
         function=instance.function,
         etcd="the function's home, and no migration has it",
         says=describe_instance(instance),
-        remedy="let it run" if instance.HasField("stopped_by") else "none: delete the function",
-        repair=Call(host, request) if instance.HasField("stopped_by") else None,
+        remedy=remedy,
+        repair=repair,
     )
 
 

@@ -158,8 +158,7 @@ class Functions:
         # A later attempt that was aborted before may have left, or made, another instance of the same generation.
         if request.decision == DECISION_ABORTED and instance.about.attempt != request.attempt:
             return
-        is_earlier = instance.about.complete and instance.about.attempt.fleet_generation < fleet_generation
-        if request.decision == DECISION_ABORTED and (instance.has_run or is_earlier):
+        if request.decision == DECISION_ABORTED and (instance.has_run or is_of_before(instance, fleet_generation)):
             # Its attempt was, or may have been, committed before etcd was restored from a backup.
             _log.error("function %s may live here by a commit that etcd has forgotten", request.function)
             return
@@ -200,11 +199,21 @@ class Functions:
             self._save(instance)
         return instance
 
-    def resume(self, request: ChangeStateRequest) -> Instance | None:
-        """Let a home run again that this attempt had stopped; else do nothing. A consequence of an abort."""
+    def resume(self, request: ChangeStateRequest, fleet_generation: int = 0) -> Instance | None:
+        """Let a home run again that this attempt had stopped; else do nothing. A consequence of an abort.
+
+        `fleet_generation` is the present one. Of a stop from before it was raised etcd may have forgotten the commit;
+        that is ended by an attempt of the present one, which comes from who has asked all hosts.
+        """
         self._fences.conclude(request.function, request.attempt)
         instance = self.find(request.function, request.generation)
-        if instance is not None and instance.about.stopped_by == request.attempt:
+        if instance is None or not instance.about.HasField("stopped_by"):
+            return instance
+        if is_of_before(instance, fleet_generation):
+            may_run = request.attempt.fleet_generation == fleet_generation
+        else:
+            may_run = instance.about.stopped_by == request.attempt
+        if may_run:
             with failpoint.around("hostd.resume"):
                 self.run(instance)
         return instance
@@ -313,6 +322,17 @@ class Functions:
     def _save(self, instance: Instance) -> None:
         self._ledger.put(_KIND, _key((instance.about.device, instance.about.vf_index)), instance.record)
         self.deadlines_changed.set()
+
+
+def is_of_before(instance: Instance, fleet_generation: int) -> bool:
+    """Return whether an instance waits for what was begun before the fleet generation was raised.
+
+    A backup is older than what was decided after it. So etcd may have forgotten that this is the home, or that the
+    function has moved away from here.
+    """
+    about = instance.about
+    attempt = about.stopped_by if about.HasField("stopped_by") else about.attempt
+    return about.complete and attempt.fleet_generation < fleet_generation
 
 
 def check_deadline(resolve_after_ms: int) -> None:

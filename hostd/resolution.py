@@ -13,7 +13,7 @@ from collections.abc import Awaitable
 
 from hostd.drivers import Drivers
 from hostd.fence import Fences
-from hostd.functions import Functions
+from hostd.functions import Functions, is_of_before
 from hostd.history import History
 from hostd.instance import Instance
 from vfleet import failpoint
@@ -118,15 +118,14 @@ class Resolver:
             # It has been resolved by another way meanwhile, and may wait for another decision by now.
             return
         is_home = function is not None and _is_home(function, instance)
-        if _is_undecided(record):
+        # By a commit that etcd has forgotten a target is the home after all, and a source is no more.
+        may_be_forgotten = is_home == about.HasField("stopped_by")
+        if _is_undecided(record) or (may_be_forgotten and is_of_before(instance, self._history.generation)):
             self._functions.postpone(instance, self._clock.time() + LOOK_AGAIN_S)
         elif is_home:
             with failpoint.around("hostd.resolve_instance"):
                 self._fences.end(about.function, _attempt_of(instance))
                 self._functions.run(instance)
-        elif about.complete and about.attempt.fleet_generation < self._history.generation:
-            # etcd may have forgotten that it is the home: a backup is older than what was decided after it.
-            self._functions.postpone(instance, self._clock.time() + LOOK_AGAIN_S)
         elif _is_over(instance, record, function):
             with failpoint.around("hostd.resolve_instance"):
                 self._fences.end(about.function, _attempt_of(instance))

@@ -75,7 +75,9 @@ class FunctionServicer(FunctionServiceServicer):
             return function_pb2.ChangeStateResponse(instance=self._functions.stop(request).shown())
         if request.state != DEVICE_STATE_RUNNING:
             raise invalid_field("state", request.state, f"{DEVICE_STATE_STOP_COPY} (STOP_COPY) or 2 (RUNNING)")
-        instance = self._functions.resume(request)
+        # Whoever says so may have read an etcd that was restored from a backup.
+        await self._host.registration.check()
+        instance = self._functions.resume(request, self._host.history.generation)
         return function_pb2.ChangeStateResponse(instance=instance.shown() if instance is not None else None)
 
     async def ResetFunction(

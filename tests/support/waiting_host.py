@@ -10,7 +10,7 @@ from support.interposed_store import InterposedStore
 from hostd.history import History
 from hostd.resolution import Resolver
 from vfleet.etcd.client import EtcdStore
-from vfleet.etcd.keys import entry_key, function_key, migration_key, owner_key
+from vfleet.etcd.keys import FLEET_GENERATION, entry_key, function_key, migration_key, owner_key
 from vfleet.etcd.records import decode, encode
 from vfleet.etcd.store import Delete, Put, Transaction
 from vfleet.v1.records_pb2 import (
@@ -46,8 +46,10 @@ class Rig:
         self.attempt = 0
         self.bench.drivers.recorded("d1", 0)
         bench = self.bench
-        history = History("h1", bench.ledger, bench.fences, Random(7))
-        self.resolver = Resolver("h1", bench.functions, bench.drivers, bench.fences, history, self.store, bench.clock)
+        self.history = History("h1", bench.ledger, bench.fences, Random(7))
+        self.resolver = Resolver(
+            "h1", bench.functions, bench.drivers, bench.fences, self.history, self.store, bench.clock
+        )
         self.task: asyncio.Task[None] | None = None
 
     async def begin(self) -> None:
@@ -87,6 +89,14 @@ class Rig:
         entry = self.bench.message(home.about.base, generation=home.about.generation)
         entry.ClearField("revision")
         return await self.put(entry_key("h1", "d1", "vf1"), encode(entry))
+
+    async def raise_generation(self) -> None:
+        """Let somebody raise the fleet generation, and the host see it."""
+        await self.history.read(self.store)
+        await self.put(FLEET_GENERATION, b"2")
+        raised = await self.history.read(self.store)
+        assert raised is not None
+        self.history.begin(raised)
 
     async def own(self) -> None:
         """Let a coordinator run the migration."""

@@ -194,6 +194,26 @@ def test_a_home_left_stopped_is_let_run_by_the_attempt_that_stopped_it(world: Wo
     assert (repair.request.attempt, repair.request.state) == (attempt, RUNNING)
 
 
+@pytest.mark.parametrize("why_not", ["", "silent host", "later instance"])
+def test_a_home_stopped_before_the_raise_runs_again_only_if_no_host_has_a_later_one(world: World, why_not: str) -> None:
+    world.etcd.put(keys.FLEET_GENERATION, "2")
+    home = world.instances["h1"][0]
+    home.state = STOP_COPY
+    home.stopped_by.CopyFrom(Attempt(fleet_generation=1, revision=3))
+    if why_not == "silent host":
+        world.silent.add("h3")
+    elif why_not == "later instance":
+        world.instance(world.function("vf1"), device="h2/nic0", generation=4)
+    kind = DifferenceKind.DIFFERENCE_KIND_STOPPED_INSTANCE
+    (found,) = [each for each in world.findings() if each.difference.kind == kind]
+    if why_not:
+        assert found.repair is None
+    else:
+        assert isinstance(found.repair, Call)
+        assert isinstance(found.repair.request, ChangeStateRequest)
+        assert found.repair.request.attempt == world.view().attempt
+
+
 def test_a_home_without_its_state_is_said_to_be_beyond_repair(world: World) -> None:
     world.instances["h1"][0].state, world.instances["h1"][0].complete = RESUMING, False
     assert world.one("STOPPED_INSTANCE").repair is None

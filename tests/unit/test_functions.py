@@ -291,6 +291,23 @@ def test_the_same_move_aborted(bench: Bench):
     assert access(bench, 1) == (home, home.image.sequencer("d1"))
 
 
+def test_after_a_raise_only_an_attempt_of_since_then_lets_run_what_was_stopped_before(bench: Bench):
+    """etcd may have forgotten that the migration that stopped it was committed; who asks since has asked all hosts."""
+    bench.create()
+    bench.stop(1, 10)
+    bench.resume(1, 10, fleet_generation=2)
+    assert states(bench) == HELD
+    bench.resume(1, 5, begun_in=2, fleet_generation=2)
+    assert states(bench) == HOME
+
+
+def test_a_host_that_has_not_heard_of_the_raise_yet_lets_nothing_run_by_it(bench: Bench):
+    bench.create()
+    bench.stop(1, 10)
+    bench.resume(1, 5, begun_in=2)
+    assert states(bench) == HELD
+
+
 # Proof
 
 

@@ -199,6 +199,26 @@ async def test_a_target_whose_import_is_not_complete_goes_with_the_abort(tmp_pat
     await rig.close()
 
 
+@pytest.mark.parametrize("phase", [None, PHASE_PREPARING, PHASE_ABORTED])
+async def test_after_a_raise_both_sides_of_what_may_have_been_committed_stay_as_they_are(rig: Rig, phase: int | None):
+    """The backup is of before COMMIT, so by etcd the source is the home; the target may have been used since."""
+    await rig.raise_generation()
+    if phase is None:
+        await rig.delete(migration_key("m1"))
+    else:
+        await rig.put_migration(phase)
+    for _ in range(2):
+        await rig.pass_deadlines()
+        assert rig.seen() == (STOP_COPY, PREPARED, (1, False))
+
+
+async def test_after_a_raise_what_etcd_knows_of_a_commit_is_done(rig: Rig):
+    await rig.commit(PHASE_DONE)
+    await rig.raise_generation()
+    await rig.pass_deadlines()
+    assert rig.seen() == THERE
+
+
 async def test_an_entry_that_is_detached_meanwhile_is_lifted_and_left_to_the_watch(rig: Rig):
     await rig.put_migration(PHASE_ABORTING)
     await rig.delete(entry_key("h1", "d1", "vf1"))

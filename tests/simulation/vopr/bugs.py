@@ -80,7 +80,7 @@ def no_fence_and_no_naming() -> list[Patch]:
         if found is not None:
             self.remove(found)
 
-    def resume(self, request):
+    def resume(self, request, fleet_generation=0):
         found = self.find(request.function, request.generation)
         if found is not None and found.state == DEVICE_STATE_STOP_COPY:
             self.run(found)
