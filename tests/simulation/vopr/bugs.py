@@ -73,7 +73,7 @@ def _no_fence() -> list[Patch]:
     return [(Fences, "prepare", admit), (Fences, "conclude", admit)]
 
 
-@_bug(found_at=1)
+@_bug(found_at=2)
 def no_fence_and_no_naming() -> list[Patch]:
     def destroy(self, request, fleet_generation=0):
         found = self.find(request.function, request.generation)
@@ -89,12 +89,12 @@ def no_fence_and_no_naming() -> list[Patch]:
     return [*_no_fence(), (Functions, "destroy", destroy), (Functions, "resume", resume)]
 
 
-@_bug(found_at=3)
+@_bug(found_at=1)
 def no_fence_and_resume_by_any_attempt() -> list[Patch]:
     return [*_no_fence(), no_fence_and_no_naming()[3]]
 
 
-@_bug(found_at=2)
+@_bug(found_at=1)
 def no_fence_and_lift_of_any_hold() -> list[Patch]:
     def lift(self, request):
         names = [(name.driver, name.function) for name in request.entries]
@@ -114,7 +114,7 @@ def destroy_by_function() -> list[Patch]:
     return [(Functions, "destroy", destroy)]
 
 
-@_bug(found_at=3)
+@_bug(found_at=2)
 def lift_before_commit() -> list[Patch]:
     prepare = Run._prepare
 
@@ -159,7 +159,7 @@ def source_slot_not_freed() -> list[Patch]:
     return [(transaction, "finish", forgetful)]
 
 
-@_bug(found_at=3)
+@_bug(found_at=8)
 def old_table_applied() -> list[Patch]:
     def with_entries(self, entries):
         by_function = dict(self.by_function)
@@ -210,13 +210,13 @@ def lease_trusted() -> list[Patch]:
     ]
 
 
-@_bug(found_at=4)
+@_bug(found_at=1)
 def abort_not_compared() -> list[Patch]:
     without = _without(decision.abort_transaction, lambda compare: "/migrations/" in compare.key)
     return [(resolution, "abort_transaction", without), (coordinator_service, "abort_transaction", without)]
 
 
-@_bug(found_at=6)
+@_bug(found_at=5)
 def commit_not_compared() -> list[Patch]:
     return [
         (
@@ -227,7 +227,7 @@ def commit_not_compared() -> list[Patch]:
     ]
 
 
-@_bug(found_at=114)
+@_bug(found_at=73)
 def incarnation_ignored() -> list[Patch]:
     return [(transaction, "commit", _without(transaction.commit, lambda c: "/registrations/" in c.key))]
 
@@ -240,7 +240,7 @@ def lock_not_compared() -> list[Patch]:
     ]
 
 
-@_bug(found_at=11)
+@_bug(found_at=2)
 def resolved_by_phase() -> list[Patch]:
     async def resolve(self, found):
         stored = await self._store.get(f"/vfleet/migrations/{found.about.migration}")
@@ -256,7 +256,7 @@ def resolved_by_phase() -> list[Patch]:
     return [(Resolver, "_resolve_instance", resolve)]
 
 
-@_bug(found_at=64)
+@_bug(found_at=4)
 def source_runs_on() -> list[Patch]:
     return [(instance, "serves", lambda state: device_state.serves(state) or state == DEVICE_STATE_STOP_COPY)]
 
@@ -275,7 +275,7 @@ def nothing_zeroed() -> list[Patch]:
     return [(Functions, "_open", by_slot)]
 
 
-@_bug(found_at=3)
+@_bug(found_at=10)
 def dirty_pages_forgotten() -> list[Patch]:
     rest = Export.rest
     return [(Export, "rest", lambda self, pages, *, skip_zero: rest(self, pages if skip_zero else (), skip_zero=True))]
@@ -308,7 +308,7 @@ def holds_forgotten_at_restart() -> list[Patch]:
     return [(Drivers, "__init__", forgetful)]
 
 
-@_bug(found_at=4)
+@_bug(found_at=3)
 def holds_never_resolved() -> list[Patch]:
     async def never(self, migration):
         return
@@ -316,7 +316,7 @@ def holds_never_resolved() -> list[Patch]:
     return [(Resolver, "_resolve_holds", never)]
 
 
-@_bug(found_at=3)
+@_bug(found_at=1)
 def source_not_scrubbed() -> list[Patch]:
     async def never(self, move):
         return
@@ -336,7 +336,7 @@ def repeated_access_applied_again() -> list[Patch]:
     return [(Instance, "access", again)]
 
 
-@_bug(found_at=53)
+@_bug(found_at=28)
 def sessions_not_counted() -> list[Patch]:
     def admit(self, driver, function, generation, session, address, admit=Functions.admit):
         return admit(self, driver, function, generation, 1 << 40, address)
@@ -344,7 +344,7 @@ def sessions_not_counted() -> list[Patch]:
     return [(Functions, "admit", admit)]
 
 
-@_bug(found_at=4)
+@_bug(found_at=3)
 def group_commits_in_parts() -> list[Patch]:
     commit = transaction.commit
 
