@@ -76,7 +76,12 @@ def _instance(view: View, host: str, instance: FunctionInstance) -> Iterator[Fin
             # The function was deleted and another was made under its name, which a backup may have forgotten.
             is_ahead = is_earlier and not at_home
         is_unknown = bool(view.silent) and is_earlier
-        if is_ahead and instance.state not in HOME_STATES and at_home and not is_unknown:
+        if (
+            is_ahead
+            and instance.state not in HOME_STATES
+            and not is_unknown
+            and (at_home or _has_rival(view, instance))
+        ):
             # If no table leads to it, and the home has all that it has, its attempt was not committed.
             is_ahead = _is_led_to(view, instance)
     function = stored.record if stored is not None else None
@@ -97,6 +102,17 @@ def _instance(view: View, host: str, instance: FunctionInstance) -> Iterator[Fin
         says=describe_instance(instance),
         remedy="destroy the instance",
         repair=Call(host, request),
+    )
+
+
+def _has_rival(view: View, instance: FunctionInstance) -> bool:
+    """Return whether another instance of the function is, or was, its home for certain."""
+    return any(
+        other is not instance
+        and other.identity == instance.identity
+        and other.complete
+        and (other.state in HOME_STATES or _is_led_to(view, other))
+        for _, other in view.instances_of(instance.function)
     )
 
 
@@ -151,12 +167,13 @@ def _ahead(view: View, host: str, instance: FunctionInstance, function: Function
         if other.complete and other.generation >= instance.generation
     ]
     slot = view.snapshot.slots.get(f"{instance.device}/{instance.vf_index}")
+    holder = slot.record.function if slot is not None else instance.function
     if view.silent:
         remedy, repair = ASK_AGAIN, None
     elif len(rivals) > 1:
         remedy, repair = "none: several instances may be the function's home", None
-    elif slot is not None and slot.record.function != instance.function:
-        remedy, repair = f"none: etcd has given its slot to {slot.record.function}", None
+    elif holder != instance.function and not _has_moved(view, holder):
+        remedy, repair = f"none: etcd has given its slot to {holder}", None
     else:
         remedy, repair = "write the function's record by what the host has", _follow(view, host, instance, function)
     return finding(
@@ -167,6 +184,15 @@ def _ahead(view: View, host: str, instance: FunctionInstance, function: Function
         says=describe_instance(instance),
         remedy=remedy,
         repair=repair,
+    )
+
+
+def _has_moved(view: View, function: str) -> bool:
+    """Return whether a backup has forgotten that a function moved, and so that its slot is another's by now."""
+    stored = view.snapshot.functions.get(function)
+    return stored is not None and any(
+        other.identity == stored.record.identity and other.complete and other.generation > stored.record.generation
+        for _, other in view.instances_of(function)
     )
 
 

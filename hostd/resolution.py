@@ -23,7 +23,7 @@ from vfleet.errors import VfleetError
 from vfleet.etcd.keys import entries_prefix, function_key, migration_key, owner_key
 from vfleet.etcd.records import decode
 from vfleet.etcd.store import KeyValue, Store, absent
-from vfleet.v1.records_pb2 import PHASE_ABORTED, PHASE_ABORTING, PHASE_DONE, Function, Migration, Step
+from vfleet.v1.records_pb2 import PHASE_ABORTED, PHASE_DONE, Function, Migration, Step
 from vfleet.v1.types_pb2 import (
     DECISION_ABORTED,
     DECISION_COMMITTED,
@@ -156,10 +156,12 @@ class Resolver:
             return None
         record = decode(Migration, stored)
         if _is_undecided(record) and await self._abort_if_nobodys(record, stored):
-            record.phase = PHASE_ABORTING
+            stored = await self._store.get(migration_key(migration))
+            return decode(Migration, stored) if stored is not None else None
         return record
 
     async def _abort_if_nobodys(self, record: Migration, stored: KeyValue) -> bool:
+        """Return whether there was nobody, so that the record is written now: by this host, or by who was faster."""
         if await self._store.get(owner_key(record.name)) is not None:
             return False
         reason = f"host {self._host} waited past its deadline, and no coordinator ran the migration"
@@ -173,8 +175,8 @@ class Resolver:
         )
         _log.warning("migration %s: %s", record.name, reason)
         with failpoint.around("hostd.resolve_abort"):
-            committed = await self._store.commit(abort)
-        return committed.succeeded
+            await self._store.commit(abort)
+        return True
 
     async def _read_function(self, name: str) -> Function | None:
         stored = await self._store.get(function_key(name))

@@ -259,6 +259,36 @@ def test_an_idle_instance_beside_the_home_is_ahead_only_if_a_table_leads_to_it(w
     assert isinstance(found.repair, {"nobody": Call, "a table": Transaction, "silent host": type(None)}[who_says_so])
 
 
+@pytest.mark.parametrize("is_led_to", [False, True])
+def test_of_two_forgotten_moves_the_second_counts_only_if_a_table_leads_there(world: World, is_led_to: bool) -> None:
+    """It was prepared for an attempt that may have been aborted, while drivers use the first one's target."""
+    forget_a_move(world)
+    world.instance(world.function("vf1"), device="h3/nic0", generation=5, state=STOP)
+    if is_led_to:
+        world.entry("h1", "d1", "vf1").generation = 5
+    found = next(each for each in world.findings() if each.difference.host == "h3")
+    kind = DifferenceKind.Name(found.difference.kind).removeprefix("DIFFERENCE_KIND_")
+    assert kind == ("FORGOTTEN_INSTANCE" if is_led_to else "ORPHAN_INSTANCE")
+
+
+def test_two_functions_that_have_changed_places_are_both_found_again(world: World) -> None:
+    world.etcd.put(keys.FLEET_GENERATION, "2")
+    places = {}
+    for own, other in (("vf1", "vf2"), ("vf2", "vf1")):
+        instance = next(each for each in world.instances["h1"] if each.function == own)
+        place = world.function(other)
+        instance.device, instance.vf_index, instance.base = place.device, place.vf_index, place.base
+        instance.generation += 1
+        places[own] = (place.device, place.vf_index)
+    kind = DifferenceKind.DIFFERENCE_KIND_FORGOTTEN_INSTANCE
+    for _ in places:
+        world.carry_out(next(each for each in world.findings() if each.difference.kind == kind).repair)
+    found = {name: world.function(name) for name in places}
+    assert {name: (function.device, function.vf_index) for name, function in found.items()} == places
+    slots = {f"{device}/{index}": name for name, (device, index) in places.items()}
+    assert {slot: stored.record.function for slot, stored in world.snapshot.slots.items()} == slots
+
+
 def base_of(world: World, host: str, vf_index: int) -> int:
     other = FleetValues()
     for segment, name in enumerate(("h1", "h2", "h3"), start=1):

@@ -39,6 +39,7 @@ CHAOS_S = 30.0
 LOSS_OF_ETCD = 0.15  # of the runs
 QUIET_S = 120.0
 HOLD_BOUND_S = 6.0
+LOSSY_HOLD_BOUND_S = 15.0  # while etcd's answers get lost, or take seconds
 SWEEPS = 8
 
 
@@ -240,14 +241,16 @@ class World:
         """See to it that a hold past its deadline is resolved while its host and etcd are well."""
         while True:
             await asyncio.sleep(1.0)
+            is_lossy = self.profile.store_loss or self.profile.slowness
+            bound_s = LOSSY_HOLD_BOUND_S if is_lossy else HOLD_BOUND_S
             for process in self.hosts.values():
                 is_cut_off = not self.etcd.can_reach(process.name) or self.history.forgotten is not None
                 if not process.is_up or process.life.is_stopped or is_cut_off:
                     process.well_since_s = self.loop.time()
-                if process.host is None or self.loop.time() - process.well_since_s < HOLD_BOUND_S:
+                if process.host is None or self.loop.time() - process.well_since_s < bound_s:
                     continue
                 for hold in process.host.drivers.holds():
-                    if hold.resolve_time + HOLD_BOUND_S < process.clock.time():
+                    if hold.resolve_time + bound_s < process.clock.time():
                         self.history.violate(7, f"{process.name} holds {hold.function} for long past its deadline")
 
     def _heal(self) -> None:
