@@ -84,10 +84,11 @@ class Hosts:
         method = FunctionServiceStub(self._channel(host)).DestroyFunction
         await self._call(host, "DestroyFunction", method, request, DESTROY_FUNCTION_TIMEOUT_S)
 
-    async def change_state(self, host: str, request: ChangeStateRequest) -> None:
-        """Stop an instance, or let it run again."""
+    async def change_state(self, host: str, request: ChangeStateRequest) -> bool:
+        """Stop an instance, or let it run again. Return whether the host has it."""
         method = FunctionServiceStub(self._channel(host)).ChangeState
-        await self._call(host, "ChangeState", method, request, CHANGE_STATE_TIMEOUT_S)
+        response = await self._call(host, "ChangeState", method, request, CHANGE_STATE_TIMEOUT_S)
+        return response.HasField("instance")
 
     async def import_state(self, host: str, request: ImportStateRequest) -> AsyncGenerator[ImportStateResponse, None]:
         """Yield the progress of an import. The stream has no deadline of its own: the migration bounds it."""

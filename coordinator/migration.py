@@ -24,7 +24,7 @@ from vfleet.etcd.store import Transaction
 from vfleet.v1.function_service_pb2 import ChangeStateRequest, CreateFunctionRequest, DestroyFunctionRequest
 from vfleet.v1.hold_service_pb2 import EntryName, LiftHoldRequest, PlaceHoldRequest
 from vfleet.v1.migration_service_pb2 import CopyProgress
-from vfleet.v1.records_pb2 import EntryChange, Migration, Move, Phase, Step, StepDuration
+from vfleet.v1.records_pb2 import EntryChange, Migration, Move, Phase, Place, Step, StepDuration
 from vfleet.v1.transfer_service_pb2 import ImportStateRequest
 from vfleet.v1.translation_service_pb2 import UpdateTableRequest
 from vfleet.v1.types_pb2 import Attempt, Decision, DeviceState
@@ -155,6 +155,7 @@ class Run:
             resolve_after_ms=options.prepare_timeout_ms + RESOLVE_MARGIN_MS,
         )
         with failpoint.around("coordinator.create"):
+            self._check_machine(move.target)
             await self._context.hosts.create_function(move.target.host, request)
 
     async def _import(self, move: Move, options: Options) -> None:
@@ -168,6 +169,7 @@ class Run:
             max_rounds=options.max_rounds,
         )
         failpoint.reach("coordinator.import.before")
+        self._check_machine(move.target)
         async with aclosing(self._context.hosts.import_state(move.target.host, request)) as responses:
             async for response in responses:
                 self.copies[move.function] = CopyProgress(
@@ -187,6 +189,12 @@ class Run:
             )
             raise VfleetError(Reason.BAD_STATE, message)
         failpoint.reach("coordinator.import.after")
+
+    def _check_machine(self, target: Place) -> None:
+        """Raise INCARNATION_CHANGED if the plan's machine is gone: what another one in its place has, nobody undoes."""
+        if self._context.snapshot.is_gone(target.host, target.incarnation):
+            message = f"host {target.host!r} was started anew since the plan was made"
+            raise VfleetError(Reason.INCARNATION_CHANGED, message, metadata={"host": target.host})
 
     async def _hold_when_copied(self, options: Options) -> None:
         moves = self.record.moves
@@ -273,15 +281,18 @@ class Run:
 
     async def _undo_move(self, move: Move) -> None:
         target = move.target
-        await together(
-            (
-                self._destroy(move.function, target.host, target.incarnation, target.generation),
-                self._resume_and_lift(move),
-            )
-        )
+        has_source = await self._resume(move)
+        consequences = [self._lift_unchanged(move, entry) for entry in move.entries]
+        if has_source:
+            consequences.append(self._destroy(move.function, target.host, target.incarnation, target.generation))
+        else:
+            # Only the scrub after a COMMIT takes a source away, so this target is all that is left of the function.
+            _log.error("function %s is on host %s by a commit that etcd has forgotten", move.function, target.host)
+        await together(consequences)
 
-    async def _resume_and_lift(self, move: Move) -> None:
-        source = move.source
+    async def _resume(self, move: Move) -> bool:
+        """Let the source run again. Return False if its machine lives and has it no more."""
+        source, has_source = move.source, True
         request = ChangeStateRequest(
             attempt=self.attempt,
             migration=self.record.name,
@@ -289,11 +300,14 @@ class Run:
             generation=source.generation,
             state=DeviceState.DEVICE_STATE_RUNNING,
         )
+
+        async def resume() -> None:
+            nonlocal has_source
+            has_source = await self._context.hosts.change_state(source.host, request)
+
         with failpoint.around("coordinator.resume"):
-            await self._insist(
-                source.host, source.incarnation, lambda: self._context.hosts.change_state(source.host, request)
-            )
-        await together(self._lift_unchanged(move, entry) for entry in move.entries)
+            await self._insist(source.host, source.incarnation, resume)
+        return has_source
 
     async def _lift_unchanged(self, move: Move, entry: EntryChange) -> None:
         name = EntryName(driver=entry.driver, function=move.function, generation=move.source.generation)

@@ -25,7 +25,6 @@ from vfleet.etcd.records import decode
 from vfleet.etcd.store import KeyValue, Store, absent
 from vfleet.v1.records_pb2 import PHASE_ABORTED, PHASE_DONE, Function, Migration, Step
 from vfleet.v1.types_pb2 import (
-    DECISION_ABORTED,
     DECISION_COMMITTED,
     DECISION_UNSPECIFIED,
     Attempt,
@@ -195,19 +194,18 @@ def _is_undecided(record: Migration | None) -> bool:
 def _is_over(instance: Instance, record: Migration | None, function: Function | None) -> bool:
     """Return whether something says that an instance, which isn't the home, will not be: no record of it is no word.
 
-    A stopped source is kept until its migration's record is final: the target may still fetch from it.
+    A stopped source is kept until its migration's record is final: the target may still fetch from it. A target with
+    all of its state does not go by an abort alone, since etcd may have forgotten a COMMIT: the coordinator that undoes
+    the migration ends it, after a look at the source.
     """
     about = instance.about
-    if function is not None and function.identity == about.identity and function.generation >= about.generation:
-        # Another instance is the home, of this generation or a later one.
-        says_so = True
-    elif record is not None:
-        left_by = DECISION_COMMITTED if about.HasField("stopped_by") else DECISION_ABORTED
-        says_so = outcome(record) == left_by
-    else:
-        says_so = not about.complete
-    is_final = record is None or record.phase in (PHASE_DONE, PHASE_ABORTED)
-    return says_so and (is_final or not about.HasField("stopped_by"))
+    has_other_home = (
+        function is not None and function.identity == about.identity and function.generation >= about.generation
+    )
+    if about.HasField("stopped_by"):
+        is_final = record is None or record.phase in (PHASE_DONE, PHASE_ABORTED)
+        return is_final and (has_other_home or (record is not None and outcome(record) == DECISION_COMMITTED))
+    return has_other_home or not about.complete
 
 
 def _is_home(function: Function, instance: Instance) -> bool:

@@ -444,6 +444,8 @@ inline resolve_instance(h) {
 		fi;
 		if
 		:: IS_HOME(h) -> become_running(h)
+		/* A target with all of its state isn't ended by an abort alone: who undoes the migration looks at the source first. */
+		:: !IS_HOME(h) && host[h].state == READY && host[h].read < host[h].generation -> skip
 		:: else -> remove(h)
 		fi
 	:: else

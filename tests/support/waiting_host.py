@@ -138,5 +138,6 @@ class Rig:
 
 
 WAITING = (STOP_COPY, PREPARED, (1, True))
+UNDONE = (RUNNING, PREPARED, (1, False))
 BACK = (RUNNING, GONE, (1, False))
 THERE = (GONE, RUNNING, (2, False))

@@ -38,7 +38,7 @@ class Hosts:
     """All hosts: what they are asked, in order, and what goes wrong.
 
     `failures` are raised by method, one a call; `hangs` are methods that never answer; `on` is done when a method is
-    called, by its name.
+    called, by its name; `gone` are functions that have no source any more.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -48,6 +48,7 @@ class Hosts:
     silent: tuple[str, ...] = ()
     is_cut_short: bool = False
     stopped: dict[str, asyncio.Event] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
 
     def under(self, check: Callable[[], None]) -> "Hosts":
         return self
@@ -71,9 +72,10 @@ class Hosts:
         await self._enter("hold", host, request)
         return self.silent
 
-    async def change_state(self, host: str, request: ChangeStateRequest) -> None:
+    async def change_state(self, host: str, request: ChangeStateRequest) -> bool:
         await self._enter("resume" if request.state == DeviceState.DEVICE_STATE_RUNNING else "stop", host, request)
         self.stopped.setdefault(request.function, asyncio.Event()).set()
+        return request.function not in self.gone
 
     async def update_table(self, host: str, request: UpdateTableRequest) -> None:
         await self._enter("lift", host, request)
@@ -506,6 +508,48 @@ async def test_a_host_on_which_nothing_is_left_is_not_asked_again(rig: Rig, meth
     await rig.run()
     assert rig.record.phase == Phase.PHASE_DONE
     assert len(rig.asked(method)) == 2
+
+
+async def test_an_undoing_that_finds_no_source_leaves_the_target_which_etcd_has_forgotten_to_be_the_home(rig: Rig):
+    rig.hosts.gone.add("vf1")
+    await rig.run(None)
+    assert rig.record.phase == Phase.PHASE_ABORTED
+    assert rig.asked("destroy", "restore", "resume", "lift") == [each for each in AFTER_ABORT if each != AFTER_ABORT[0]]
+
+
+async def test_a_target_is_destroyed_only_after_its_source_has_answered(rig: Rig):
+    rig.hosts.failures["resume"] = [unreachable() for _ in range(3)]
+    await rig.run(None)
+    order = [(method, request.function) for method, _, request in rig.hosts.calls if method in ("resume", "destroy")]
+    for function in ("vf1", "vf2"):
+        of_function = [method for method, other in order if other == function]
+        assert of_function == ["resume"] * (len(of_function) - 1) + ["destroy"]
+
+
+async def test_the_target_of_a_source_that_went_with_its_machine_is_destroyed(rig: Rig):
+    rig.fleet.put(keys.registration_key("h1"), "h1-again")
+    rig.look()
+    await rig.run(None)
+    assert rig.asked("destroy", "resume") == AFTER_ABORT[:2]
+
+
+@pytest.mark.parametrize("since", ["begin", "create"])
+async def test_a_target_started_anew_since_the_plan_is_asked_for_nothing_more(rig: Rig, since: str):
+    """What it would make, nobody would undo: that is looked for on the machine of the plan."""
+
+    def again() -> None:
+        rig.fleet.put(keys.registration_key("h2"), "h2-again")
+        rig.look()
+
+    if since == "begin":
+        again()
+    else:
+        rig.hosts.on["create"] = again
+    await rig.run()
+    assert rig.record.phase == Phase.PHASE_ABORTED
+    assert rig.record.abort_reason == "host 'h2' was started anew since the plan was made"
+    assert ("create", "h2", "vf1") not in rig.asked() or since == "create"
+    assert ("import", "h2", "vf1") not in rig.asked()
 
 
 async def test_a_machine_started_anew_has_nothing_to_undo(rig: Rig):

@@ -28,7 +28,7 @@ from vfleet.etcd.session import Session
 from vfleet.etcd.store import Compare, Delete, Transaction
 from vfleet.v1.host_records_pb2 import Fence
 from vfleet.v1.records_pb2 import Phase
-from vfleet.v1.types_pb2 import DEVICE_STATE_STOP_COPY
+from vfleet.v1.types_pb2 import DECISION_ABORTED, DEVICE_STATE_STOP_COPY
 
 Patch = tuple[object, str, Any]
 
@@ -314,6 +314,29 @@ def holds_never_resolved() -> list[Patch]:
         return
 
     return [(Resolver, "_resolve_holds", never)]
+
+
+@_bug(found_at=189)
+def abort_that_looks_at_no_source() -> list[Patch]:
+    async def undo(self, move):
+        target = move.target
+        await together(
+            (
+                self._destroy(move.function, target.host, target.incarnation, target.generation),
+                self._resume(move),
+                *(self._lift_unchanged(move, entry) for entry in move.entries),
+            )
+        )
+
+    def is_over(found, record, function):
+        return is_over_now(found, record, function) or (
+            not found.about.HasField("stopped_by")
+            and record is not None
+            and decision.outcome(record) == DECISION_ABORTED
+        )
+
+    is_over_now = resolution._is_over
+    return [(Run, "_undo_move", undo), (resolution, "_is_over", is_over)]
 
 
 @_bug(found_at=1)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 LOCAL_MEMORY_OFFSET = 8192
 WORDS = 16
 HESITATION_S = 5.0
+ACTIONS_PER_S = 3.0
 _COUNTERS = (checker.LOST, checker.REPEATED, checker.REORDERED)
 
 
@@ -119,7 +120,7 @@ class DriverClient:
             while not self.is_ending:
                 burst = [program.next() for _ in range(random.choice((1, 1, 1, 3)))]
                 await asyncio.gather(*(self._do(function, place, access) for access in burst))
-                await asyncio.sleep(random.expovariate(4.0))
+                await asyncio.sleep(random.expovariate(ACTIONS_PER_S))
             for access in program.last():
                 await self._do(function, place, access)
         except _Lost:
@@ -203,7 +204,7 @@ class UnnumberedClient:
                     return
                 # What is late still must not take the place of the next.
                 await asyncio.sleep(random.uniform(0.0, HESITATION_S))
-            await asyncio.sleep(random.expovariate(4.0))
+            await asyncio.sleep(random.expovariate(ACTIONS_PER_S))
 
     async def _read(self, word: int) -> None:
         request = ReadRequest(driver=self._name, virtual_address=self._place + 8 * word, length_bytes=8)

@@ -30,7 +30,7 @@ class Life:
         self.name = name
         self.is_alive = True
         self.is_stopped = False
-        self.deferred: list[asyncio.Handle] = []
+        self.deferred: list[_Callback] = []
         self.kept: list[asyncio.Task[Any]] = []
         self.context = contextvars.copy_context()
         self.context.run(LIFE.set, self)
@@ -73,11 +73,27 @@ class _Future(asyncio.Future):
         return self.number
 
 
-class _Ended:
-    """Stands for a callback after the end of the simulation."""
+class _Callback:
+    """What asyncio's handles are, without what only its own loops need: there are tens of thousands in a run."""
+
+    __slots__ = ("args", "callback", "context", "is_cancelled")
+
+    def __init__(
+        self, callback: Callable[..., object], args: tuple[object, ...], context: contextvars.Context | None
+    ) -> None:
+        self.callback = callback
+        self.args = args
+        self.context = contextvars.copy_context() if context is None else context
+        self.is_cancelled = False
 
     def cancel(self) -> None:
-        """Do nothing."""
+        """As asyncio's."""
+        self.is_cancelled = True
+        self.args = ()
+
+    def cancelled(self) -> bool:
+        """As asyncio's."""
+        return self.is_cancelled
 
 
 class SimulatedLoop(asyncio.BaseEventLoop):
@@ -87,7 +103,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         super().__init__()
         self._now = 0.0
         self._numbers = itertools.count(1)
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers: list[tuple[float, int, _Callback]] = []
         self._is_over = False
         self.callbacks = 0
         self.set_task_factory(self._make_task)
@@ -100,23 +116,25 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         """Return a future with a number."""
         return _Future(next(self._numbers), self)
 
-    # asyncio's own two check, for every callback, what can't be here; and its timers are compared in Python.
+    # asyncio's own check, for every callback, what can't be here; and its timers are compared in Python.
 
     def call_soon(self, callback, *args, context=None):
         """As asyncio's; after the end nothing is called any more."""
-        if self._is_over:
-            return _Ended()
-        handle = asyncio.Handle(callback, args, self, context)
-        self._ready.append(handle)
+        handle = _Callback(callback, args, context)
+        if not self._is_over:
+            self._ready.append(handle)
         return handle
 
     def call_at(self, when, callback, *args, context=None):
         """As asyncio's, in order of time and then of the calls; after the end nothing is called any more."""
-        if self._is_over:
-            return _Ended()
-        timer = asyncio.TimerHandle(when, callback, args, self, context)
-        heapq.heappush(self._timers, (when, next(self._numbers), timer))
+        timer = _Callback(callback, args, context)
+        if not self._is_over:
+            heapq.heappush(self._timers, (when, next(self._numbers), timer))
         return timer
+
+    def call_later(self, delay, callback, *args, context=None):
+        """As asyncio's."""
+        return self.call_at(self._now + delay, callback, *args, context=context)
 
     call_soon_threadsafe = call_soon
 
@@ -168,7 +186,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def _run_once(self) -> None:
         ready, timers = self._ready, self._timers
         if not ready:
-            while timers and timers[0][2]._cancelled:
+            while timers and timers[0][2].is_cancelled:
                 heapq.heappop(timers)
             if not timers:
                 raise StuckError("nothing is left to happen")
@@ -180,15 +198,20 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             raise StuckError(f"no end after {MAX_CALLBACKS} callbacks, at {self._now:.3f} s")
         for _ in range(len(ready)):
             handle = ready.popleft()
-            if handle._cancelled:
+            if handle.is_cancelled:
                 continue
-            life = handle._context.get(LIFE)
+            life = handle.context.get(LIFE)
             if life is not None and not life.is_alive:
                 continue
             if life is not None and life.is_stopped:
                 life.deferred.append(handle)
                 continue
-            handle._run()
+            try:
+                handle.context.run(handle.callback, *handle.args)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException:  # noqa: BLE001  # a process that was killed ends in the middle of things
+                pass
 
     def _process_events(self, event_list: object) -> None:
         pass

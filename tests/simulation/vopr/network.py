@@ -23,6 +23,7 @@ _NO_LIFE = contextvars.Context()
 _OK = grpc.StatusCode.OK
 
 Status = tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]
+_LATE: Status = (grpc.StatusCode.DEADLINE_EXCEEDED, "simulated: no answer in time", ())
 
 
 class _Details:
@@ -200,13 +201,15 @@ class _Unary:
             network.later(network.delay(), self._arrive)
         if random.random() < profile.duplication and is_repeatable(self._path, self._data):
             network.later(random.choice((0.01, 1.0, 15.0)) * random.random(), self._arrive_again)
+        timer = network.loop.call_later(timeout, self._settle, _LATE, b"") if timeout is not None else None
+        status, data = _LATE, b""
         try:
-            async with asyncio.timeout(timeout):
-                status, data = await self._answer
-        except TimeoutError:
-            raise _error((grpc.StatusCode.DEADLINE_EXCEEDED, "simulated: no answer in time", ())) from None
+            status, data = await self._answer
         finally:
-            if not self._answer.done() and self._life.is_alive and random.random() < 0.5:
+            if timer is not None:
+                timer.cancel()
+            # gRPC tells the server that nobody waits any more, if it still can.
+            if status is _LATE and self._life.is_alive and random.random() < 0.5:
                 network.later(network.delay(), self._abandon)
         if status[0] is not _OK:
             raise _error(status)

@@ -25,6 +25,8 @@ from vfleet.v1.fleet_service_pb2_grpc import FleetServiceStub
 if TYPE_CHECKING:
     from simulation.vopr.world import World
 
+AIMED = 0.5  # of the losses come between the COMMIT of a migration, which they undo, and its FINISH
+SOON_S = 5.0
 REPAIR_S = 60.0
 GIVE_UP_GUEST_S = 30.0
 
@@ -33,12 +35,22 @@ async def lose_and_restore(world: "World") -> None:
     """Do it all, at times that the seed has."""
     random, etcd = world.random, world.etcd
     await asyncio.sleep(random.uniform(2.0, 15.0))
+    is_aimed = random.random() < AIMED
+    if is_aimed:
+        await world.until_reached("coordinator.commit.before", SOON_S)
     backup = etcd.state.copy()
-    await asyncio.sleep(random.choice((0.5, 3.0, 12.0)) * random.random())
+    if is_aimed:
+        # So fast that hosts have not written yet that they have done anything.
+        await world.until_reached("hostd.destroy.after", SOON_S)
+    else:
+        await asyncio.sleep(random.choice((0.5, 3.0, 12.0)) * random.random())
     world.trace("etcd is restored", etcd.state.revision, backup.revision)
     world.end_faults()
     world.history.forget(backup)
     etcd.restore(backup, random.uniform(0.1, 5.0))
+    for process in world.coordinators.values() if random.random() < 0.5 else ():
+        # One that is started on the restored etcd does not know that it is.
+        world.kill(process, random.uniform(0.1, 5.0))
     # What is written meanwhile, or some foreigner's writes, may bring it past what was seen before.
     for _ in range(random.choice((0, 0, 5, 200))):
         etcd.write_foreign()

@@ -12,7 +12,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -80,6 +80,7 @@ class World:
         self.network.observe = self.history.answered
         self.network.delivered_again = self.history.delivered_again
         self.armed: dict[str, str] = {}
+        self._awaited: dict[str, asyncio.Event] = {}
         self.loses_etcd = self.random.random() < LOSS_OF_ETCD
         self._faults: asyncio.Future[None] | None = None
 
@@ -130,6 +131,8 @@ class World:
         life.check()
         if name == "hostd.resolve_hold.after":
             self.history.hits["hold resolved by a host"] += 1
+        if name in self._awaited:
+            self._awaited.pop(name).set()
         if self.is_at_peace:
             return
         action = self.armed.pop(name, None)
@@ -140,6 +143,13 @@ class World:
             self.trace("killed at", name, life.name)
             self.kill(self.process(life.name), self.random.uniform(0.2, 6.0))
         life.check()
+
+    async def until_reached(self, name: str, at_most_s: float) -> None:
+        """Wait until any process reaches a failpoint."""
+        event = self._awaited.setdefault(name, asyncio.Event())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(at_most_s):
+                await event.wait()
 
     def died(self, process: Process) -> None:
         """Count a death."""
