@@ -31,7 +31,12 @@ from vfleet.v1.driver_service_pb2 import (
     DeleteDriverResponse,
     DetachFunctionResponse,
 )
-from vfleet.v1.function_service_pb2 import ChangeStateResponse, CreateFunctionResponse, DestroyFunctionResponse
+from vfleet.v1.function_service_pb2 import (
+    ChangeStateResponse,
+    CreateFunctionResponse,
+    DestroyFunctionResponse,
+    FunctionInstance,
+)
 from vfleet.v1.hold_service_pb2 import LiftHoldResponse, PlaceHoldResponse
 from vfleet.v1.records_pb2 import Device, Host
 from vfleet.v1.transfer_service_pb2 import (
@@ -194,11 +199,13 @@ class _Servicer:
         host, key = self.host, (request.function, request.generation)
         await host.enter("ChangeState", request)
         if key not in host.instances:
+            if request.state == RUNNING:
+                return ChangeStateResponse()
             raise VfleetError(Reason.NOT_FOUND, f"no instance {key}")
         host.instances[key] = request.state
         await host.notify()
         host.leave("ChangeState")
-        return ChangeStateResponse()
+        return ChangeStateResponse(instance=FunctionInstance(function=request.function, generation=request.generation))
 
     async def PlaceHold(self, request, context):
         host = self.host
