@@ -48,6 +48,9 @@ class DeviceModel(Protocol):
     local_memory: range
     """The image's bytes that an access, or work, touches only where it says so: they may come after the lift
     (post-copy). Empty, or a section's. An access to a BAR touches there what it reads or writes, no more."""
+    plain_memory: range
+    """Bytes of a BAR that are plain memory: an access there reads or writes them and does nothing else, so that the
+    engine need not ask the model. No work begins by it. Empty, or multiples of 4096."""
 
     def reset(self) -> Sequence[Store]:
         """Return the stores that give the registers their initial values, over zeroed memory (FLR)."""

@@ -85,7 +85,7 @@ class Checker:
         self._local_bytes = bar_bytes.get(2, 0)
         self._local_start = bar_layout(bar_bytes).get(2, 0)
         self._local_end = self._local_start + self._local_bytes
-        self.local_memory = range(self._local_start, self._local_end)
+        self.local_memory = self.plain_memory = range(self._local_start, self._local_end)
         registers = Section("registers", 0, self._registers_end)
         local = Section("local memory", self._local_start, self._local_bytes)
         self.sections: Sequence[Section] = (registers, local) if self._local_bytes else (registers,)
