@@ -9,11 +9,12 @@ been made (also by a restart of the daemon) asks the function first how far it g
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from hostd.fabric import Fabric, Link
+from hostd.direct import Grant
+from hostd.fabric import MAX_JOINED, Fabric, Link
 from hostd.functions import Functions
 from hostd.home import forget_driver, last_sequence
 from hostd.image import Sequencer
@@ -76,6 +77,7 @@ class AccessQueue:
     def __init__(self, driver: str, entry: Entry, reach: Reach) -> None:
         self._driver = driver
         self._entry = entry
+        self._segment = _segment_of(entry)
         self._reach = reach
         self._accesses: deque[Waiting] = deque()
         self._repeats: dict[int, Waiting] = {}
@@ -84,6 +86,7 @@ class AccessQueue:
         self._acknowledged = 0
         self._link: Link | None = None
         self._home: tuple[Instance, Sequencer] | None = None
+        self._grant: Grant | None = None
         self._repair: asyncio.Task[None] | None = None
         self._delays = self._new_delays()
         self._synchronized = asyncio.Event()
@@ -93,6 +96,7 @@ class AccessQueue:
     @property
     def last_sequence(self) -> int:
         """The last sequence given to an access; 0 for none, or if it isn't known yet."""
+        self._count_direct()
         return max(self._next_sequence - 1, 0)
 
     @property
@@ -111,18 +115,46 @@ class AccessQueue:
         Raise LIMIT_EXCEEDED if the queue is full, SEQUENCE_GAP if the access has a sequence that is not its turn's, and
         what the queue was ended with.
         """
-        if self._closed is not None:
-            raise self._closed
-        if len(self._accesses) + len(self._repeats) >= MAX_WAITING:
-            raise VfleetError(
-                Reason.LIMIT_EXCEEDED,
-                f"driver {self._driver!r} has {MAX_WAITING} accesses to function {self._entry.function!r} without an"
-                " answer; expected fewer",
-            )
+        self._check_room(1)
+        self._count_direct()
         if access.sequence and not self._take_sequence(access):
             return
         self._accesses.append(access)
         self._pump()
+
+    def submit_many(self, accesses: Sequence[Waiting]) -> None:
+        """Put accesses without a sequence of their own at the end of the queue: all, or if it raises, none.
+
+        On their way to another host they share messages. Raise as `submit` does.
+        """
+        self._check_room(len(accesses))
+        self._count_direct()
+        self._accesses.extend(accesses)
+        self._pump()
+
+    def grant(self) -> Grant | None:
+        """Return leave to access the function's plain memory directly, if it is here and nothing waits before that."""
+        if not self._is_idle() or not self._admit():
+            return None
+        assert self._home is not None  # noqa: S101  # it is admitted
+        instance, sequencer = self._home
+        self._count_direct()
+        self._grant = instance.grant(sequencer, self._entry.virtual_address, self._entry.length_bytes)
+        return self._grant
+
+    def access(self, kind: AccessKind.ValueType, virtual_address: int, length: int, data: bytes) -> Result | None:
+        """Carry out an access at once, if its function is here and nothing waits before it; None if not."""
+        if not self._is_idle() or not self._admit():
+            return None
+        self._count_direct()
+        try:
+            result = self._carry_out(self._next_sequence, kind, virtual_address, length, data)
+        except SequenceGapError:
+            self._start_repair()
+            return None
+        self._acknowledged = self._next_sequence
+        self._next_sequence += 1
+        return result
 
     def give_up(self, access: Waiting) -> bool:
         """Take an access back that was never sent. Return False if it was: then it will still take effect, once."""
@@ -137,7 +169,9 @@ class AccessQueue:
 
     def follow(self, entry: Entry) -> None:
         """Go by another entry: after the lift, what has no answer is sent again, to the home that it names."""
+        self._revoke()
         self._entry = entry
+        self._segment = _segment_of(entry)
         self._home = None
         self._sent = 0
         self._delays = self._new_delays()
@@ -156,13 +190,14 @@ class AccessQueue:
         request = ForgetDriverRequest(
             driver=self._driver, function=entry.function, generation=entry.generation, session=reach.session
         )
-        if self._entry_segment() == reach.segment:
+        if self._segment == reach.segment:
             forget_driver(reach.functions, request)
         else:
-            reach.fabric.to(self._entry_segment()).forget_driver(request)
+            reach.fabric.to(self._segment).forget_driver(request)
 
     def close(self, error: VfleetError) -> None:
         """End the queue. What has no answer fails with `error`."""
+        self._revoke()
         self._closed = error
         self._synchronized.set()
         if self._repair is not None:
@@ -196,6 +231,16 @@ class AccessQueue:
         """Send again what has no answer: the link is new (as the link's sender)."""
         self._sent = 0
         self._pump()
+
+    def _check_room(self, count: int) -> None:
+        if self._closed is not None:
+            raise self._closed
+        if len(self._accesses) + len(self._repeats) + count > MAX_WAITING:
+            raise VfleetError(
+                Reason.LIMIT_EXCEEDED,
+                f"driver {self._driver!r} has {MAX_WAITING} accesses to function {self._entry.function!r} without an"
+                " answer; expected fewer",
+            )
 
     def _take_sequence(self, access: Waiting) -> bool:
         """Check a client's own sequence. Return False if the access is a repeated one, and is dealt with."""
@@ -242,82 +287,118 @@ class AccessQueue:
             self._start_repair()
         elif self._repair is not None and not self._repair.done():
             return
-        elif self._entry_segment() == self._reach.segment:
+        elif self._segment == self._reach.segment:
             self._pump_local()
         else:
             self._pump_remote()
 
-    def _entry_segment(self) -> int:
-        return location_of(translate(self._entry.virtual_address, self._entry.offset)).segment
+    def _is_idle(self) -> bool:
+        """Whether the function is here, and an access may be carried out before anything else happens."""
+        return not (
+            self._accesses
+            or self._repeats
+            or self._closed
+            or self._entry.held
+            or not self._next_sequence
+            or (self._repair is not None and not self._repair.done())
+            or self._segment != self._reach.segment
+        )
+
+    def _admit(self) -> bool:
+        """Find the home on this host. Return False if the function isn't served here."""
+        if self._home is None or not self._home[0].is_serving:
+            entry, reach = self._entry, self._reach
+            address = translate(entry.virtual_address, entry.offset)
+            admitted = reach.functions.admit(self._driver, entry.function, entry.generation, reach.session, address)
+            if not isinstance(admitted, tuple):
+                return False
+            self._home = admitted
+            self._delays = self._new_delays()
+        return True
+
+    def _count_direct(self) -> None:
+        """Take note of the accesses that were done directly, in the queue's stead."""
+        if self._grant is not None:
+            self._next_sequence = max(self._next_sequence, self._grant.sequencer.last + 1)
+
+    def _revoke(self) -> None:
+        if self._grant is not None:
+            self._count_direct()
+            self._grant.revoke()
+            self._grant = None
 
     def _pump_local(self) -> None:
         while self._accesses or self._repeats:
-            if self._home is None or not self._home[0].is_serving:
-                entry, reach = self._entry, self._reach
-                address = translate(entry.virtual_address, entry.offset)
-                admitted = reach.functions.admit(self._driver, entry.function, entry.generation, reach.session, address)
-                if not isinstance(admitted, tuple):
-                    self._start_repair()
-                    return
-                self._home = admitted
-                self._delays = self._new_delays()
+            if not self._admit():
+                self._start_repair()
+                return
             if self._repeats:
                 self._finish_repeat(self._repeats.pop(next(iter(self._repeats))))
                 continue
             access = self._accesses[0]
             self._give_sequence(access)
             try:
-                result = self._carry_out(access)
+                result = self._carry_out_waiting(access)
             except SequenceGapError:
                 self._start_repair()
                 return
             self._finish_head(result)
 
     def _finish_repeat(self, access: Waiting) -> None:
-        access.finish(self._carry_out(access))
+        access.finish(self._carry_out_waiting(access))
 
-    def _carry_out(self, access: Waiting) -> Result:
+    def _carry_out_waiting(self, access: Waiting) -> Result:
+        return self._carry_out(access.sequence, access.kind, access.virtual_address, access.length, access.data)
+
+    def _carry_out(
+        self, sequence: int, kind: AccessKind.ValueType, virtual_address: int, length: int, data: bytes
+    ) -> Result:
         assert self._home is not None  # noqa: S101  # the caller admitted it
         instance, sequencer = self._home
         sequencer.acknowledged = self._acknowledged
-        address = translate(access.virtual_address, self._entry.offset)
-        return instance.access(sequencer, access.sequence, access.kind, address, access.length, access.data)
+        return instance.access(sequencer, sequence, kind, translate(virtual_address, self._entry.offset), length, data)
 
     def _pump_remote(self) -> None:
-        end = min(len(self._accesses), WINDOW)
-        batch = list(self._repeats.values())
-        while self._sent < end:
-            access = self._accesses[self._sent]
-            self._give_sequence(access)
-            batch.append(access)
-            self._sent += 1
-        if not batch:
+        if self._sent >= min(len(self._accesses), WINDOW) and not self._repeats:
             return
-        link = self._reach.fabric.to(self._entry_segment())
+        link = self._reach.fabric.to(self._segment)
         if self._link is not None and self._link is not link:
             self._link.leave(self._driver, self._entry.function)
         self._link = link
-        request = ExchangeRequest(
-            driver=self._driver,
-            function=self._entry.function,
-            generation=self._entry.generation,
-            acknowledged_sequence=self._acknowledged,
-            accesses=[self._message(access) for access in batch],
-            session=self._reach.session,
-        )
-        if not link.send(request, self):
-            self._sent = 0
+        batch = list(self._repeats.values())
+        while batch or self._sent < min(len(self._accesses), WINDOW):
+            while self._sent < min(len(self._accesses), WINDOW) and len(batch) < MAX_JOINED:
+                access = self._accesses[self._sent]
+                self._give_sequence(access)
+                batch.append(access)
+                self._sent += 1
+            if not link.send(self._request(batch), self):
+                self._sent = 0
+                return
+            batch = []
 
-    def _message(self, access: Waiting) -> Access:
-        return Access(
-            sequence=access.sequence,
-            kind=access.kind,
-            address=translate(access.virtual_address, self._entry.offset),
-            length_bytes=access.length,
-            data=access.data,
+    def _request(self, batch: list[Waiting]) -> ExchangeRequest:
+        entry, offset = self._entry, self._entry.offset
+        return ExchangeRequest(
+            driver=self._driver,
+            function=entry.function,
+            generation=entry.generation,
+            acknowledged_sequence=self._acknowledged,
+            accesses=[
+                Access(
+                    sequence=access.sequence,
+                    kind=access.kind,
+                    address=translate(access.virtual_address, offset),
+                    length_bytes=access.length,
+                    data=access.data,
+                )
+                for access in batch
+            ],
+            session=self._reach.session,
         )
 
     def _start_repair(self) -> None:
+        self._revoke()
         if not self._closed and not self._entry.held and (self._repair is None or self._repair.done()):
             self._repair = asyncio.create_task(self._run_repair(), name=f"repair {self._driver} {self._entry.function}")
 
@@ -349,10 +430,13 @@ class AccessQueue:
             generation=self._entry.generation,
             session=self._reach.session,
         )
-        segment = self._entry_segment()
-        if segment == self._reach.segment:
+        if self._segment == self._reach.segment:
             return last_sequence(self._reach.functions, request)
-        return await self._reach.fabric.to(segment).get_sequence(request)
+        return await self._reach.fabric.to(self._segment).get_sequence(request)
+
+
+def _segment_of(entry: Entry) -> int:
+    return location_of(translate(entry.virtual_address, entry.offset)).segment
 
 
 def _copy(answer: "asyncio.Future[Result]", access: Waiting) -> None:

@@ -1,7 +1,8 @@
 """One driver: its virtual address space, its main memory, its translation table, its accesses.
 
-The table is one reference, `table`, which every change swaps; the queues, one a function, are told of the change at
-once. Accesses of one driver to one function keep their order; a driver's main memory is this host's and needs none.
+The table is one reference, `table`, which every change swaps; at once the lookaside, `direct`, forgets what it knew,
+and the queues, one a function, are told. Accesses of one driver to one function keep their order; a driver's main
+memory is this host's and needs none.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from hostd.access_queue import AccessQueue, Reach, Waiting
+from hostd.direct import DirectAccess, Grant
 from hostd.instance import Result
 from hostd.translation import Entry, TranslationTable
 from vfleet.address import AddressError, check_access
@@ -27,22 +29,29 @@ class Driver:
 
     def __init__(self, record: DriverRecord, memory: mmap.mmap | None, entries: Iterable[Entry], reach: Reach) -> None:
         self.record = record
-        self.table = TranslationTable(entries)
+        self.direct = DirectAccess(self)
+        self._table = TranslationTable(entries)
         self.changed = asyncio.Event()
         self.listeners: list[Listener] = []
         self._memory = memory
         self._reach = reach
         self._faults = 0
-        self._queues = {entry.function: self._new_queue(entry) for entry in self.table.entries if entry.function}
+        self._queues = {entry.function: self._new_queue(entry) for entry in self._table.entries if entry.function}
 
     @property
     def name(self) -> str:
         """The driver's name."""
         return self.record.driver
 
+    @property
+    def table(self) -> TranslationTable:
+        """The present snapshot."""
+        return self._table
+
     def swap(self, table: TranslationTable) -> None:
         """Put a new table in the place of the old one, and let every access go by it from now on."""
-        before, self.table = self.table.by_function, table
+        before, self._table = self._table.by_function, table
+        self.direct.forget()
         for function, entry in table.by_function.items():
             if not function or before.get(function) == entry:
                 continue
@@ -75,7 +84,7 @@ class Driver:
             check_access(virtual_address, length)
         except AddressError as error:
             raise invalid_field("virtual_address", f"{virtual_address:#x}+{length}", str(error)) from None
-        entry = self.table.lookup(virtual_address)
+        entry = self._table.lookup(virtual_address)
         if entry is None:
             self._faults += 1
             raise VfleetError(
@@ -116,6 +125,18 @@ class Driver:
         queue.submit(access)
         return Submitted(entry, access, queue)
 
+    def grant(self, virtual_address: int, length: int) -> Grant | None:
+        """Return leave to access directly what lies at a virtual address, or None. Raise as `find` does."""
+        entry = self.find(virtual_address, length)
+        return self._queues[entry.function].grant() if entry.function else None
+
+    def access(self, kind: AccessKind.ValueType, virtual_address: int, length: int, data: bytes) -> Result | None:
+        """Carry out an access at once, or return None: then it is to be submitted. Raise as `submit` does."""
+        entry = self.find(virtual_address, length)
+        if not entry.function:
+            return self._access_memory(kind, virtual_address - entry.virtual_address, length, data)
+        return self._queues[entry.function].access(kind, virtual_address, length, data)
+
     def state(self, memory_base: int) -> DriverState:
         """Return the driver as the contract shows it; `memory_base` is the fabric address of its main memory."""
         return DriverState(
@@ -123,7 +144,7 @@ class Driver:
             main_memory_bytes=self.record.main_memory_bytes,
             main_memory_virtual_address=MAIN_MEMORY_VIRTUAL_ADDRESS if self._memory else 0,
             main_memory_base=memory_base if self._memory else 0,
-            entries=[entry.to_proto() for entry in self.table.entries],
+            entries=[entry.to_proto() for entry in self._table.entries],
             last_sequences={
                 function: queue.last_sequence for function, queue in self._queues.items() if queue.is_synchronized
             },
@@ -133,6 +154,7 @@ class Driver:
 
     def close(self) -> None:
         """End all queues and unmap the main memory."""
+        self.direct.forget()
         for queue in self._queues.values():
             queue.close(VfleetError(Reason.HOST_UNAVAILABLE, f"the host of driver {self.name!r} stops"))
         if self._memory is not None:

@@ -1,13 +1,14 @@
 """A function's image: everything of it that lasts, in one mapped file.
 
-    +------------+----------------------+-------------------------------------------+
-    | redo       | sequencers, one a    | memory: the BARs as they lie in the       |
-    | record     | driver               | function's window, then the model's own   |
-    +------------+----------------------+-------------------------------------------+
+    +------------+--------------+----------------------+-------------------------------------------+
+    | redo       | that of      | sequencers, one a    | memory: the BARs as they lie in the       |
+    | record     | plain writes | driver               | function's window, then the model's own   |
+    +------------+--------------+----------------------+-------------------------------------------+
 
 An access's effect and its sequence become durable together: the redo record (what is stored where, and the answer) is
 written first, then the effect, and the sequence last. A daemon that is killed anywhere in between and comes back does
 the rest; a record that was torn fails its checksum, and then the access has had no effect and will be sent again.
+Plain writes, which need no model, have a record of their own (hostd/direct.py).
 """
 
 import mmap
@@ -15,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
+from hostd.direct import PLAIN_REDO_END, PLAIN_REDO_NAME, PLAIN_REDO_START, Grant, finish_plain_writes
 from hostd.models.base import Store
 from vfleet.address import MAX_ACCESS_BYTES, PAGE_BYTES
 from vfleet.errors import Reason, VfleetError
@@ -22,7 +24,7 @@ from vfleet.limits import MAX_DRIVERS, WINDOW
 from vfleet.v1.access_pb2 import AccessStatus, Answer
 from vfleet.v1.transfer_service_pb2 import DriverSequence
 
-_REDO_BYTES = 4 * PAGE_BYTES
+_REDO_BYTES = PLAIN_REDO_START
 _REDO_HEAD = struct.Struct("<IIQIIII")  # CRC-32, bytes after it, sequence, sequencer, status, answer bytes, stores
 _STORE_HEAD = struct.Struct("<QI")  # offset in memory, bytes
 _NO_REDO = (1 << 64) - 1  # as the record's first word: longer than any can be
@@ -32,7 +34,8 @@ _ANSWERS_OFFSET = PAGE_BYTES
 _ANSWER_HEAD_BYTES = 16
 _ANSWER_BYTES = _ANSWER_HEAD_BYTES + MAX_ACCESS_BYTES
 _SEQUENCER_BYTES = _ANSWERS_OFFSET + -(-WINDOW * _ANSWER_BYTES // PAGE_BYTES) * PAGE_BYTES
-_MEMORY_OFFSET = _REDO_BYTES + MAX_DRIVERS * _SEQUENCER_BYTES
+_SEQUENCERS_OFFSET = PLAIN_REDO_END
+_MEMORY_OFFSET = _SEQUENCERS_OFFSET + MAX_DRIVERS * _SEQUENCER_BYTES
 
 KeptAnswer = tuple[AccessStatus.ValueType, bytes]
 
@@ -49,24 +52,40 @@ class Sequencer:
     half written, also not by the process that comes after a kill.
     """
 
-    __slots__ = ("_base", "_bytes", "_words", "acknowledged", "driver", "index", "last", "session")
+    __slots__ = (
+        "_base",
+        "_bytes",
+        "_words",
+        "acknowledged",
+        "driver",
+        "grant",
+        "index",
+        "last",
+        "last_word",
+        "session",
+    )
 
     def __init__(self, memory: memoryview, words: memoryview, index: int) -> None:
         self._bytes = memory
         self._words = words
-        self._base = _REDO_BYTES + index * _SEQUENCER_BYTES
+        self._base = _SEQUENCERS_OFFSET + index * _SEQUENCER_BYTES
         self.index = index
+        self.last_word = (self._base + 8 + _NAME_BYTES) // 8
+        self.grant: Grant | None = None
         # Its length stands before the name: 0 where there is no driver.
         name_bytes = words[self._base // 8]
         start = self._base + 8
         self.driver = bytes(memory[start : start + name_bytes]).decode()
-        self.last: int = words[(self._base + 8 + _NAME_BYTES) // 8]
+        self.last: int = words[self.last_word]
         self.session: int = words[(self._base + 16 + _NAME_BYTES) // 8]
         self.acknowledged = 0
 
     def take(self, driver: str) -> None:
         """Make this the sequencer of a driver that has none; it has seen nothing yet."""
         name = driver.encode()
+        self.revoke()
+        # What it says of this sequencer is another driver's writes, and done.
+        self._words[PLAIN_REDO_NAME] = 0
         self._bytes[self._base : self._base + _SEQUENCER_BYTES] = bytes(_SEQUENCER_BYTES)
         self._bytes[self._base + 8 : self._base + 8 + len(name)] = name
         self._words[self._base // 8] = len(name)
@@ -74,6 +93,7 @@ class Sequencer:
 
     def free(self) -> None:
         """Forget the driver."""
+        self.revoke()
         self._words[self._base // 8] = 0
         self.driver = ""
 
@@ -90,8 +110,19 @@ class Sequencer:
         words[start // 8 + 1] = status << 32 | len(data)
         if data:
             self._bytes[start + _ANSWER_HEAD_BYTES : start + _ANSWER_HEAD_BYTES + len(data)] = data
-        words[(self._base + 8 + _NAME_BYTES) // 8] = sequence
+        words[self.last_word] = sequence
         self.last = sequence
+
+    def skip_to(self, sequence: int) -> None:
+        """Count accesses as applied whose answers nobody will ask for."""
+        self._words[self.last_word] = sequence
+        self.last = sequence
+
+    def revoke(self) -> None:
+        """End the driver's leave to access memory directly."""
+        if self.grant is not None:
+            self.grant.revoke()
+            self.grant = None
 
     def answer(self, sequence: int) -> KeptAnswer | None:
         """Return the answer that an access got, or None once it is forgotten (more than 64 accesses ago)."""
@@ -117,8 +148,7 @@ class Sequencer:
         self.take(exported.driver)
         for answer in exported.answers:
             self.advance(answer.sequence, answer.status, answer.data)
-        self._words[(self._base + 8 + _NAME_BYTES) // 8] = exported.last_sequence
-        self.last = exported.last_sequence
+        self.skip_to(exported.last_sequence)
         self.set_session(exported.session)
 
 
@@ -127,13 +157,14 @@ class FunctionImage:
 
     def __init__(self, mapped: mmap.mmap) -> None:
         self._mapped = mapped
-        self._bytes = memoryview(mapped)
-        self._words = self._bytes.cast("Q")
-        self.memory = self._bytes[_MEMORY_OFFSET:]
-        self._sequencers = [Sequencer(self._bytes, self._words, index) for index in range(MAX_DRIVERS)]
+        self.bytes = memoryview(mapped)
+        self.words = self.bytes.cast("Q")
+        self.memory = self.bytes[_MEMORY_OFFSET:]
+        self._sequencers = [Sequencer(self.bytes, self.words, index) for index in range(MAX_DRIVERS)]
         self._by_driver = {s.driver: s for s in self._sequencers if s.driver}
         self._dirty: set[int] | None = None
         self._redo()
+        finish_plain_writes(self)
 
     def sequencer(self, driver: str) -> Sequencer:
         """Return the driver's sequencer, a new one if it has none. Raise LIMIT_EXCEEDED beyond 16 drivers."""
@@ -143,10 +174,14 @@ class FunctionImage:
             if free is None:
                 raise VfleetError(Reason.LIMIT_EXCEEDED, f"the function has {MAX_DRIVERS} drivers; expected no more")
             # What it says of this sequencer is another driver's access, and done.
-            self._words[0] = _NO_REDO
+            self.words[0] = _NO_REDO
             free.take(driver)
             self._by_driver[driver] = found = free
         return found
+
+    def sequencer_at(self, index: int) -> Sequencer:
+        """Return the sequencer with this index, below 16, whether it has a driver or not."""
+        return self._sequencers[index]
 
     def sequencers(self) -> list[Sequencer]:
         """Return all that have a driver, by its name."""
@@ -174,7 +209,7 @@ class FunctionImage:
             body = b"".join(parts)
             head = _REDO_HEAD.pack(0, len(body), sequence, sequencer.index, status, len(data), len(stores))
             record = head[4:] + body
-            self._bytes[: len(record) + 4] = zlib.crc32(record).to_bytes(4, "little") + record
+            self.bytes[: len(record) + 4] = zlib.crc32(record).to_bytes(4, "little") + record
             self.store(stores)
         sequencer.advance(sequence, status, data)
 
@@ -186,17 +221,33 @@ class FunctionImage:
             if dirty is not None:
                 dirty.update(range(offset // PAGE_BYTES, (offset + len(data) - 1) // PAGE_BYTES + 1))
 
+    def grant(self, sequencer: Sequencer, base: int, span: int, plain: range) -> Grant | None:
+        """Give a driver that sees the image's `span` bytes at `base` leave to access `plain` of them directly.
+
+        None while changes are tracked: a direct write tells nobody.
+        """
+        sequencer.revoke()
+        if self._dirty is None:
+            sequencer.grant = Grant(self, sequencer, base, span, plain)
+        return sequencer.grant
+
+    def revoke(self) -> None:
+        """End all leaves to access memory directly."""
+        for sequencer in self._sequencers:
+            sequencer.revoke()
+
     def clear(self) -> None:
         """Zero the memory and forget all drivers."""
         for start in range(0, len(self.memory), 1 << 20):
             end = min(start + (1 << 20), len(self.memory))
             self.memory[start:end] = bytes(end - start)
-        self._bytes[:_REDO_BYTES] = bytes(_REDO_BYTES)
+        self.bytes[:_SEQUENCERS_OFFSET] = bytes(_SEQUENCERS_OFFSET)
         for driver in list(self._by_driver):
             self.forget(driver)
 
     def track(self) -> set[int]:
         """Return a set to which every page that changes from now on is added; a set returned before gets no more."""
+        self.revoke()
         self._dirty = set()
         return self._dirty
 
@@ -209,9 +260,10 @@ class FunctionImage:
 
     def close(self) -> None:
         """Unmap the file; the image can't be used any more."""
+        self.revoke()
         self.memory.release()
-        self._words.release()
-        self._bytes.release()
+        self.words.release()
+        self.bytes.release()
         self._mapped.close()
 
     def _redo(self) -> None:
@@ -224,18 +276,18 @@ class FunctionImage:
             sequencer.advance(sequence, status, data)
 
     def _redo_record(self) -> tuple[Sequencer, int, AccessStatus.ValueType, bytes, list[Store]] | None:
-        crc, length, sequence, index, status, data_bytes, count = _REDO_HEAD.unpack_from(self._bytes)
+        crc, length, sequence, index, status, data_bytes, count = _REDO_HEAD.unpack_from(self.bytes)
         end = _REDO_HEAD.size + length
-        if end > _REDO_BYTES or index >= MAX_DRIVERS or zlib.crc32(self._bytes[4:end]) != crc:
+        if end > _REDO_BYTES or index >= MAX_DRIVERS or zlib.crc32(self.bytes[4:end]) != crc:
             return None
         data_end = _REDO_HEAD.size + data_bytes
-        data = bytes(self._bytes[_REDO_HEAD.size : data_end])
+        data = bytes(self.bytes[_REDO_HEAD.size : data_end])
         stores = list(self._redo_stores(data_end, count))
         return self._sequencers[index], sequence, AccessStatus.ValueType(status), data, stores
 
     def _redo_stores(self, position: int, count: int) -> Iterator[Store]:
         for _ in range(count):
-            offset, length = _STORE_HEAD.unpack_from(self._bytes, position)
+            offset, length = _STORE_HEAD.unpack_from(self.bytes, position)
             position += _STORE_HEAD.size
-            yield offset, bytes(self._bytes[position : position + length])
+            yield offset, bytes(self.bytes[position : position + length])
             position += length

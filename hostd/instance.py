@@ -7,6 +7,7 @@ this room knows nothing of that.
 import asyncio
 
 from hostd.device_state import next_state, path, serves
+from hostd.direct import Grant
 from hostd.image import FunctionImage, Sequencer
 from hostd.models.base import DeviceModel
 from vfleet.address import window_offset
@@ -71,6 +72,7 @@ class Instance:
         for step in path(state, wanted):
             state = next_state(state, step)
         self.record.instance.state = state
+        self.image.revoke()
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -105,6 +107,10 @@ class Instance:
             stores, status = (), ACCESS_STATUS_UNSUPPORTED_REQUEST
         self.image.apply(sequencer, sequence, status, answer, stores)
         return status, answer
+
+    def grant(self, sequencer: Sequencer, base: int, span: int) -> Grant | None:
+        """Give a driver that sees the window at `base` leave to access its plain memory directly, while it serves."""
+        return self.image.grant(sequencer, base, span, self.model.plain_memory) if self.is_serving else None
 
     def shown(self) -> FunctionInstance:
         """Return a copy of `about` with the last sequence of each driver."""

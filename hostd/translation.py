@@ -5,6 +5,7 @@ of a change or none of it. A snapshot is sorted by virtual address and searched 
 the address would be if the entries lay evenly: then a large table takes hardly longer than a small one.
 """
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -88,24 +89,26 @@ class TranslationTable:
     Raise VfleetError INVALID_FIELD if a function has two entries, ALREADY_EXISTS if two entries overlap.
     """
 
-    __slots__ = ("_origin", "_ranks", "_shift", "_starts", "by_function", "entries")
+    __slots__ = ("_bounds", "_origin", "_ranks", "_shift", "by_function", "entries")
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.entries: Final = tuple(sorted(entries, key=attrgetter("virtual_address")))
         self.by_function: Final[Mapping[str, Entry]] = MappingProxyType({e.function: e for e in self.entries})
-        self._starts: Final = [entry.virtual_address for entry in self.entries]
         if len(self.by_function) != len(self.entries):
             functions = [entry.function for entry in self.entries]
             raise invalid_field("entries", functions, "one entry a function")
         for entry, following in pairwise(self.entries):
             if entry.virtual_address + entry.length_bytes > following.virtual_address:
                 raise _overlap(entry, following)
-        # Buckets of 2**shift addresses, about as many as entries; ranks[k] entries begin up to the start of bucket k.
-        self._origin: Final = self._starts[0] if self._starts else ADDRESS_SPACE
-        span = self._starts[-1] - self._origin + 1 if self._starts else 0
-        self._shift: Final = (span // max(1, len(self._starts))).bit_length()
+        # An address with an odd number of bounds up to it lies in an entry. Packed: large tables strain the caches.
+        bounds = [bound for e in self.entries for bound in (e.virtual_address, e.virtual_address + e.length_bytes)]
+        self._bounds: Final = array("Q", bounds) if not bounds or bounds[-1] < ADDRESS_SPACE else bounds
+        # Buckets of 2**shift addresses, about as many as bounds; ranks[k] bounds lie up to the start of bucket k.
+        self._origin: Final = bounds[0] if bounds else ADDRESS_SPACE
+        span = bounds[-1] - self._origin if bounds else 0
+        self._shift: Final = (span // max(1, len(bounds))).bit_length()
         bucket_starts = range(self._origin, self._origin + span + (1 << self._shift), 1 << self._shift)
-        self._ranks: Final = [bisect_right(self._starts, start) for start in bucket_starts]
+        self._ranks: Final = array("I", [bisect_right(bounds, start) for start in bucket_starts])
 
     def lookup(self, virtual_address: int) -> Entry | None:
         """Return the entry that maps a virtual address; None if none does: a translation fault."""
@@ -114,11 +117,10 @@ class TranslationTable:
             return None
         ranks = self._ranks
         try:
-            following = bisect_right(self._starts, virtual_address, ranks[bucket], ranks[bucket + 1])
-        except IndexError:  # past the last entry's start
-            following = len(self.entries)
-        entry = self.entries[following - 1]
-        return entry if virtual_address - entry.virtual_address < entry.length_bytes else None
+            rank = bisect_right(self._bounds, virtual_address, ranks[bucket], ranks[bucket + 1])
+        except IndexError:  # past the last entry
+            return None
+        return self.entries[rank >> 1] if rank & 1 else None
 
     def with_entries(self, entries: Iterable[Entry]) -> "TranslationTable":
         """Return a snapshot in which each entry stands in the place of its function's, or is new.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from struct import Struct
 from typing import Final
 
-from hostd.models.base import Store
+from hostd.models.base import Section, Store
 from vfleet.address import bar_layout
 from vfleet.errors import invalid_field
 
@@ -85,6 +85,10 @@ class Checker:
         self._local_bytes = bar_bytes.get(2, 0)
         self._local_start = bar_layout(bar_bytes).get(2, 0)
         self._local_end = self._local_start + self._local_bytes
+        self.local_memory = self.plain_memory = range(self._local_start, self._local_end)
+        registers = Section("registers", 0, self._registers_end)
+        local = Section("local memory", self._local_start, self._local_bytes)
+        self.sections: Sequence[Section] = (registers, local) if self._local_bytes else (registers,)
 
     def reset(self) -> Sequence[Store]:
         """Return the registers that aren't 0 after a reset."""

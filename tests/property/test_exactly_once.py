@@ -36,20 +36,38 @@ from hostd.access_queue import Waiting
 from hostd.checker_script import WORD_BYTES, CheckerScript, Step
 from hostd.instance import Instance
 from hostd.models import create_model
+from vfleet.address import bar_layout
 from vfleet.errors import Reason, VfleetError
-from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_STATUS_OK
+from vfleet.limits import WINDOW
+from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, ACCESS_STATUS_OK
 from vfleet.v1.driver_service_pb2 import WorkloadOptions
 from vfleet.v1.transfer_service_pb2 import ImportStateRequest
 
 SCRIPT = CheckerScript(IDENTITY, MEMORY_BYTES, BARS[2], WorkloadOptions(memory_bytes=1024))
+BURST_OFFSET = bar_layout(BARS)[2] + 4096
 REFUSALS = {Reason.STALE_ATTEMPT, Reason.NOT_FOUND, Reason.WRONG_GENERATION, Reason.ILLEGAL_STATE, Reason.SLOT_TAKEN}
 
 Request = Callable[[], object]
 
 
+SCRIPTED = 12
+BURST = 8
+
+
 def scripted(sequence: int) -> Step:
-    """Return the access with this sequence, from 1."""
-    return SCRIPT.first() if sequence == 1 else SCRIPT.step(sequence - 2)
+    """Return the access with this sequence, from 1: the script's, with a burst of writes to plain memory in between."""
+    if sequence == 1:
+        return SCRIPT.first()
+    block, part = divmod(sequence - 2, SCRIPTED + BURST)
+    if part < SCRIPTED:
+        return SCRIPT.step(block * SCRIPTED + part)
+    return Step(ACCESS_KIND_WRITE, BURST_OFFSET + part * WORD_BYTES, sequence)
+
+
+def left_of_burst(sequence: int) -> int:
+    """Return how many accesses from this one on are of a burst."""
+    part = (sequence - 2) % (SCRIPTED + BURST)
+    return SCRIPTED + BURST - part if sequence > 1 and part >= SCRIPTED else 0
 
 
 def memory_after(accesses: int) -> bytes:
@@ -120,6 +138,27 @@ class World:
             queue.submit(access)
             self.submitted.append((step, access))
             self.next += 1
+
+    def do_at_once(self) -> None:
+        """Let the driver do a batch of accesses, of which each may be the first that has to wait."""
+        driver = self.driver_host.drivers.require("d1")
+        queue = driver.queue("vf1")
+        if not queue.is_synchronized:
+            return
+        first = queue.last_sequence + 1
+        count = left_of_burst(first) or self.random.choice([1, 3, 16, WINDOW])
+        steps = [scripted(first + number) for number in range(count)]
+        batch = [
+            (VIRTUAL_ADDRESS + step.offset, WORD_BYTES if step.kind == ACCESS_KIND_READ else step.data)
+            for step in steps
+        ]
+        results = driver.direct.access_many(batch)
+        assert not results or not self.submitted, "it overtook what waits"
+        for step, (status, data) in zip(steps, results, strict=False):
+            assert status == ACCESS_STATUS_OK
+            assert step.kind != ACCESS_KIND_READ or int.from_bytes(data, "little") == step.value, step
+        if results:
+            self.next = queue.last_sequence + 1
 
     def check_answers(self) -> None:
         """Check what has been answered; what a killed daemon had in its queue is nobody's any more."""
@@ -332,6 +371,7 @@ def run_now(work) -> None:
 
 EVENTS = {
     "submit": World.submit,
+    "do at once": World.do_at_once,
     "carry a request": World.carry_request,
     "carry a response": World.carry_response,
     "carry all": World.carry_all,
@@ -346,7 +386,7 @@ EVENTS = {
     "conclude": World.conclude,
     "repeat a request": World.repeat,
 }
-OFTEN = ["submit", "carry all", "begin", "prepare", "prepare", "prepare", "decide", "conclude", "wait"]
+OFTEN = ["submit", "do at once", "carry all", "begin", "prepare", "prepare", "prepare", "decide", "conclude", "wait"]
 
 
 async def live(events: list[str], seed: int) -> None:

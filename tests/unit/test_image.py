@@ -5,25 +5,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from types import FrameType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.killed_image import MEMORY_BYTES, content_of, new_image, snapshots_during, torn
 
-import hostd.image
-from hostd.image import FunctionImage, Sequencer, image_bytes
+from hostd.image import FunctionImage, Sequencer
 from hostd.models.base import Store
 from vfleet.errors import Reason, VfleetError
 from vfleet.limits import MAX_DRIVERS, WINDOW
 from vfleet.v1.access_pb2 import ACCESS_STATUS_OK as OK
 from vfleet.v1.access_pb2 import ACCESS_STATUS_UNSUPPORTED_REQUEST as UNSUPPORTED
-
-MEMORY_BYTES = 2 * 4096
 
 # An access as the engine hands it to the image: its answer, and what it stores.
 Effect = tuple[bytes, Sequence[Store]]
@@ -34,12 +31,6 @@ def image() -> Iterator[FunctionImage]:
     opened = new_image()
     yield opened
     opened.close()
-
-
-def new_image(content: bytes = b"", memory_bytes: int = MEMORY_BYTES) -> FunctionImage:
-    mapped = mmap.mmap(-1, image_bytes(memory_bytes))
-    mapped[: len(content)] = content
-    return FunctionImage(mapped)
 
 
 def apply(image: FunctionImage, driver: str, effect: Effect) -> int:
@@ -191,49 +182,6 @@ def test_answers_that_the_driver_has_are_not_exported(image: FunctionImage):
 
 
 # A kill
-
-
-def content_of(image: FunctionImage) -> bytes:
-    """Return the file's bytes as the next process finds them."""
-    # The memory is the end of the one buffer that all views are of.
-    return bytes(image.memory.obj)
-
-
-def snapshots_during(image: FunctionImage, work: Callable[[], object]) -> list[bytes]:
-    """Return the file as it is between any two of the interpreter's instructions in `work`, each state once."""
-    found = [content_of(image)]
-
-    def trace(frame: FrameType, event: str, argument: object):
-        if frame.f_code.co_filename != hostd.image.__file__:
-            return None
-        frame.f_trace_opcodes = True
-        content = content_of(image)
-        if content != found[-1]:
-            found.append(content)
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        work()
-    finally:
-        sys.settrace(before)
-    return [*found, content_of(image)]
-
-
-def torn(before: bytes, after: bytes, random: Random) -> Iterator[bytes]:
-    """Yield what a kill in the middle of one copy of bytes may leave. A store of one aligned word is never torn."""
-    changed = [index for index in range(0, len(before), 8) if before[index : index + 8] != after[index : index + 8]]
-    if len(changed) < 2:
-        return
-    cuts = {1, len(changed) // 2, len(changed) - 1}
-    orders = [changed, changed[::-1], random.sample(changed, len(changed))]
-    for order in orders:
-        for cut in sorted(cuts):
-            content = bytearray(before)
-            for index in order[:cut]:
-                content[index : index + 8] = after[index : index + 8]
-            yield bytes(content)
 
 
 EFFECTS: list[Effect] = [

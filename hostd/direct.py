@@ -1,0 +1,269 @@
+"""Accesses that a driver on the function's own host has done at once: no queue, no future, no model in between.
+
+A `DirectAccess` is a driver's lookaside: it keeps what the last translation found, a `Grant` for the plain memory of
+one function. A grant is revoked, and then maps nothing, by whatever could make it wrong: a swap of the table, a change
+of the instance's state, dirty tracking, an access that waits in the queue, the end of the driver at the function.
+
+    redo record of plain writes:  | name | offsets in memory, 8 bytes each | data, all of one length |
+
+A write, or a batch of up to 64 of one length, writes the record's offsets and data first, then its name, one word that
+says whose it is, of which length, and the last sequence; then the effect; then the sequence. So a kill leaves all of a
+batch or nothing of it, and whoever opens the image finishes what has a name that the sequence has not reached.
+Answers are not kept: the driver, in this very process, has each before anything else can happen.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import repeat
+from struct import Struct
+from typing import TYPE_CHECKING, Final, Protocol, cast
+
+from vfleet.address import MAX_ACCESS_BYTES, PAGE_BYTES
+from vfleet.errors import VfleetError, invalid_field
+from vfleet.limits import WINDOW
+from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, ACCESS_STATUS_OK, AccessKind
+
+if TYPE_CHECKING:
+    from hostd.image import FunctionImage, Sequencer
+    from hostd.instance import Result
+
+Access = tuple[int, int | bytes]
+"""A virtual address, and the length of a read or the data of a write."""
+
+_WORD_BYTES: Final = 8
+
+# Where the record lies in the image: after the other redo record (hostd/image.py). The name is a word, the rest bytes.
+PLAIN_REDO_START: Final = 4 * PAGE_BYTES
+PLAIN_REDO_END: Final = 8 * PAGE_BYTES
+PLAIN_REDO_NAME: Final = PLAIN_REDO_START // _WORD_BYTES
+PLAIN_REDO_BODY: Final = PLAIN_REDO_START + _WORD_BYTES
+
+_EXPONENTS: Final = {1 << exponent: exponent for exponent in range(MAX_ACCESS_BYTES.bit_length())}
+_DATA: Final = {length: Struct(f"{length}s") for length in _EXPONENTS}
+_ONE_WRITE: Final = {length: Struct(f"<Q{length}s") for length in _EXPONENTS}
+_OFFSETS: Final = [Struct(f"<{count}Q") for count in range(WINDOW + 1)]
+
+# The name's fields, from bit 0: the sequencer's index, the length's exponent, the number of writes, the sequence.
+_EXPONENT_SHIFT: Final = 4
+_COUNT_SHIFT: Final = 8
+_SEQUENCE_SHIFT: Final = 15
+
+
+class Grant:
+    """Leave to access plain memory at `low` to `high` in the image, seen by the driver at `base` + that, till revoked.
+
+    The function's window has `span` bytes. `length` is that of the last access, which is known to be legal; the name of
+    one write of that length (`tag`) and how its bytes are read and written (twice as fast as by slices) go with it.
+    """
+
+    __slots__ = (
+        "base",
+        "bytes",
+        "high",
+        "last_word",
+        "length",
+        "low",
+        "memory",
+        "pack",
+        "pack_redo",
+        "sequencer",
+        "span",
+        "tag",
+        "unpack",
+        "words",
+    )
+
+    def __init__(self, image: FunctionImage, sequencer: Sequencer, base: int, span: int, plain: range) -> None:
+        self.base = base
+        self.span = span
+        self.low, self.high = plain.start, plain.stop
+        self.memory = image.memory
+        self.bytes, self.words = image.bytes, image.words
+        self.sequencer = sequencer
+        self.last_word = sequencer.last_word
+        self.take_length(1)
+
+    def take_length(self, length: int) -> bool:
+        """Note the length of an access. Return False if none has it."""
+        if length not in _EXPONENTS:
+            return False
+        self.length = length
+        self.tag = 1 << _COUNT_SHIFT | _EXPONENTS[length] << _EXPONENT_SHIFT | self.sequencer.index
+        self.unpack, self.pack = _DATA[length].unpack_from, _DATA[length].pack_into
+        self.pack_redo = _ONE_WRITE[length].pack_into
+        return True
+
+    def revoke(self) -> None:
+        """Let it map nothing from now on."""
+        self.low = self.high = self.span = 0
+
+
+class Place(Protocol):
+    """Who knows where a driver's accesses go: the driver itself."""
+
+    def grant(self, virtual_address: int, length: int) -> Grant | None:
+        """Return leave to access what lies there directly, or None. Raise as `Driver.find` does."""
+
+    def access(self, kind: AccessKind.ValueType, virtual_address: int, length: int, data: bytes) -> Result | None:
+        """Carry out an access of any kind at once, or return None. Raise as `Driver.find` does."""
+
+
+class DirectAccess:
+    """A driver's accesses, done at once where that is possible. What isn't possible is to be submitted to the queue.
+
+    Every access takes effect once, in order, and its sequence is durable with its effect. All methods raise VfleetError
+    INVALID_FIELD for what is no access, TRANSLATION_FAULT for what isn't mapped.
+    """
+
+    __slots__ = ("_grant", "_place")
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._grant: Grant | None = None
+
+    def forget(self) -> None:
+        """Forget the last translation, because there is another table."""
+        if self._grant is not None:
+            self._grant.revoke()
+            self._grant = None
+
+    def read(self, virtual_address: int, length: int) -> bytes | None:
+        """Return the bytes there, all ones if nobody claims them; None if the read has to be submitted instead."""
+        grant = self._grant
+        if grant is not None:
+            offset = virtual_address - grant.base
+            if grant.low <= offset < grant.high and length == grant.length and not offset & (length - 1):
+                data: bytes = grant.unpack(grant.memory, offset)[0]
+                sequencer = grant.sequencer
+                sequencer.last = grant.words[grant.last_word] = sequencer.last + 1
+                return data
+        if self._find(virtual_address, length):
+            return self.read(virtual_address, length)
+        result = self._place.access(ACCESS_KIND_READ, virtual_address, length, b"")
+        return None if result is None else result[1]
+
+    def write(self, virtual_address: int, data: bytes) -> bool:
+        """Write the bytes there, to nobody if nobody claims them; False if the write has to be submitted instead."""
+        grant = self._grant
+        length = len(data)
+        if grant is not None:
+            offset = virtual_address - grant.base
+            if grant.low <= offset < grant.high and length == grant.length and not offset & (length - 1):
+                words, sequencer = grant.words, grant.sequencer
+                sequence = sequencer.last + 1
+                grant.pack_redo(grant.bytes, PLAIN_REDO_BODY, offset, data)
+                words[PLAIN_REDO_NAME] = sequence << _SEQUENCE_SHIFT | grant.tag
+                grant.pack(grant.memory, offset, data)
+                sequencer.last = words[grant.last_word] = sequence
+                return True
+        if self._find(virtual_address, length):
+            return self.write(virtual_address, data)
+        return self._place.access(ACCESS_KIND_WRITE, virtual_address, length, data) is not None
+
+    def access_many(self, accesses: Sequence[Access]) -> list[Result]:
+        """Carry out up to 64 accesses in order and return the results of those before the first that can't be done.
+
+        That one, if it raises nothing when it comes first, and what follows it is to be submitted. Writes of one length
+        to plain memory share a redo record: all of them take effect, or none.
+        """
+        if len(accesses) > WINDOW:
+            raise invalid_field("accesses", f"{len(accesses)} accesses", f"at most {WINDOW}")
+        return self._alike(accesses) or self._one_by_one(accesses)
+
+    def _alike(self, accesses: Sequence[Access]) -> list[Result]:
+        """Carry out accesses to plain memory of one kind and length; nothing if they aren't that, or not granted."""
+        if not accesses:
+            return []
+        address, what = accesses[0]
+        length = what if isinstance(what, int) else len(what)
+        grant = self._grant
+        if grant is None or length != grant.length or not grant.low <= address - grant.base < grant.high:
+            if not self._find(address, length):
+                return []
+            grant = self._grant
+            assert grant is not None  # noqa: S101  # it has just been found
+        return _read_all(grant, accesses) if isinstance(what, int) else _write_all(grant, accesses)
+
+    def _one_by_one(self, accesses: Sequence[Access]) -> list[Result]:
+        results: list[Result] = []
+        for address, what in accesses:
+            try:
+                if isinstance(what, int):
+                    result = self._place.access(ACCESS_KIND_READ, address, what, b"")
+                else:
+                    result = self._place.access(ACCESS_KIND_WRITE, address, len(what), what)
+            except VfleetError:
+                # What was done before it has results; who goes on from there meets the error.
+                if not results:
+                    raise
+                break
+            if result is None:
+                break
+            results.append(result)
+        return results
+
+    def _find(self, virtual_address: int, length: int) -> bool:
+        """Get a grant that covers an access. Return False if there is none, or it is not for plain memory."""
+        grant = self._grant
+        if grant is None or not 0 <= virtual_address - grant.base < grant.span:
+            self.forget()
+            grant = self._grant = self._place.grant(virtual_address, length)
+        if grant is None or not grant.low <= (offset := virtual_address - grant.base) < grant.high:
+            return False
+        return grant.take_length(length) and not offset & (length - 1)
+
+
+def _read_all(grant: Grant, accesses: Sequence[Access]) -> list[Result]:
+    base, low, high, length, mask = grant.base, grant.low, grant.high, grant.length, grant.length - 1
+    unpack, memory, ok = grant.unpack, grant.memory, ACCESS_STATUS_OK
+    results: list[Result] = [
+        (ok, unpack(memory, offset)[0])
+        for address, what in accesses
+        if what == length and low <= (offset := address - base) < high and not offset & mask
+    ]
+    if len(results) < len(accesses):
+        return []
+    sequencer = grant.sequencer
+    sequencer.last = grant.words[grant.last_word] = sequencer.last + len(results)
+    return results
+
+
+def _write_all(grant: Grant, accesses: Sequence[Access]) -> list[Result]:
+    base, low, high, length, mask = grant.base, grant.low, grant.high, grant.length, grant.length - 1
+    data = cast("list[bytes]", [what for _, what in accesses])
+    try:
+        is_alike = set(map(len, data)) == {length}
+    except TypeError:  # there are reads among them
+        return []
+    offsets = [offset for address, _ in accesses if low <= (offset := address - base) < high and not offset & mask]
+    count = len(accesses)
+    end_of_offsets = PLAIN_REDO_BODY + count * _WORD_BYTES
+    end = end_of_offsets + count * length
+    if not is_alike or len(offsets) < count or end > PLAIN_REDO_END:
+        return []
+    words, sequencer = grant.words, grant.sequencer
+    sequence = sequencer.last + count
+    _OFFSETS[count].pack_into(grant.bytes, PLAIN_REDO_BODY, *offsets)
+    grant.bytes[end_of_offsets:end] = b"".join(data)
+    words[PLAIN_REDO_NAME] = sequence << _SEQUENCE_SHIFT | grant.tag + (count - 1 << _COUNT_SHIFT)
+    deque(map(grant.pack, repeat(grant.memory), offsets, data), maxlen=0)
+    sequencer.last = words[grant.last_word] = sequence
+    return [(ACCESS_STATUS_OK, b"")] * count
+
+
+def finish_plain_writes(image: FunctionImage) -> None:
+    """Do the writes of a redo record whose sequence a killed daemon had not stored yet."""
+    name: int = image.words[PLAIN_REDO_NAME]
+    sequencer = image.sequencer_at(name & (1 << _EXPONENT_SHIFT) - 1)
+    sequence = name >> _SEQUENCE_SHIFT
+    if not sequencer.driver or sequence <= sequencer.last:
+        return
+    length = 1 << (name >> _EXPONENT_SHIFT & (1 << _COUNT_SHIFT - _EXPONENT_SHIFT) - 1)
+    count = name >> _COUNT_SHIFT & (1 << _SEQUENCE_SHIFT - _COUNT_SHIFT) - 1
+    offsets = _OFFSETS[count].unpack_from(image.bytes, PLAIN_REDO_BODY)
+    start = PLAIN_REDO_BODY + count * _WORD_BYTES
+    for number, offset in enumerate(offsets):
+        image.store([(offset, bytes(image.bytes[start + number * length : start + (number + 1) * length]))])
+    sequencer.skip_to(sequence)
