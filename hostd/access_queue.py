@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
 
+from hostd.arrival import Range
 from hostd.fabric import Fabric, Link
 from hostd.functions import Functions
 from hostd.home import forget_driver, last_sequence
 from hostd.image import Sequencer
 from hostd.instance import Instance, Result, SequenceGapError
 from hostd.translation import Entry
-from vfleet.address import location_of, translate
+from vfleet.address import location_of, translate, window_offset
 from vfleet.clock import Clock, backoff_delays
 from vfleet.errors import Reason, VfleetError
 from vfleet.limits import WINDOW
@@ -266,12 +267,28 @@ class AccessQueue:
                 continue
             access = self._accesses[0]
             self._give_sequence(access)
+            if self._home[0].is_gated and self._has_to_wait(self._home[0], access):
+                return
             try:
                 result = self._carry_out(access)
             except SequenceGapError:
                 self._start_repair()
                 return
             self._finish_head(result)
+
+    def _has_to_wait(self, instance: Instance, access: Waiting) -> bool:
+        """Return whether something blocks what an access touches; then it goes on once that is over."""
+        offset = window_offset(translate(access.virtual_address, self._entry.offset))
+        ranges = ((offset, access.length),)
+        if not instance.blocks(ranges):
+            return False
+        self._repair = asyncio.create_task(self._wait_to_pass(instance, ranges))
+        return True
+
+    async def _wait_to_pass(self, instance: Instance, ranges: tuple[Range, ...]) -> None:
+        await instance.passed(ranges)
+        self._repair = None
+        self._pump()
 
     def _finish_repeat(self, access: Waiting) -> None:
         access.finish(self._carry_out(access))

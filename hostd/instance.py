@@ -5,10 +5,13 @@ this room knows nothing of that.
 """
 
 import asyncio
+from collections.abc import Iterable
 
+from hostd.arrival import Arrival, Range
 from hostd.device_state import next_state, path, serves
 from hostd.image import FunctionImage, Sequencer
 from hostd.models.base import DeviceModel
+from hostd.rounds import Throttle
 from vfleet.address import window_offset
 from vfleet.v1.access_pb2 import (
     ACCESS_KIND_READ,
@@ -44,6 +47,9 @@ class Instance:
         self.unsupported_requests = 0
         self.is_importing = False
         self.is_closed = False
+        # What makes accesses and work wait: slowed down by a copy, or local memory that is still at the source.
+        self.throttle: Throttle | None = None
+        self.arrival = Arrival(image, model.local_memory) if record.HasField("rest_source") else None
 
     @property
     def about(self) -> FunctionInstance:
@@ -74,6 +80,24 @@ class Instance:
         self.changed.set()
         self.changed = asyncio.Event()
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether anything can make accesses or work wait."""
+        return self.throttle is not None or self.arrival is not None
+
+    def blocks(self, ranges: Iterable[Range]) -> bool:
+        """Return whether what touches these bytes of the image has to wait (see `passed`), and ask for what is missing."""
+        if self.throttle is not None and self.throttle.blocks():
+            return True
+        return self.arrival is not None and self.arrival.ask(ranges)
+
+    async def passed(self, ranges: Iterable[Range]) -> None:
+        """Wait until nothing blocks what touches these bytes; or the instance is closed, or may not run any more."""
+        if self.throttle is not None:
+            await self.throttle.opened()
+        if self.arrival is not None:
+            await self.arrival.arrived(ranges)
+
     def reset(self) -> None:
         """Do what a function-level reset does: zero the memory and set the registers; drivers' sequences go on."""
         memory = self.image.memory
@@ -81,6 +105,9 @@ class Instance:
             end = min(start + (1 << 20), len(memory))
             self.image.store([(start, bytes(end - start))])
         self.image.store(self.model.reset())
+        if self.arrival is not None:
+            # What comes now is of before the reset.
+            self.arrival.need_nothing()
 
     def access(
         self, sequencer: Sequencer, sequence: int, kind: AccessKind.ValueType, address: int, length: int, data: bytes
@@ -118,4 +145,6 @@ class Instance:
         """Unmap the image; who waits for a change of state is told."""
         self.is_closed = True
         self.changed.set()
+        if self.arrival is not None:
+            self.arrival.end()
         self.image.close()

@@ -24,9 +24,9 @@ from vfleet.v1.function_service_pb2 import ChangeStateRequest, CreateFunctionReq
 from vfleet.v1.hold_service_pb2 import EntryName, LiftHoldRequest, PlaceHoldRequest
 from vfleet.v1.migration_service_pb2 import CopyProgress
 from vfleet.v1.records_pb2 import Function, Migration, Phase, Step
-from vfleet.v1.transfer_service_pb2 import ImportStateRequest, ImportStateResponse
+from vfleet.v1.transfer_service_pb2 import CopyOptions, ImportStateRequest, ImportStateResponse
 from vfleet.v1.translation_service_pb2 import UpdateTableRequest
-from vfleet.v1.types_pb2 import Attempt, Decision, DeviceState, TableEntry
+from vfleet.v1.types_pb2 import Attempt, Decision, DeviceState, TableEntry, TransferMode
 
 OPTIONS = Options(max_rounds=3, prepare_timeout_ms=50_000, hold_timeout_ms=20_000, acknowledge_timeout_ms=70)
 COMMITTED, ABORTED = Decision.DECISION_COMMITTED, Decision.DECISION_ABORTED
@@ -233,10 +233,11 @@ async def test_the_requests_before_the_decision_name_attempt_function_generation
             attempt=rig.attempt,
             function=part.function,
             generation=4,
+            source_host="h1",
             source_address="h1:1",
             source_incarnation="h1-boot",
             source_generation=3,
-            max_rounds=3,
+            options=CopyOptions(mode=TransferMode.TRANSFER_MODE_PRE_COPY, max_rounds=3),
         )
         assert rig.request("stop", "h1", part.function) == ChangeStateRequest(
             attempt=rig.attempt,
@@ -380,12 +381,12 @@ async def test_a_driver_that_does_not_acknowledge_is_no_obstacle(rig: Rig, caplo
 
 async def test_the_progress_of_the_copies_is_shown(rig: Rig):
     migrating = rig.new_run()
-    assert migrating.copies == {f: CopyProgress(function=f) for f in ("vf1", "vf2")}
+    assert migrating.copies.progress() == [CopyProgress(function=f) for f in ("vf1", "vf2")]
     seen = []
     notify = rig.inventory.notify
 
     def noted() -> None:
-        seen.append(migrating.copies["vf1"])
+        seen.append(migrating.copies.progress()[0])
         notify()
 
     rig.inventory.notify = noted
@@ -395,6 +396,7 @@ async def test_the_progress_of_the_copies_is_shown(rig: Rig):
     await running
     for rounds, received, dirty in ((1, 4096, 512), (2, 4608, 8), (3, 4616, 0)):
         progress = CopyProgress(function="vf1", rounds=rounds, received_bytes=received, dirty_bytes=dirty)
+        progress.estimated_blackout.FromMicroseconds(0)
         assert progress in seen
 
 
