@@ -26,6 +26,7 @@ from vfleet.errors import Reason, VfleetError
 from vfleet.limits import WINDOW
 from vfleet.v1.access_pb2 import Access, AccessKind
 from vfleet.v1.fabric_service_pb2 import (
+    REFUSAL_NOT_YET,
     REFUSAL_UNSPECIFIED,
     ExchangeRequest,
     ExchangeResponse,
@@ -180,7 +181,7 @@ class AccessQueue:
 
     def answered(self, response: ExchangeResponse) -> None:
         """Take the answers, or the refusal, of a batch (as the link's sender)."""
-        if response.answers:
+        if response.answers or response.refusal == REFUSAL_NOT_YET:
             self._delays = self._new_delays()
         for answer in response.answers:
             head = self._accesses[0] if self._accesses else None

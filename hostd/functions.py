@@ -52,8 +52,8 @@ _log = logging.getLogger(__name__)
 class Functions:
     """All instances of the host.
 
-    `deadlines_changed` is set whenever one gets or loses its deadline, `arrivals_changed` when one is to get the rest of
-    its state.
+    `deadlines_changed` is set whenever one gets or loses its deadline, `arrivals_changed` when the rest of one's state
+    is to follow.
     """
 
     def __init__(self, segment: Segment, ledger: Ledger, fences: Fences, clock: Clock) -> None:
@@ -197,6 +197,7 @@ class Functions:
         with failpoint.around("hostd.stop"):
             instance.go_to(DEVICE_STATE_STOP_COPY)
             instance.about.stopped_by.CopyFrom(request.attempt)
+            instance.record.keeps_rest = instance.is_post_copied
             instance.about.migration = request.migration
             instance.record.resolve_time = self._clock.time() + request.resolve_after_ms / 1000
             self._save(instance)
@@ -237,6 +238,7 @@ class Functions:
         """Let an instance run: it is the function's home, by etcd's word."""
         instance.go_to(DEVICE_STATE_RUNNING)
         instance.about.ClearField("stopped_by")
+        instance.record.keeps_rest = False
         instance.about.migration = ""
         instance.record.resolve_time = 0
         self._save(instance)
@@ -249,7 +251,7 @@ class Functions:
                 self.run(instance)
 
     def complete_import(self, instance: Instance, rest: RestSource | None = None) -> None:
-        """Note that an instance has all its state, or that the `rest` follows; it waits for the proof that it is home."""
+        """Note that an instance has all its state, or that a `rest` follows; it waits for the proof that it is home."""
         with failpoint.around("hostd.complete"):
             instance.go_to(DEVICE_STATE_STOP)
             instance.about.complete = True
@@ -259,6 +261,13 @@ class Functions:
                 instance.arrival = Arrival(instance.image, instance.model.local_memory)
             self._save(instance)
         self.arrivals_changed.set()
+
+    def keep_rest(self, instance: Instance) -> None:
+        """Note that a source keeps what its target will fetch after COMMIT: the end of its attempt alone scrubs it."""
+        instance.is_post_copied = True
+        if instance.about.HasField("stopped_by") and not instance.record.keeps_rest:
+            instance.record.keeps_rest = True
+            self._save(instance)
 
     def complete_arrival(self, instance: Instance) -> None:
         """Note that all of an instance's state is here: its source is needed no more."""

@@ -21,7 +21,6 @@ from vfleet.v1.fabric_service_pb2 import (
     Refusal,
 )
 
-
 ARRIVAL_WAIT_S = 0.005
 
 

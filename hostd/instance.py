@@ -46,6 +46,7 @@ class Instance:
         self.changed = asyncio.Event()
         self.unsupported_requests = 0
         self.is_importing = False
+        self.is_post_copied = False
         self.is_closed = False
         # What makes accesses and work wait: slowed down by a copy, or local memory that is still at the source.
         self.throttle: Throttle | None = None
@@ -86,7 +87,7 @@ class Instance:
         return self.throttle is not None or self.arrival is not None
 
     def blocks(self, ranges: Iterable[Range]) -> bool:
-        """Return whether what touches these bytes of the image has to wait (see `passed`), and ask for what is missing."""
+        """Return whether what touches these bytes of the image has to wait: see `passed`. What is missing is asked for."""
         if self.throttle is not None and self.throttle.blocks():
             return True
         return self.arrival is not None and self.arrival.ask(ranges)

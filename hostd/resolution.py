@@ -206,7 +206,8 @@ def _is_over(instance: Instance, record: Migration | None, function: Function | 
         says_so = outcome(record) == left_by
     else:
         says_so = not about.complete
-    is_final = record is None or record.phase in (PHASE_DONE, PHASE_ABORTED)
+    # That a restored etcd has no record says nothing of what the target has fetched.
+    is_final = record.phase in (PHASE_DONE, PHASE_ABORTED) if record is not None else not instance.record.keeps_rest
     return says_so and (is_final or not about.HasField("stopped_by"))
 
 

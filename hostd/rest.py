@@ -110,7 +110,7 @@ class Rest:
             request.arrived = arrival.as_bits()
             request.bandwidth_bytes_per_s = instance.record.rest_source.bandwidth_bytes_per_s
             try:
-                await self._take(instance, arrival, request, SILENCE_S)
+                await self._take(instance, arrival, request, SILENCE_S, bulk=True)
             except VfleetError as error:
                 await self._failed(instance, error)
             if arrival.missing_pages < missing:
@@ -157,10 +157,12 @@ class Rest:
             length_bytes=count * PAGE_BYTES,
         )
 
-    async def _take(self, instance: Instance, arrival: Arrival, request: FetchStateRequest, silence_s: float) -> None:
+    async def _take(
+        self, instance: Instance, arrival: Arrival, request: FetchStateRequest, silence_s: float, *, bulk: bool = False
+    ) -> None:
         """Take the pages asked for. Raise UNREACHABLE if none comes for `silence_s`, or what the source answers."""
         source = instance.record.rest_source
-        method = TransferServiceStub(self._channels.to(source.address)).FetchState
+        method = TransferServiceStub(self._channels.to(source.address, bulk=bulk)).FetchState
         responses = stream(method, request, address=source.address, incarnation=source.incarnation)
         first = request.image_offset // PAGE_BYTES
         asked_for = range(first, first + request.length_bytes // PAGE_BYTES)

@@ -1,4 +1,4 @@
-r"""How the rounds of a copy go while the function runs: when they end, how fast they are, how much the driver is slowed.
+r"""How the rounds of a copy go while the function runs: when they end, how fast they are, how much it is slowed down.
 
     a round has ended --> few pages are dirty, or they don't get fewer --> ready: the source waits to be stopped
                      \-> they get fewer: another round

@@ -41,7 +41,6 @@ from vfleet.v1.transfer_service_pb2 import (
     ImportStateRequest,
     ImportStateResponse,
     RoundEnd,
-    StatePages,
 )
 from vfleet.v1.transfer_service_pb2_grpc import TransferServiceStub
 from vfleet.v1.types_pb2 import (
@@ -170,6 +169,8 @@ async def export_state(
     instance = functions.fence_for_export(request.function, request.generation, request.attempt)
     if instance.state == DEVICE_STATE_STOP_COPY:
         _check_stopped(instance, request.attempt)
+        if options.mode == TRANSFER_MODE_POST_COPY:
+            functions.keep_rest(instance)
         writer = Writer(instance, options.mode)
         yield writer.header()
         for part in writer.pages(chain.from_iterable(moving_pages(instance, options.mode)), skip_zero=True):
@@ -185,6 +186,9 @@ async def export_state(
         )
     # An export of an attempt that was aborted may still end later than this one begins; it has another set.
     dirty = instance.image.track()
+    instance.is_post_copied = False
+    if options.mode == TRANSFER_MODE_POST_COPY:
+        functions.keep_rest(instance)
     instance.go_to(DEVICE_STATE_PRE_COPY)
     export = Export(instance, clock, options)
     try:
@@ -206,7 +210,7 @@ async def fetch_state(
 ) -> AsyncGenerator[FetchStateResponse, None]:
     """Yield pages of a stopped instance's local memory (FetchState in the contract).
 
-    Raise NOT_FOUND, WRONG_GENERATION; ILLEGAL_STATE unless this attempt has stopped it; INVALID_FIELD for no such pages.
+    Raise NOT_FOUND, WRONG_GENERATION, ILLEGAL_STATE unless this attempt has stopped it, INVALID_FIELD for other pages.
     """
     instance = functions.require(request.function, request.generation)
     # Only what is stopped hands out the rest, and only to the attempt that stopped it.
@@ -270,7 +274,7 @@ async def import_state(
             metadata={"function": request.function},
         )
     export = stream(
-        TransferServiceStub(channels.to(request.source_address)).ExportState,
+        TransferServiceStub(channels.to(request.source_address, bulk=True)).ExportState,
         ExportStateRequest(
             attempt=request.attempt,
             function=request.function,

@@ -188,7 +188,16 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
     async def WatchMigration(self, request, context):
         self.seen(request)
         running = Migration(name=request.name, phase=Phase.PHASE_PREPARING)
-        copies = [migration_pb2.CopyProgress(function="vf1", rounds=1, received_bytes=1 << 20, dirty_bytes=8192)]
+        copy = migration_pb2.CopyProgress(
+            function="vf1",
+            rounds=1,
+            received_bytes=1 << 20,
+            dirty_bytes=8192,
+            dirty_bytes_per_s=3 << 20,
+            throttle_percent=20,
+        )
+        copy.estimated_blackout.FromMicroseconds(7_250)
+        copies = [copy]
         yield migration_pb2.WatchMigrationResponse(migration=running, step=Step.STEP_COPY, copies=copies)
         yield migration_pb2.WatchMigrationResponse(migration=self.over(request.name))
 
@@ -357,7 +366,8 @@ async def test_a_dry_run_only_plans(vfleet: Vfleet, fake: Fake) -> None:
 async def test_migrate_waits_and_shows_how_it_ended(vfleet: Vfleet) -> None:
     result = await vfleet("migrate", "vf1=h2/nic0", "--wait", "--request-id", "mine")
     assert result.code == 0
-    assert result.err == "mine: preparing, copy\nmine: done\n"
+    progress = "round 1, 1.0 MiB received, 8.0 KiB dirty at 3.0 MiB/s, blackout 7.2 ms, slowed by 20 %"
+    assert result.err == f"mine: preparing, copy; vf1: {progress}\nmine: done\n"
     assert re.search(r"begin\s+7\.0 ms", result.out)
 
 

@@ -17,7 +17,7 @@ class Network:
     tamper: Callable[[AsyncIterator[ExportStateResponse]], AsyncIterator[ExportStateResponse]] = lambda parts: parts
     tamper_rest: Callable[[AsyncIterator[FetchStateResponse]], AsyncIterator[FetchStateResponse]] = lambda pages: pages
 
-    def to(self, address: str) -> "Network":
+    def to(self, address: str, *, bulk: bool = False) -> "Network":
         assert address == "source:1"
         return self
 
