@@ -87,7 +87,7 @@ class Instance:
         return self.throttle is not None or self.arrival is not None
 
     def blocks(self, ranges: Iterable[Range]) -> bool:
-        """Return whether what touches these bytes of the image has to wait: see `passed`. What is missing is asked for."""
+        """Return whether what touches these bytes has to wait (see `passed`). What is missing of them is asked for."""
         if self.throttle is not None and self.throttle.blocks():
             return True
         return self.arrival is not None and self.arrival.ask(ranges)

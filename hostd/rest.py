@@ -119,17 +119,20 @@ class Rest:
 
     async def _answer(self, instance: Instance, arrival: Arrival) -> None:
         """Fetch what is asked for, a few at once."""
-        fetching: set[asyncio.Task[None]] = set()
+        fetching: list[asyncio.Task[None]] = []
         try:
             while not arrival.is_over:
                 arrival.asked.clear()
                 for block in sorted(arrival.wanted)[: MAX_FETCHES - len(fetching)]:
                     arrival.wanted.discard(block)
-                    fetching.add(asyncio.create_task(self._fetch(instance, arrival, block)))
+                    fetching.append(asyncio.create_task(self._fetch(instance, arrival, block)))
                 asked = asyncio.ensure_future(arrival.asked.wait())
-                done, _ = await asyncio.wait((asked, *fetching), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((asked, *fetching), return_when=asyncio.FIRST_COMPLETED)
                 asked.cancel()
-                fetching -= done
+                for task in fetching:
+                    if task.done():
+                        task.result()
+                fetching = [task for task in fetching if not task.done()]
         finally:
             for task in fetching:
                 task.cancel()
