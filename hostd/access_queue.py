@@ -267,9 +267,9 @@ class AccessQueue:
                 self._finish_repeat(self._repeats.pop(next(iter(self._repeats))))
                 continue
             access = self._accesses[0]
-            self._give_sequence(access)
             if self._home[0].is_gated and self._has_to_wait(self._home[0], access):
                 return
+            self._give_sequence(access)
             try:
                 result = self._carry_out(access)
             except SequenceGapError:

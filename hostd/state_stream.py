@@ -178,7 +178,7 @@ class Receiver:
             ("identity", header.identity, about.identity),
             ("image bytes", header.image_bytes, len(self._instance.image.memory)),
             ("sections", _texts(header.sections), _texts(_shown(model.sections))),
-            ("mode", TransferMode.Name(header.mode), TransferMode.Name(self._mode)),
+            ("mode", header.mode, self._mode),
         ):
             if came != expected:
                 raise bad_state(self._instance, f"the {field} of the state is {came!r}; expected {expected!r}")

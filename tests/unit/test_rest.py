@@ -78,9 +78,7 @@ class Rig:
         self.fleet.put(keys.entry_key("h3", "d1", "vf1"), TableEntry(driver="d1", function="vf1", generation=2))
 
     def start(self) -> None:
-        rest = Rest(
-            "h2", "i2", self.pair.h2.functions, self.history, self.network, self.store, self.clock, Random(3)
-        )
+        rest = Rest("h2", "i2", self.pair.h2.functions, self.history, self.network, self.store, self.clock, Random(3))
         self.running = asyncio.create_task(rest.run())
 
     def prove(self) -> None:
@@ -229,7 +227,9 @@ async def test_the_own_hosts_driver_waits_in_its_queue_and_keeps_its_order(rig: 
     assert (written.access.answer.done(), read.access.answer.done()) == (True, True)
     offset = (LOCAL + 9) * PAGE_BYTES
     assert pair.target.image.memory[offset : offset + 8] == b"in order"
-    assert pair.source.image.memory[offset + 16 : offset + 4096] == pair.target.image.memory[offset + 16 : offset + 4096]
+    assert (
+        pair.source.image.memory[offset + 16 : offset + 4096] == pair.target.image.memory[offset + 16 : offset + 4096]
+    )
 
 
 async def test_a_reset_meanwhile_needs_nothing_of_before(rig: Rig):
@@ -259,7 +259,8 @@ async def test_a_target_that_is_killed_after_any_part_goes_on_and_overwrites_not
     await settle(100)
     arrival = rig.pair.target.arrival
     there = [page for page in range(LOCAL, PAGES) if rig.pair.target.image.arrived[page]]
-    assert arrival is not None and len(there) == PAGES - LOCAL - arrival.missing_pages
+    assert arrival is not None
+    assert len(there) == PAGES - LOCAL - arrival.missing_pages
     assert bool(there) is bool(after)
     for page in there[:1]:
         rig.pair.target.image.store([(page * PAGE_BYTES, b"written since")])
@@ -471,7 +472,7 @@ async def test_the_coordinator_is_told_until_all_is_here(rig: Rig):
 
     async def watch() -> None:
         async for response in watch_arrival(rig.pair.h2.functions, rig.clock, request):
-            told.append(response.missing_bytes // PAGE_BYTES)
+            told.append(response.missing_bytes // PAGE_BYTES)  # noqa: PERF401  # looked at while it goes on
 
     watching = asyncio.create_task(watch())
     await settle()
