@@ -348,6 +348,26 @@ async def test_migrate_a_group_to_several_devices(vfleet: Vfleet, fake: Fake) ->
     assert moves == [("vf1", "h2/nic0", 4), ("vf2", "h3/nic1", 0), ("vf3", "h2/nic0", 5)]
 
 
+async def test_migrate_says_how_to_copy(vfleet: Vfleet, fake: Fake) -> None:
+    assert (await vfleet("migrate", "vf1=h2/nic0")).code == 0
+    options = ("--mode", "post-copy", "--downtime-limit", "20", "--on-limit", "force", "--max-rounds", "3")
+    assert (await vfleet("migrate", "vf1=h2/nic0", *options, "--bandwidth", "200")).code == 0
+    plain, precise = (request.options for request in fake.requests)
+    assert plain == migration_pb2.MigrationOptions(mode=1, limit_policy=1)
+    assert precise == migration_pb2.MigrationOptions(
+        mode=2, downtime_limit_ms=20, limit_policy=2, max_rounds=3, bandwidth_mib_per_s=200
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [("--mode", "cold"), ("--on-limit", "wait"), ("--max-rounds", "-1"), ("--bandwidth", str(1 << 32))]
+)
+async def test_migrate_refuses_what_can_not_be_meant(vfleet: Vfleet, fake: Fake, options: tuple[str, str]) -> None:
+    result = await vfleet("migrate", "vf1=h2/nic0", *options)
+    assert (result.code, fake.requests) == (2, [])
+    assert options[0] in result.err
+
+
 async def test_every_migration_gets_a_request_id_of_its_own(vfleet: Vfleet, fake: Fake) -> None:
     await vfleet("migrate", "vf1=h2/nic0")
     await vfleet("migrate", "vf1=h2/nic0")

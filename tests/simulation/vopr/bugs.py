@@ -9,31 +9,28 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+from simulation.vopr.bugs_post_copy import POST_COPY_BUGS, Patch
+
 from coordinator import migration, transaction
 from coordinator import service as coordinator_service
 from coordinator.migration import Run
 from coordinator.tasks import together
 from hostd import device_state, drivers, instance, resolution, transfer
 from hostd.access_queue import AccessQueue
-from hostd.arrival import Arrival
 from hostd.drivers import Drivers
 from hostd.fence import Fences
 from hostd.functions import Functions
 from hostd.image import Sequencer
 from hostd.instance import Instance
 from hostd.resolution import Resolver
-from hostd.rest import Rest
 from hostd.transfer import Export
 from hostd.translation import TranslationTable
 from vfleet import decision
-from vfleet.address import PAGE_BYTES
 from vfleet.etcd.session import Session
 from vfleet.etcd.store import Compare, Delete, Transaction
 from vfleet.v1.host_records_pb2 import Fence
 from vfleet.v1.records_pb2 import Phase
 from vfleet.v1.types_pb2 import DEVICE_STATE_STOP_COPY
-
-Patch = tuple[object, str, Any]
 
 BUGS: dict[str, Callable[[], list[Patch]]] = {}
 FOUND_AT: dict[str, int] = {}
@@ -375,36 +372,5 @@ def table_changes_in_parts() -> list[Patch]:
     return [(Drivers, "_put_entries", first_only)]
 
 
-@_bug(found_at=1)
-def post_copy_scrubs_at_once() -> list[Patch]:
-    async def at_once(self, move):
-        return None
-
-    return [(Run, "_await_arrival", at_once)]
-
-
-@_bug(found_at=1)
-def post_copy_access_does_not_wait() -> list[Patch]:
-    return [(Instance, "blocks", lambda self, ranges: False)]
-
-
-@_bug(found_at=1)
-def post_copy_page_arrives_twice() -> list[Patch]:
-    take = Arrival.take
-
-    def again(self, first, data, zero_pages=0):
-        count = zero_pages or len(data) // PAGE_BYTES
-        there = self._image.arrived[first : first + count]
-        self._missing += sum(there)
-        there[:] = bytes(count)
-        take(self, first, data or bytes(count * PAGE_BYTES))
-
-    return [(Arrival, "take", again)]
-
-
-@_bug(found_at=1)
-def post_copy_loss_not_said() -> list[Patch]:
-    async def nothing(self, instance, *, has_none):
-        return None
-
-    return [(Rest, "_say_lost_if_gone", nothing)]
+for make, seed in POST_COPY_BUGS.items():
+    _bug(found_at=seed)(make)

@@ -124,7 +124,7 @@ class Operator:
                 acknowledge_timeout_ms=50,
                 mode=random.choice((TransferMode.TRANSFER_MODE_PRE_COPY, TransferMode.TRANSFER_MODE_POST_COPY)),
                 max_rounds=random.choice((0, 2)),
-                downtime_limit_ms=random.choice((0, 0, 0, 200)),
+                downtime_limit_ms=random.choice((0, 0, 0, 0, 0, 0, 0, 200)),
                 bandwidth_mib_per_s=random.choice((0, 0, 1)),
             ),
         )
