@@ -12,7 +12,7 @@ from support.failpoints import Failpoints, go_on
 from support.local_cluster import DEMO, Cluster, assert_nothing_left, eventually, refusal, running
 
 from vfleet.address import PAGE_BYTES
-from vfleet.driver import DriverClient
+from vfleet.driver import DriverClient, Read, Write
 from vfleet.errors import Reason
 from vfleet.v1.driver_service_pb2 import NotificationKind, WatchNotificationsRequest
 from vfleet.v1.driver_service_pb2_grpc import DriverServiceStub
@@ -37,8 +37,9 @@ class Stage:
     pages: list[bytes]
 
     async def check(self) -> None:
-        for number, page in enumerate(self.pages):
-            assert await self.driver.read(self.place + number * PAGE_BYTES, PAGE_BYTES) == page
+        reads = [Read(self.place + number * PAGE_BYTES, PAGE_BYTES) for number in range(len(self.pages))]
+        async with aclosing(self.driver.stream(reads)) as answers:
+            assert [answer.data async for answer in answers] == self.pages
 
     async def begin_slowly(self) -> None:
         """Begin a migration to h2, and return in the middle of the arrival."""
@@ -62,8 +63,9 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
         place = entry.virtual_address + LOCAL_BYTES + WORKLOAD_BYTES
         random = Random(5)
         pages = [random.randbytes(PAGE_BYTES) for _ in range((LOCAL_BYTES - WORKLOAD_BYTES) // PAGE_BYTES)]
-        for number, page in enumerate(pages):
-            await driver.write(place + number * PAGE_BYTES, page)
+        writes = [Write(place + number * PAGE_BYTES, page) for number, page in enumerate(pages)]
+        async with aclosing(driver.stream(writes)) as answers:
+            assert len([answer async for answer in answers]) == len(pages)
         yield Stage(cluster, failpoints, driver, place, pages)
 
 
