@@ -184,7 +184,7 @@ def describe_home(function: Function | None) -> str:
 def describe_instance(instance: FunctionInstance) -> str:
     """Return what an instance is."""
     state = DeviceState.Name(instance.state).removeprefix("DEVICE_STATE_")
-    whole = "" if instance.complete else ", without all of its state"
+    whole = "" if instance.complete and not instance.arriving else ", without all of its state"
     return f"{state}, generation {instance.generation} at {instance.device} VF {instance.vf_index}{whole}"
 
 

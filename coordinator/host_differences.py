@@ -88,6 +88,11 @@ def _instance(view: View, host: str, instance: FunctionInstance) -> Iterator[Fin
     if is_ahead:
         yield _ahead(view, host, instance, function)
         return
+    if any(
+        other.arriving and other.generation > instance.generation for _, other in view.instances_of(instance.function)
+    ):
+        # The later instance fetches from this one; when it has everything, this one is left over.
+        return
     request = DestroyFunctionRequest(
         attempt=view.attempt,
         function=instance.function,

@@ -31,7 +31,12 @@ from vfleet.v1.function_service_pb2 import (
 from vfleet.v1.function_service_pb2_grpc import FunctionServiceStub
 from vfleet.v1.hold_service_pb2 import LiftHoldRequest, ListHoldsRequest, PlaceHoldRequest
 from vfleet.v1.hold_service_pb2_grpc import HoldServiceStub
-from vfleet.v1.transfer_service_pb2 import ImportStateRequest, ImportStateResponse
+from vfleet.v1.transfer_service_pb2 import (
+    ImportStateRequest,
+    ImportStateResponse,
+    WatchArrivalRequest,
+    WatchArrivalResponse,
+)
 from vfleet.v1.transfer_service_pb2_grpc import TransferServiceStub
 from vfleet.v1.translation_service_pb2 import UpdateTableRequest
 from vfleet.v1.translation_service_pb2_grpc import TranslationServiceStub
@@ -102,6 +107,21 @@ class Hosts:
                     yield response
         except VfleetError as error:
             raise _named(host, "ImportState", error) from None
+
+    async def watch_arrival(
+        self, host: str, request: WatchArrivalRequest
+    ) -> AsyncGenerator[WatchArrivalResponse, None]:
+        """Yield how much of a function's state is still at its source, until all is at its home."""
+        self._check()
+        method = TransferServiceStub(self._channel(host)).WatchArrival
+        try:
+            async with aclosing(
+                stream(method, request, address=self.address(host), incarnation=self.incarnation(host))
+            ) as responses:
+                async for response in responses:
+                    yield response
+        except VfleetError as error:
+            raise _named(host, "WatchArrival", error) from None
 
     async def place_hold(self, host: str, request: PlaceHoldRequest) -> tuple[str, ...]:
         """Hold entries. Return the drivers that listen and did not acknowledge."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from coordinator import transaction
 from coordinator.context import Context
+from coordinator.copies import Copies
 from coordinator.journal import RETRY_FIRST_S, RETRY_LONGEST_S, Journal
 from coordinator.states import ENTRIES, Event, next_state
 from coordinator.tasks import together, within
@@ -23,11 +24,11 @@ from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.store import Transaction
 from vfleet.v1.function_service_pb2 import ChangeStateRequest, CreateFunctionRequest, DestroyFunctionRequest
 from vfleet.v1.hold_service_pb2 import EntryName, LiftHoldRequest, PlaceHoldRequest
-from vfleet.v1.migration_service_pb2 import CopyProgress
+from vfleet.v1.migration_service_pb2 import LimitPolicy
 from vfleet.v1.records_pb2 import EntryChange, Migration, Move, Phase, Place, Step, StepDuration
-from vfleet.v1.transfer_service_pb2 import ImportStateRequest
+from vfleet.v1.transfer_service_pb2 import CopyOptions, ImportStateRequest, WatchArrivalRequest
 from vfleet.v1.translation_service_pb2 import UpdateTableRequest
-from vfleet.v1.types_pb2 import Attempt, Decision, DeviceState
+from vfleet.v1.types_pb2 import Attempt, Decision, DeviceState, TransferMode
 
 # How much longer than the coordinator a host waits for a decision before it resolves on its own.
 RESOLVE_MARGIN_MS = 2_000
@@ -46,6 +47,10 @@ class Options:
     prepare_timeout_ms: int = 60_000
     hold_timeout_ms: int = 5_000
     acknowledge_timeout_ms: int = 100
+    mode: TransferMode.ValueType = TransferMode.TRANSFER_MODE_PRE_COPY
+    downtime_limit_ms: int = 0
+    limit_policy: LimitPolicy.ValueType = LimitPolicy.LIMIT_POLICY_ABORT
+    bandwidth_mib_per_s: int = 0
 
 
 class Run:
@@ -61,11 +66,15 @@ class Run:
         owner_revision: int,
         options: Options | None,
         begin_s: float = 0.0,
+        commit_s: float = 0.0,
     ) -> None:
-        """`options` are None for an adopter, who aborts what is undecided; `begin_s` is how long BEGIN took."""
+        """`options` are None for an adopter, who aborts what is undecided.
+
+        `begin_s` is how long BEGIN took, of that `commit_s` its transaction.
+        """
         self._journal = Journal(context, record, mod_revision, owner_revision)
         self.state = ENTRIES[record.phase]
-        self.copies = {move.function: CopyProgress(function=move.function) for move in record.moves}
+        self.copies = Copies(record.moves, commit_s)
         self.attempt = Attempt(fleet_generation=record.attempt.fleet_generation, revision=begin_revision)
         self._context = context
         self._options = options
@@ -154,30 +163,34 @@ class Run:
             model=move.model,
             resolve_after_ms=options.prepare_timeout_ms + RESOLVE_MARGIN_MS,
         )
+        began_s = self._context.clock.monotonic()
         with failpoint.around("coordinator.create"):
             self._check_machine(move.target)
             await self._context.hosts.create_function(move.target.host, request)
+        self.copies.took_a_round_trip(self._context.clock.monotonic() - began_s)
 
     async def _import(self, move: Move, options: Options) -> None:
         request = ImportStateRequest(
             attempt=self.attempt,
             function=move.function,
             generation=move.target.generation,
+            source_host=move.source.host,
             source_address=self._context.hosts.address(move.source.host),
             source_incarnation=move.source.incarnation,
             source_generation=move.source.generation,
-            max_rounds=options.max_rounds,
+            options=CopyOptions(
+                mode=options.mode,
+                max_rounds=options.max_rounds,
+                bandwidth_bytes_per_s=options.bandwidth_mib_per_s << 20,
+                has_limit=bool(options.downtime_limit_ms),
+                last_copy_limit_us=self.copies.left_for_the_copy_us(options.downtime_limit_ms),
+            ),
         )
         failpoint.reach("coordinator.import.before")
         self._check_machine(move.target)
         async with aclosing(self._context.hosts.import_state(move.target.host, request)) as responses:
             async for response in responses:
-                self.copies[move.function] = CopyProgress(
-                    function=move.function,
-                    rounds=response.rounds,
-                    received_bytes=response.received_bytes,
-                    dirty_bytes=response.dirty_bytes,
-                )
+                self.copies.received(move.function, response)
                 if response.ready_to_stop or response.complete:
                     self._ready.add(move.function)
                 if response.complete:
@@ -199,6 +212,8 @@ class Run:
     async def _hold_when_copied(self, options: Options) -> None:
         moves = self.record.moves
         await self._context.inventory.until(lambda: len(self._ready) == len(moves))
+        if options.limit_policy != LimitPolicy.LIMIT_POLICY_FORCE:
+            self.copies.check_limit(options.downtime_limit_ms)
         self._advance(Event.COPIED)
         self._commit_by_s = self._context.clock.monotonic() + options.hold_timeout_ms / 1000
         async with within(options.hold_timeout_ms, "the last difference was copied"):
@@ -260,6 +275,20 @@ class Run:
         await together(self._scrub(move) for move in self.record.moves)
         self._advance(Event.SCRUBBED)
 
+    async def _await_arrival(self, move: Move) -> None:
+        """Wait until all of a function's state is at its home: only then its source may go."""
+        target = move.target
+        request = WatchArrivalRequest(attempt=self.attempt, function=move.function, generation=target.generation)
+
+        async def watch() -> None:
+            async with aclosing(self._context.hosts.watch_arrival(target.host, request)) as responses:
+                async for response in responses:
+                    self.copies.is_missing(move.function, response.missing_bytes)
+                    self._context.inventory.notify()
+
+        with failpoint.around("coordinator.arrive"):
+            await self._insist(target.host, target.incarnation, watch)
+
     async def _lift(self, host: str) -> None:
         entries = [e for move in self.record.moves for e in transaction.entries_after(move) if e.host == host]
         for entry in entries:
@@ -271,6 +300,8 @@ class Run:
             await self._insist(host, None, lambda: self._context.hosts.update_table(host, request))
 
     async def _scrub(self, move: Move) -> None:
+        if self.record.mode == TransferMode.TRANSFER_MODE_POST_COPY:
+            await self._await_arrival(move)
         await self._destroy(move.function, move.source.host, move.source.incarnation, move.source.generation)
 
     # --- after ABORT ---

@@ -1,15 +1,21 @@
 """What requests may say: names, ranges and pages, checked field by field. Pure."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from coordinator.migration import Options
 from vfleet.errors import invalid_field
 from vfleet.names import check_device_name, check_name
-from vfleet.v1.migration_service_pb2 import MigrationOptions, MoveRequest
+from vfleet.v1.migration_service_pb2 import LimitPolicy, MigrationOptions, MoveRequest
+from vfleet.v1.types_pb2 import TransferMode
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
+
+_MODES = TransferMode.items()
+_POLICIES = LimitPolicy.items()
+
+EnumT = TypeVar("EnumT", bound=int)
 
 
 class PageRequest(Protocol):
@@ -44,6 +50,10 @@ def checked_options(options: MigrationOptions) -> Options:
         hold_timeout_ms=_at_most("hold_timeout_ms", options.hold_timeout_ms, 600_000) or default.hold_timeout_ms,
         acknowledge_timeout_ms=_at_most("acknowledge_timeout_ms", options.acknowledge_timeout_ms, 10_000)
         or default.acknowledge_timeout_ms,
+        mode=_known("mode", options.mode, _MODES) or default.mode,
+        downtime_limit_ms=_at_most("downtime_limit_ms", options.downtime_limit_ms, 600_000),
+        limit_policy=_known("limit_policy", options.limit_policy, _POLICIES) or default.limit_policy,
+        bandwidth_mib_per_s=_at_most("bandwidth_mib_per_s", options.bandwidth_mib_per_s, 1 << 20),
     )
 
 
@@ -67,6 +77,13 @@ def checked_revision(token: str) -> int:
     if not token.isascii() or not token.isdecimal():
         raise invalid_field("page_token", token, "a token that a page of this list gave")
     return int(token)
+
+
+def _known(field: str, value: EnumT, names: Sequence[tuple[str, EnumT]]) -> EnumT:
+    """Return an enum's value. Raise INVALID_FIELD for one that this version does not know."""
+    if value not in (number for _, number in names):
+        raise invalid_field(f"options.{field}", value, f"one of {', '.join(name for name, _ in names)}")
+    return value
 
 
 def _at_most(field: str, value: int, most: int) -> int:

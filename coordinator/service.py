@@ -149,7 +149,7 @@ class MigrationService(MigrationServiceServicer):
         run = self._run(name)
         if run is not None:
             response.step = run.state.step
-            response.copies.extend(run.copies.values())
+            response.copies.extend(run.copies.progress())
         return response
 
 

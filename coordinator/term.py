@@ -117,10 +117,13 @@ class Term:
             # One at a time, so that those that begin together don't plan for the same slot.
             async with self._planning:
                 migration = plan(context.snapshot, requests, name=name, coordinator=context.name, limits=context.limits)
+                migration.mode = options.mode
                 migration.begin_time.FromNanoseconds(round(context.clock.time() * 1e9))
                 begin = transaction.begin(migration, self._session.lease, context.snapshot.fleet_generation_is_this)
+                commit_began_s = context.clock.monotonic()
                 with failpoint.around("coordinator.begin"):
                     committed = await self._commit_begin(name, begin)
+                commit_s = context.clock.monotonic() - commit_began_s
                 await context.catch_up(committed)
             if committed.succeeded:
                 stored = context.snapshot.migrations[name]
@@ -132,6 +135,7 @@ class Term:
                     owner_revision=committed.revision,
                     options=options,
                     begin_s=context.clock.monotonic() - began_s,
+                    commit_s=commit_s,
                 )
                 self._drive(run)
                 return stored

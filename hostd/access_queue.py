@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+from hostd.arrival import Range
 from hostd.direct import Grant
 from hostd.fabric import MAX_JOINED, Fabric, Link
 from hostd.functions import Functions
@@ -20,12 +21,13 @@ from hostd.home import forget_driver, last_sequence
 from hostd.image import Sequencer
 from hostd.instance import Instance, Result, SequenceGapError
 from hostd.translation import Entry
-from vfleet.address import location_of, translate
+from vfleet.address import location_of, translate, window_offset
 from vfleet.clock import Clock, backoff_delays
 from vfleet.errors import Reason, VfleetError
 from vfleet.limits import WINDOW
 from vfleet.v1.access_pb2 import Access, AccessKind
 from vfleet.v1.fabric_service_pb2 import (
+    REFUSAL_NOT_YET,
     REFUSAL_UNSPECIFIED,
     ExchangeRequest,
     ExchangeResponse,
@@ -134,7 +136,7 @@ class AccessQueue:
 
     def grant(self) -> Grant | None:
         """Return leave to access the function's plain memory directly, if it is here and nothing waits before that."""
-        if not self._is_idle() or not self._admit():
+        if not self._is_idle() or self._admit() is None:
             return None
         assert self._home is not None  # noqa: S101  # it is admitted
         instance, sequencer = self._home
@@ -143,8 +145,9 @@ class AccessQueue:
         return self._grant
 
     def access(self, kind: AccessKind.ValueType, virtual_address: int, length: int, data: bytes) -> Result | None:
-        """Carry out an access at once, if its function is here and nothing waits before it; None if not."""
-        if not self._is_idle() or not self._admit():
+        """Carry out an access at once, if its function is here and nothing makes it wait; None if not."""
+        home = self._admit() if self._is_idle() else None
+        if home is None or home.is_gated:
             return None
         self._count_direct()
         try:
@@ -214,7 +217,7 @@ class AccessQueue:
 
     def answered(self, response: ExchangeResponse) -> None:
         """Take the answers, or the refusal, of a batch (as the link's sender)."""
-        if response.answers:
+        if response.answers or response.refusal == REFUSAL_NOT_YET:
             self._delays = self._new_delays()
         for answer in response.answers:
             head = self._accesses[0] if self._accesses else None
@@ -304,17 +307,17 @@ class AccessQueue:
             or self._segment != self._reach.segment
         )
 
-    def _admit(self) -> bool:
-        """Find the home on this host. Return False if the function isn't served here."""
+    def _admit(self) -> Instance | None:
+        """Find the home on this host. Return None if the function isn't served here."""
         if self._home is None or not self._home[0].is_serving:
             entry, reach = self._entry, self._reach
             address = translate(entry.virtual_address, entry.offset)
             admitted = reach.functions.admit(self._driver, entry.function, entry.generation, reach.session, address)
             if not isinstance(admitted, tuple):
-                return False
+                return None
             self._home = admitted
             self._delays = self._new_delays()
-        return True
+        return self._home[0]
 
     def _count_direct(self) -> None:
         """Take note of the accesses that were done directly, in the queue's stead."""
@@ -329,13 +332,16 @@ class AccessQueue:
 
     def _pump_local(self) -> None:
         while self._accesses or self._repeats:
-            if not self._admit():
+            home = self._admit()
+            if home is None:
                 self._start_repair()
                 return
             if self._repeats:
                 self._finish_repeat(self._repeats.pop(next(iter(self._repeats))))
                 continue
             access = self._accesses[0]
+            if home.is_gated and self._has_to_wait(home, access):
+                return
             self._give_sequence(access)
             try:
                 result = self._carry_out_waiting(access)
@@ -343,6 +349,20 @@ class AccessQueue:
                 self._start_repair()
                 return
             self._finish_head(result)
+
+    def _has_to_wait(self, instance: Instance, access: Waiting) -> bool:
+        """Return whether something blocks what an access touches; then it goes on once that is over."""
+        offset = window_offset(translate(access.virtual_address, self._entry.offset))
+        ranges = ((offset, access.length),)
+        if not instance.blocks(ranges):
+            return False
+        self._repair = asyncio.create_task(self._wait_to_pass(instance, ranges))
+        return True
+
+    async def _wait_to_pass(self, instance: Instance, ranges: tuple[Range, ...]) -> None:
+        await instance.passed(ranges)
+        self._repair = None
+        self._pump()
 
     def _finish_repeat(self, access: Waiting) -> None:
         access.finish(self._carry_out_waiting(access))

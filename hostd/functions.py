@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 
+from hostd.arrival import Arrival
 from hostd.fence import Fences, order_of
 from hostd.image import FunctionImage, Sequencer, image_bytes
 from hostd.instance import Instance
@@ -29,7 +30,8 @@ from vfleet.v1.function_service_pb2 import (
     FunctionInstance,
     ResetFunctionRequest,
 )
-from vfleet.v1.host_records_pb2 import InstanceRecord
+from vfleet.v1.host_records_pb2 import InstanceRecord, RestSource
+from vfleet.v1.transfer_service_pb2 import WatchArrivalRequest
 from vfleet.v1.types_pb2 import (
     DECISION_ABORTED,
     DECISION_COMMITTED,
@@ -48,7 +50,11 @@ _log = logging.getLogger(__name__)
 
 
 class Functions:
-    """All instances of the host. `deadlines_changed` is set whenever one gets or loses its deadline."""
+    """All instances of the host.
+
+    `deadlines_changed` is set whenever one gets or loses its deadline, `arrivals_changed` when the rest of one's state
+    is to follow.
+    """
 
     def __init__(self, segment: Segment, ledger: Ledger, fences: Fences, clock: Clock) -> None:
         self._segment = segment
@@ -58,6 +64,7 @@ class Functions:
         self._by_slot: dict[Slot, Instance] = {}
         self._by_function: dict[str, list[Instance]] = {}
         self.deadlines_changed = asyncio.Event()
+        self.arrivals_changed = asyncio.Event()
         for record in ledger.all(_KIND, InstanceRecord):
             instance = self._open(record)
             self._add(instance)
@@ -133,7 +140,8 @@ class Functions:
         self._ledger.delete_file(record.file)
         instance = self._open(record, model)
         if request.fresh:
-            instance.reset()
+            # All of a new file is zero.
+            instance.image.store(model.reset())
         self._save(instance)
         self._add(instance)
         failpoint.reach("hostd.create.after")
@@ -185,15 +193,11 @@ class Functions:
         if instance.state == DEVICE_STATE_STOP_COPY and instance.about.stopped_by == request.attempt:
             return instance
         self.prove(instance)
-        if not instance.about.complete:
-            raise VfleetError(
-                Reason.ILLEGAL_STATE,
-                f"function {request.function!r} does not have all its state here; it can't be the home",
-                metadata={"function": request.function},
-            )
+        _check_whole(instance)
         with failpoint.around("hostd.stop"):
             instance.go_to(DEVICE_STATE_STOP_COPY)
             instance.about.stopped_by.CopyFrom(request.attempt)
+            instance.record.keeps_rest = instance.is_post_copied
             instance.about.migration = request.migration
             instance.record.resolve_time = self._clock.time() + request.resolve_after_ms / 1000
             self._save(instance)
@@ -234,6 +238,7 @@ class Functions:
         """Let an instance run: it is the function's home, by etcd's word."""
         instance.go_to(DEVICE_STATE_RUNNING)
         instance.about.ClearField("stopped_by")
+        instance.record.keeps_rest = False
         instance.about.migration = ""
         instance.record.resolve_time = 0
         self._save(instance)
@@ -245,12 +250,41 @@ class Functions:
                 self._fences.end(instance.about.function, instance.about.attempt)
                 self.run(instance)
 
-    def complete_import(self, instance: Instance) -> None:
-        """Note that an instance has all its state; it waits for the proof that it is the home."""
+    def complete_import(self, instance: Instance, rest: RestSource | None = None) -> None:
+        """Note that an instance has all its state, or that a `rest` follows; it waits for the proof that it is home."""
         with failpoint.around("hostd.complete"):
             instance.go_to(DEVICE_STATE_STOP)
             instance.about.complete = True
+            if rest is not None:
+                instance.about.arriving = True
+                instance.record.rest_source.CopyFrom(rest)
+                instance.arrival = Arrival(instance.image, instance.model.local_memory)
             self._save(instance)
+        self.arrivals_changed.set()
+
+    def keep_rest(self, instance: Instance) -> None:
+        """Note that a source keeps what its target will fetch after COMMIT: the end of its attempt alone scrubs it."""
+        instance.is_post_copied = True
+        if instance.about.HasField("stopped_by") and not instance.record.keeps_rest:
+            instance.record.keeps_rest = True
+            self._save(instance)
+
+    def complete_arrival(self, instance: Instance) -> None:
+        """Note that all of an instance's state is here: its source is needed no more."""
+        with failpoint.around("hostd.arrived"):
+            instance.about.arriving = False
+            instance.record.ClearField("rest_source")
+            self._save(instance)
+        if instance.arrival is not None:
+            instance.arrival.end()
+        instance.arrival = None
+
+    def conclude(self, request: WatchArrivalRequest) -> Instance:
+        """Take it that a migration to here was committed. Raise STALE_ATTEMPT, NOT_FOUND or WRONG_GENERATION."""
+        self._fences.conclude(request.function, request.attempt)
+        instance = self.require(request.function, request.generation)
+        self.prove(instance)
+        return instance
 
     def postpone(self, instance: Instance, resolve_time: float) -> None:
         """Give an instance another deadline, in seconds since 1970."""
@@ -280,6 +314,7 @@ class Functions:
         self._fences.prepare(function, attempt)
         instance = self.require(function, generation)
         self.prove(instance)
+        _check_whole(instance)
         return instance
 
     def fence_for_import(self, function: str, generation: int, attempt: Attempt) -> Instance:
@@ -333,6 +368,17 @@ def is_of_before(instance: Instance, fleet_generation: int) -> bool:
     about = instance.about
     attempt = about.stopped_by if about.HasField("stopped_by") else about.attempt
     return about.complete and attempt.fleet_generation < fleet_generation
+
+
+def _check_whole(instance: Instance) -> None:
+    """Raise ILLEGAL_STATE unless all of a home's state is here."""
+    about = instance.about
+    if not about.complete or about.arriving:
+        raise VfleetError(
+            Reason.ILLEGAL_STATE,
+            f"function {about.function!r} does not have all its state here; it can't leave",
+            metadata={"function": about.function},
+        )
 
 
 def check_deadline(resolve_after_ms: int) -> None:

@@ -3,13 +3,16 @@
 What is refused has had no effect and changes nothing; the sender sends it again, to where its table says by then.
 """
 
+import asyncio
+
 from hostd.functions import Functions
 from hostd.instance import SequenceGapError
-from vfleet.address import WINDOW_SHIFT, AddressError, check_access
+from vfleet.address import MAX_ACCESS_BYTES, WINDOW_SHIFT, AddressError, check_access, window_offset
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.names import check_name
 from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, Access, AccessKind
 from vfleet.v1.fabric_service_pb2 import (
+    REFUSAL_NOT_YET,
     REFUSAL_SEQUENCE_GAP,
     ExchangeRequest,
     ExchangeResponse,
@@ -17,6 +20,29 @@ from vfleet.v1.fabric_service_pb2 import (
     GetSequenceRequest,
     Refusal,
 )
+
+ARRIVAL_WAIT_S = 0.005
+
+
+async def let_arrive(functions: Functions, request: ExchangeRequest) -> None:
+    """Wait a moment for pages that a batch touches and that are still at their source (post-copy).
+
+    Others' batches wait behind it, so it is no more than a moment; then the batch is refused, and sent again.
+    """
+    instance = functions.find(request.function, request.generation) if request.generation else None
+    if instance is None or instance.arrival is None:
+        return
+    functions.prove(instance)
+    ranges = [
+        (window_offset(access.address), access.length_bytes)
+        for access in request.accesses
+        if access.length_bytes <= MAX_ACCESS_BYTES
+    ]
+    try:
+        async with asyncio.timeout(ARRIVAL_WAIT_S):
+            await instance.arrival.arrived(ranges)
+    except TimeoutError:
+        return
 
 
 def exchange(functions: Functions, request: ExchangeRequest) -> ExchangeResponse:
@@ -37,6 +63,9 @@ def exchange(functions: Functions, request: ExchangeRequest) -> ExchangeResponse
                 break
             instance, sequencer = admitted
             sequencer.acknowledged = max(sequencer.acknowledged, request.acknowledged_sequence)
+        if instance.is_gated and instance.blocks([(window_offset(address), length)]):
+            response.refusal = REFUSAL_NOT_YET
+            break
         try:
             status, answer = instance.access(sequencer, sequence, kind, address, length, data)
         except SequenceGapError as gap:

@@ -18,6 +18,7 @@ from hostd.history import History
 from hostd.ledger import Ledger
 from hostd.registration import Registration
 from hostd.resolution import Resolver
+from hostd.rest import Rest
 from hostd.segment import Segment
 from hostd.topology import HostTopology
 from hostd.workload import Workloads
@@ -64,6 +65,7 @@ class Host:
         self._random = random
         history = self.history = History(topology.name, ledger, fences, random)
         self._resolver = Resolver(topology.name, self.functions, self.drivers, fences, history, store, clock)
+        self._rest = Rest(topology.name, identity.incarnation, self.functions, history, channels, store, clock, random)
         record = HostRecord(
             name=topology.name,
             segment=topology.segment,
@@ -94,6 +96,7 @@ class Host:
                 group.create_task(self._always(self.registration.follow_witness))
                 group.create_task(self._always(self.registration.keep_witness))
                 group.create_task(self._always(self._resolver.run))
+                group.create_task(self._rest.run())
                 group.create_task(self.registration.run(registered))
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None

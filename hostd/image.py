@@ -1,14 +1,16 @@
 """A function's image: everything of it that lasts, in one mapped file.
 
-    +------------+--------------+----------------------+-------------------------------------------+
-    | redo       | that of      | sequencers, one a    | memory: the BARs as they lie in the       |
-    | record     | plain writes | driver               | function's window, then the model's own   |
-    +------------+--------------+----------------------+-------------------------------------------+
+    +--------+--------------+-------------------+-----------------------------------------+--------------+
+    | redo   | that of      | sequencers, one a | memory: the BARs as they lie in the     | arrived: a   |
+    | record | plain writes | driver            | function's window, then the model's own | byte a page  |
+    +--------+--------------+-------------------+-----------------------------------------+--------------+
 
 An access's effect and its sequence become durable together: the redo record (what is stored where, and the answer) is
 written first, then the effect, and the sequence last. A daemon that is killed anywhere in between and comes back does
 the rest; a record that was torn fails its checksum, and then the access has had no effect and will be sent again.
 Plain writes, which need no model, have a record of their own (hostd/direct.py).
+
+`arrived` counts only while the state is still coming after the lift (post-copy): a page's byte is set after its bytes.
 """
 
 import mmap
@@ -42,7 +44,8 @@ KeptAnswer = tuple[AccessStatus.ValueType, bytes]
 
 def image_bytes(memory_bytes: int) -> int:
     """Return the size of the file for a memory of this size, both multiples of 4096."""
-    return _MEMORY_OFFSET + memory_bytes
+    pages = memory_bytes // PAGE_BYTES
+    return _MEMORY_OFFSET + (pages + -(-pages // PAGE_BYTES)) * PAGE_BYTES
 
 
 class Sequencer:
@@ -159,7 +162,11 @@ class FunctionImage:
         self._mapped = mapped
         self.bytes = memoryview(mapped)
         self.words = self.bytes.cast("Q")
-        self.memory = self.bytes[_MEMORY_OFFSET:]
+        # A page of `arrived` is for so many pages of memory as it has bytes.
+        pages = (len(mapped) - _MEMORY_OFFSET) // PAGE_BYTES
+        self._end = _MEMORY_OFFSET + (pages - -(-pages // (PAGE_BYTES + 1))) * PAGE_BYTES
+        self.memory = self.bytes[_MEMORY_OFFSET : self._end]
+        self.arrived = self.bytes[self._end : self._end + len(self.memory) // PAGE_BYTES]
         self._sequencers = [Sequencer(self.bytes, self.words, index) for index in range(MAX_DRIVERS)]
         self._by_driver = {s.driver: s for s in self._sequencers if s.driver}
         self._dirty: set[int] | None = None
@@ -237,11 +244,16 @@ class FunctionImage:
             sequencer.revoke()
 
     def clear(self) -> None:
-        """Zero the memory and forget all drivers."""
-        for start in range(0, len(self.memory), 1 << 20):
-            end = min(start + (1 << 20), len(self.memory))
-            self.memory[start:end] = bytes(end - start)
+        """Zero the memory and forget all drivers; nothing has arrived."""
+        # The redo records go first: what they say must not come back over what is put there next.
         self.bytes[:_SEQUENCERS_OFFSET] = bytes(_SEQUENCERS_OFFSET)
+        try:
+            # Of a file that has never been written to this is nothing, however large it is.
+            self._mapped.madvise(mmap.MADV_REMOVE, _MEMORY_OFFSET, len(self.bytes) - _MEMORY_OFFSET)
+        except OSError:  # a file system without holes
+            for start in range(_MEMORY_OFFSET, len(self.bytes), 1 << 20):
+                end = min(start + (1 << 20), len(self.bytes))
+                self.bytes[start:end] = bytes(end - start)
         for driver in list(self._by_driver):
             self.forget(driver)
 
@@ -262,6 +274,7 @@ class FunctionImage:
         """Unmap the file; the image can't be used any more."""
         self.revoke()
         self.memory.release()
+        self.arrived.release()
         self.words.release()
         self.bytes.release()
         self._mapped.close()

@@ -5,11 +5,14 @@ this room knows nothing of that.
 """
 
 import asyncio
+from collections.abc import Iterable
 
+from hostd.arrival import Arrival, Range
 from hostd.device_state import next_state, path, serves
 from hostd.direct import Grant
 from hostd.image import FunctionImage, Sequencer
 from hostd.models.base import DeviceModel
+from hostd.rounds import Throttle
 from vfleet.address import window_offset
 from vfleet.v1.access_pb2 import (
     ACCESS_KIND_READ,
@@ -44,7 +47,11 @@ class Instance:
         self.changed = asyncio.Event()
         self.unsupported_requests = 0
         self.is_importing = False
+        self.is_post_copied = False
         self.is_closed = False
+        # What makes accesses and work wait: slowed down by a copy, or local memory that is still at the source.
+        self.throttle: Throttle | None = None
+        self.arrival = Arrival(image, model.local_memory) if record.HasField("rest_source") else None
 
     @property
     def about(self) -> FunctionInstance:
@@ -76,6 +83,24 @@ class Instance:
         self.changed.set()
         self.changed = asyncio.Event()
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether anything can make accesses or work wait."""
+        return self.throttle is not None or self.arrival is not None
+
+    def blocks(self, ranges: Iterable[Range]) -> bool:
+        """Return whether what touches these bytes has to wait (see `passed`). What is missing of them is asked for."""
+        if self.throttle is not None and self.throttle.blocks():
+            return True
+        return self.arrival is not None and self.arrival.ask(ranges)
+
+    async def passed(self, ranges: Iterable[Range]) -> None:
+        """Wait until nothing blocks what touches these bytes; or the instance is closed, or may not run any more."""
+        if self.throttle is not None:
+            await self.throttle.opened()
+        if self.arrival is not None:
+            await self.arrival.arrived(ranges)
+
     def reset(self) -> None:
         """Do what a function-level reset does: zero the memory and set the registers; drivers' sequences go on."""
         memory = self.image.memory
@@ -83,6 +108,9 @@ class Instance:
             end = min(start + (1 << 20), len(memory))
             self.image.store([(start, bytes(end - start))])
         self.image.store(self.model.reset())
+        if self.arrival is not None:
+            # What comes now is of before the reset.
+            self.arrival.need_nothing()
 
     def access(
         self, sequencer: Sequencer, sequence: int, kind: AccessKind.ValueType, address: int, length: int, data: bytes
@@ -109,8 +137,10 @@ class Instance:
         return status, answer
 
     def grant(self, sequencer: Sequencer, base: int, span: int) -> Grant | None:
-        """Give a driver that sees the window at `base` leave to access its plain memory directly, while it serves."""
-        return self.image.grant(sequencer, base, span, self.model.plain_memory) if self.is_serving else None
+        """Give a driver that sees the window at `base` leave to access its plain memory directly, if nothing can wait."""
+        if not self.is_serving or self.is_gated:
+            return None
+        return self.image.grant(sequencer, base, span, self.model.plain_memory)
 
     def shown(self) -> FunctionInstance:
         """Return a copy of `about` with the last sequence of each driver."""
@@ -124,4 +154,6 @@ class Instance:
         """Unmap the image; who waits for a change of state is told."""
         self.is_closed = True
         self.changed.set()
+        if self.arrival is not None:
+            self.arrival.end()
         self.image.close()

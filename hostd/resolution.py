@@ -203,7 +203,8 @@ def _is_over(instance: Instance, record: Migration | None, function: Function | 
         function is not None and function.identity == about.identity and function.generation >= about.generation
     )
     if about.HasField("stopped_by"):
-        is_final = record is None or record.phase in (PHASE_DONE, PHASE_ABORTED)
+        # That a restored etcd has no record says nothing of what the target has fetched.
+        is_final = record.phase in (PHASE_DONE, PHASE_ABORTED) if record is not None else not instance.record.keeps_rest
         return is_final and (has_other_home or (record is not None and outcome(record) == DECISION_COMMITTED))
     return has_other_home or not about.complete
 

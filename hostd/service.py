@@ -9,7 +9,7 @@ from typing import TypeAlias
 import grpc
 from google.protobuf.message import Message
 
-from hostd import home, transfer
+from hostd import home, rest, transfer
 from hostd.client_access import ClientAccess
 from hostd.host import Host
 from vfleet.errors import invalid_field
@@ -151,6 +151,20 @@ class TransferServicer(TransferServiceServicer):
             async for step in progress:
                 yield step
 
+    async def FetchState(
+        self, request: transfer_pb2.FetchStateRequest, context: _Context
+    ) -> AsyncIterator[transfer_pb2.FetchStateResponse]:
+        async with aclosing(transfer.fetch_state(self._host.functions, self._host.clock, request)) as pages:
+            async for response in pages:
+                yield response
+
+    async def WatchArrival(
+        self, request: transfer_pb2.WatchArrivalRequest, context: _Context
+    ) -> AsyncIterator[transfer_pb2.WatchArrivalResponse]:
+        async with aclosing(rest.watch_arrival(self._host.functions, self._host.clock, request)) as progress:
+            async for step in progress:
+                yield step
+
 
 class FabricServicer(FabricServiceServicer):
     """FabricService of one host."""
@@ -162,6 +176,7 @@ class FabricServicer(FabricServiceServicer):
         self, request_iterator: AsyncIterator[fabric_pb2.ExchangeRequest], context: _Context
     ) -> AsyncIterator[fabric_pb2.ExchangeResponse]:
         async for request in request_iterator:
+            await home.let_arrive(self._functions, request)
             yield home.exchange(self._functions, request)
 
     async def GetSequence(

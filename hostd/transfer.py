@@ -3,32 +3,44 @@
     header -> (pages -> round end) ... -> the source is stopped -> pages -> sequences, end
 
 Rounds are sent while the function runs: first all pages that aren't zero (a new instance's are), then those that
-changed meanwhile, until few are left or the rounds are used up. Then the source waits to be stopped by the same
-attempt, and sends the last difference. An import takes all or nothing: its instance is complete only after the end was
-checked.
+changed meanwhile, as `hostd.rounds` decides. Then the source waits to be stopped by the same attempt, and sends the
+last difference. An import takes all or nothing: its instance is complete only after the end was checked. In post-copy
+the same is done for everything but the local memory, which the stopped source hands out afterwards (`hostd.rest`).
 """
 
-import struct
-import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from itertools import chain
 
 from hostd.functions import Functions
 from hostd.instance import Instance
+from hostd.rounds import FEW_DIRTY_BYTES, Pace, Rounds, Throttle
+from hostd.state_stream import (
+    CHUNK_PAGES,
+    Receiver,
+    Writer,
+    check_exists,
+    is_zero,
+    local_pages,
+    moving_pages,
+    not_stopped,
+    pages_crc,
+)
 from vfleet import failpoint
 from vfleet.address import PAGE_BYTES
 from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.rpc import Channels, stream
+from vfleet.v1.host_records_pb2 import RestSource
 from vfleet.v1.transfer_service_pb2 import (
-    DriverSequence,
+    CopyOptions,
     ExportStateRequest,
     ExportStateResponse,
+    FetchStateRequest,
+    FetchStateResponse,
     ImportStateRequest,
     ImportStateResponse,
     RoundEnd,
-    StateEnd,
-    StateHeader,
-    StatePages,
 )
 from vfleet.v1.transfer_service_pb2_grpc import TransferServiceStub
 from vfleet.v1.types_pb2 import (
@@ -36,100 +48,113 @@ from vfleet.v1.types_pb2 import (
     DEVICE_STATE_RESUMING,
     DEVICE_STATE_RUNNING,
     DEVICE_STATE_STOP_COPY,
+    TRANSFER_MODE_POST_COPY,
+    TRANSFER_MODE_PRE_COPY,
     Attempt,
 )
 
-FORMAT_VERSION = 1
 MAX_ROUNDS = 1000
-CHUNK_PAGES = 64
-FEW_DIRTY_PAGES = 64  # 256 KiB: cheaper to send while stopped than to chase in another round
-
-_ZERO_PAGE = bytes(PAGE_BYTES)
-_CRC = struct.Struct("<I")
-_OFFSET = struct.Struct("<Q")
+REFRESH_S = 0.05  # while the source waits to be stopped, the difference is kept small
+PROGRESS_BYTES = 8 << 20
 
 
 class Export:
-    """One export of one instance: what has been sent, and the checksum over it."""
+    """One export of one instance that runs; its driver writes on meanwhile."""
 
-    def __init__(self, instance: Instance, clock: Clock) -> None:
+    def __init__(self, instance: Instance, clock: Clock, options: CopyOptions) -> None:
         self._instance = instance
         self._clock = clock
-        self._messages = 0
-        self._crc = 0
+        self._writer = Writer(instance, options.mode)
+        self._pace = Pace(clock, options.bandwidth_bytes_per_s)
+        self._rounds = Rounds(options)
+        self._moving = moving_pages(instance, options.mode)
+        self._throttle = Throttle(clock)
 
-    def header(self) -> ExportStateResponse:
-        """Return the first part of the stream."""
-        about, image = self._instance.about, self._instance.image
-        return ExportStateResponse(
-            header=StateHeader(
-                format_version=FORMAT_VERSION,
-                model=about.model,
-                bars=about.bars,
-                identity=about.identity,
-                image_bytes=len(image.memory),
-            )
-        )
-
-    async def rounds(self, max_rounds: int, dirty: set[int]) -> AsyncIterator[ExportStateResponse]:
-        """Yield rounds of pages while the function runs; the last says that the source waits to be stopped.
+    async def until_stopped(self, dirty: set[int]) -> AsyncIterator[ExportStateResponse]:
+        """Yield the header and rounds of pages, until the function is stopped.
 
         `dirty` gets the pages that change meanwhile; those in it at the end have still to be sent.
         """
-        pages: Sequence[int] = range(len(self._instance.image.memory) // PAGE_BYTES)
-        skip_zero = True
-        for number in range(1, max_rounds + 1):
-            sent_bytes = 0
-            for part in self._pages(pages, skip_zero=skip_zero):
-                sent_bytes += len(part.pages.data)
+        instance = self._instance
+        failpoint.reach("hostd.export.header")
+        yield self._writer.header()
+        async for part in self._round(chain.from_iterable(self._moving), dirty, skip_zero=True):
+            yield part
+        while instance.state == DEVICE_STATE_PRE_COPY and not instance.is_closed:
+            if self._rounds.is_ready and not await self._refresh_is_due(dirty):
+                continue
+            pages = self._take(dirty)
+            async for part in self._round(iter(pages), dirty, skip_zero=False):
                 yield part
-                # The function's own accesses have their turn between two chunks.
-                await self._clock.sleep(0)
-            last = number == max_rounds or len(dirty) <= FEW_DIRTY_PAGES or not self._instance.is_serving
-            failpoint.reach("hostd.export.round")
-            yield ExportStateResponse(
-                round_end=RoundEnd(
-                    round=number,
-                    sent_bytes=sent_bytes,
-                    dirty_bytes=len(dirty) * PAGE_BYTES,
-                    last_before_stop=last,
-                )
-            )
-            if last:
-                return
-            pages, skip_zero = sorted(dirty), False
-            dirty.clear()
 
-    def rest(self, pages: Iterable[int], *, skip_zero: bool) -> Iterator[ExportStateResponse]:
+    def rest(self, dirty: set[int]) -> Iterator[ExportStateResponse]:
         """Yield the last pages and the end. The function is stopped."""
-        yield from self._pages(pages, skip_zero=skip_zero)
-        self._check_exists()
-        sequences = [sequencer.export() for sequencer in self._instance.image.sequencers()]
-        yield ExportStateResponse(
-            end=StateEnd(
-                sequences=sequences,
-                page_messages=self._messages,
-                pages_crc=self._crc,
-                sequences_crc=sequences_crc(sequences),
+        yield from (part for part in self._writer.pages(self._take(dirty)) if part is not None)
+        yield self._writer.end()
+
+    def release(self) -> None:
+        """Slow the function down no more."""
+        if self._instance.throttle is self._throttle:
+            self._instance.throttle = None
+
+    def _take(self, dirty: set[int]) -> list[int]:
+        """Return the dirty pages that move now, and forget them all."""
+        pages = sorted(dirty)
+        dirty.clear()
+        first, last = (self._moving[0].start, self._moving[-1].stop) if self._moving else (0, 0)
+        if sum(map(len, self._moving)) == last - first:
+            return [page for page in pages if first <= page < last]
+        return [page for page in pages if any(page in own for own in self._moving)]
+
+    async def _round(
+        self, pages: Iterator[int], dirty: set[int], *, skip_zero: bool
+    ) -> AsyncIterator[ExportStateResponse]:
+        clock, rounds, instance = self._clock, self._rounds, self._instance
+        began_s = clock.monotonic()
+        sent_bytes = 0
+        chunk_s = began_s
+        for part in self._writer.pages(pages, skip_zero=skip_zero):
+            if part is not None:
+                yield part
+                count_bytes = len(part.pages.data)
+                sent_bytes += count_bytes
+                rounds.sent(count_bytes, clock.monotonic() - chunk_s)
+                # The function's own accesses have their turn between two chunks.
+                await self._pace.sent(count_bytes, lambda: instance.is_serving)
+            else:
+                await clock.sleep(0)
+            chunk_s = clock.monotonic()
+        moving = {page for page in dirty if any(page in own for own in self._moving)}
+        rounds.end(len(moving) * PAGE_BYTES, clock.monotonic() - began_s, is_serving=instance.is_serving)
+        self._slow_down()
+        failpoint.reach("hostd.export.round")
+        yield self._writer.round_end(
+            RoundEnd(
+                round=rounds.number,
+                sent_bytes=sent_bytes,
+                dirty_bytes=rounds.dirty_bytes,
+                last_before_stop=rounds.is_ready,
+                dirty_bytes_per_s=rounds.dirty_bytes_per_s,
+                last_copy_us=rounds.last_copy_us,
+                throttle_percent=rounds.throttle_percent,
             )
         )
 
-    def _pages(self, pages: Iterable[int], *, skip_zero: bool) -> Iterator[ExportStateResponse]:
-        memory = self._instance.image.memory
-        for first, count in _runs(pages):
-            self._check_exists()
-            offset = first * PAGE_BYTES
-            data = bytes(memory[offset : offset + count * PAGE_BYTES])
-            if skip_zero and data == _ZERO_PAGE * count:
-                continue
-            crc = pages_crc(offset, data)
-            self._messages += 1
-            self._crc = zlib.crc32(_CRC.pack(crc), self._crc)
-            yield ExportStateResponse(pages=StatePages(image_offset=offset, data=data, crc=crc))
+    def _slow_down(self) -> None:
+        self._throttle.percent = self._rounds.throttle_percent
+        if self._throttle.percent and self._instance.state == DEVICE_STATE_PRE_COPY:
+            self._instance.throttle = self._throttle
 
-    def _check_exists(self) -> None:
-        if self._instance.is_closed:
-            raise _not_stopped(self._instance)
+    async def _refresh_is_due(self, dirty: set[int]) -> bool:
+        """Wait for the stop, or for a while; return whether much has become dirty meanwhile."""
+        changed = asyncio.ensure_future(self._instance.changed.wait())
+        pause = asyncio.ensure_future(self._clock.sleep(REFRESH_S))
+        try:
+            await asyncio.wait((changed, pause), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+            pause.cancel()
+        return len(dirty) * PAGE_BYTES > FEW_DIRTY_BYTES
 
 
 async def export_state(
@@ -140,15 +165,18 @@ async def export_state(
     Raise STALE_ATTEMPT, NOT_FOUND, WRONG_GENERATION; ILLEGAL_STATE if it is being exported already, or is destroyed or
     stopped by another attempt meanwhile.
     """
-    _check_rounds(request.max_rounds)
+    options = _checked(request.options)
     instance = functions.fence_for_export(request.function, request.generation, request.attempt)
-    export = Export(instance, clock)
-    all_pages = range(len(instance.image.memory) // PAGE_BYTES)
     if instance.state == DEVICE_STATE_STOP_COPY:
         _check_stopped(instance, request.attempt)
-        yield export.header()
-        for part in export.rest(all_pages, skip_zero=True):
-            yield part
+        if options.mode == TRANSFER_MODE_POST_COPY:
+            functions.keep_rest(instance)
+        writer = Writer(instance, options.mode)
+        yield writer.header()
+        for part in writer.pages(chain.from_iterable(moving_pages(instance, options.mode)), skip_zero=True):
+            if part is not None:
+                yield part
+        yield writer.end()
         return
     if instance.state != DEVICE_STATE_RUNNING:
         raise VfleetError(
@@ -158,22 +186,68 @@ async def export_state(
         )
     # An export of an attempt that was aborted may still end later than this one begins; it has another set.
     dirty = instance.image.track()
+    instance.is_post_copied = False
+    if options.mode == TRANSFER_MODE_POST_COPY:
+        functions.keep_rest(instance)
     instance.go_to(DEVICE_STATE_PRE_COPY)
+    export = Export(instance, clock, options)
     try:
-        failpoint.reach("hostd.export.header")
-        yield export.header()
-        async for part in export.rounds(request.max_rounds, dirty):
+        async for part in export.until_stopped(dirty):
             yield part
-        while instance.state == DEVICE_STATE_PRE_COPY and not instance.is_closed:
-            await instance.changed.wait()
         _check_stopped(instance, request.attempt)
         failpoint.reach("hostd.export.last")
-        for part in export.rest(sorted(dirty), skip_zero=False):
+        for part in export.rest(dirty):
             yield part
         failpoint.reach("hostd.export.end")
     finally:
+        export.release()
         if not instance.is_closed and instance.image.untrack(dirty) and instance.state == DEVICE_STATE_PRE_COPY:
             instance.go_to(DEVICE_STATE_RUNNING)
+
+
+async def fetch_state(
+    functions: Functions, clock: Clock, request: FetchStateRequest
+) -> AsyncGenerator[FetchStateResponse, None]:
+    """Yield pages of a stopped instance's local memory (FetchState in the contract).
+
+    Raise NOT_FOUND, WRONG_GENERATION, ILLEGAL_STATE unless this attempt has stopped it, INVALID_FIELD for other pages.
+    """
+    instance = functions.require(request.function, request.generation)
+    # Only what is stopped hands out the rest, and only to the attempt that stopped it.
+    _check_stopped(instance, request.attempt)
+    first, count = request.image_offset // PAGE_BYTES, request.length_bytes // PAGE_BYTES
+    local = local_pages(instance)
+    if request.image_offset % PAGE_BYTES or request.length_bytes % PAGE_BYTES or not count:
+        raise invalid_field("length_bytes", request.length_bytes, "whole pages, 1 or more")
+    if first < local.start or first + count > local.stop:
+        raise invalid_field("image_offset", request.image_offset, "pages of local memory")
+    arrived = request.arrived
+    pace = Pace(clock, request.bandwidth_bytes_per_s)
+    memory = instance.image.memory
+    for start in range(0, count, CHUNK_PAGES):
+        for begin, end in _missing_runs(arrived, start, min(start + CHUNK_PAGES, count)):
+            _check_stopped(instance, request.attempt)
+            offset, length = (first + begin) * PAGE_BYTES, (end - begin) * PAGE_BYTES
+            response = FetchStateResponse()
+            pages, data = response.pages, bytes(memory[offset : offset + length])
+            pages.image_offset = offset
+            if is_zero(data):
+                pages.zero_bytes, data = length, b""
+            pages.data, pages.crc = data, pages_crc(offset, data, pages.zero_bytes)
+            yield response
+            await pace.sent(len(data))
+
+
+def _missing_runs(arrived: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield (begin, end) for runs of pages, from `start` to `end`, whose bit isn't set."""
+    begin = start
+    for page in range(start, end if arrived else start):
+        if page // 8 < len(arrived) and arrived[page // 8] >> page % 8 & 1:
+            if begin < page:
+                yield begin, page
+            begin = page + 1
+    if begin < end:
+        yield begin, end
 
 
 async def import_state(
@@ -184,11 +258,11 @@ async def import_state(
     Raise BAD_STATE if what comes is damaged, incomplete, of another version or another device; STALE_ATTEMPT, NOT_FOUND
     or WRONG_GENERATION by the fence; UNREACHABLE, or what the source answers.
     """
-    _check_rounds(request.max_rounds)
+    options = _checked(request.options)
     if not request.source_address:
         raise invalid_field("source_address", "", "HOST:PORT of the source's hostd")
     instance = functions.fence_for_import(request.function, request.generation, request.attempt)
-    progress = ImportStateResponse()
+    progress = ImportStateResponse(total_bytes=len(instance.image.memory))
     if instance.about.complete:
         progress.complete = True
         yield progress
@@ -200,12 +274,12 @@ async def import_state(
             metadata={"function": request.function},
         )
     export = stream(
-        TransferServiceStub(channels.to(request.source_address)).ExportState,
+        TransferServiceStub(channels.to(request.source_address, bulk=True)).ExportState,
         ExportStateRequest(
             attempt=request.attempt,
             function=request.function,
             generation=request.source_generation,
-            max_rounds=request.max_rounds,
+            options=options,
         ),
         address=request.source_address,
         incarnation=request.source_incarnation,
@@ -214,19 +288,20 @@ async def import_state(
     try:
         # What an import before this one left is not of this stream.
         instance.image.clear()
-        receiver = Receiver(instance)
+        receiver = Receiver(instance, options.mode)
         async for part in export:
             _check_not_gone(instance)
-            if receiver.take(part):
-                progress.received_bytes = receiver.received_bytes
-                progress.rounds = part.round_end.round
-                progress.dirty_bytes = part.round_end.dirty_bytes
-                progress.ready_to_stop = part.round_end.last_before_stop
+            receiver.take(part)
+            if part.HasField("round_end"):
+                _note_round(progress, part.round_end)
                 failpoint.reach("hostd.import.round")
-                yield progress
+            elif receiver.received_bytes < progress.received_bytes + PROGRESS_BYTES:
+                continue
+            progress.received_bytes = receiver.received_bytes
+            yield progress
         receiver.check_complete()
         _check_not_gone(instance)
-        functions.complete_import(instance)
+        functions.complete_import(instance, _rest_source(instance, request, options))
     finally:
         instance.is_importing = False
         await export.aclose()
@@ -236,115 +311,44 @@ async def import_state(
     yield progress
 
 
-class Receiver:
-    """Takes the parts of a stream in and checks each; complete only after the end."""
-
-    def __init__(self, instance: Instance) -> None:
-        self._instance = instance
-        self._has_header = False
-        self._ended = False
-        self._messages = 0
-        self._crc = 0
-        self.received_bytes = 0
-
-    def take(self, part: ExportStateResponse) -> bool:
-        """Take one part in; return True at the end of a round. Raise BAD_STATE."""
-        kind = part.WhichOneof("part")
-        if self._ended or (kind == "header") is self._has_header:
-            raise _bad(self._instance, f"a part ({kind}) comes out of order")
-        if part.HasField("header"):
-            self._check_header(part.header)
-            self._has_header = True
-        elif part.HasField("pages"):
-            self._take_pages(part.pages)
-        elif part.HasField("end"):
-            self._take_end(part.end)
-        elif not part.HasField("round_end"):
-            raise _bad(self._instance, "a part is of a kind that this version does not know")
-        return part.HasField("round_end")
-
-    def check_complete(self) -> None:
-        """Raise BAD_STATE if the stream ended before its end."""
-        if not self._ended:
-            raise _bad(self._instance, "the stream broke off before its end")
-
-    def _check_header(self, header: StateHeader) -> None:
-        about = self._instance.about
-        for field, came, expected in (
-            ("format version", header.format_version, FORMAT_VERSION),
-            ("model", header.model, about.model),
-            ("BARs", _bars(header.bars), _bars(about.bars)),
-            ("identity", header.identity, about.identity),
-            ("image bytes", header.image_bytes, len(self._instance.image.memory)),
-        ):
-            if came != expected:
-                raise _bad(self._instance, f"the {field} of the state is {came!r}; expected {expected!r}")
-
-    def _take_pages(self, pages: StatePages) -> None:
-        memory = self._instance.image.memory
-        start, data = pages.image_offset, pages.data
-        if start % PAGE_BYTES or not data or len(data) % PAGE_BYTES or start + len(data) > len(memory):
-            raise _bad(self._instance, f"pages at {start:#x}+{len(data):#x} are not of an image of {len(memory):#x}")
-        if pages_crc(start, data) != pages.crc:
-            raise _bad(self._instance, f"the checksum of the pages at {start:#x} is wrong")
-        self._messages += 1
-        self._crc = zlib.crc32(_CRC.pack(pages.crc), self._crc)
-        self.received_bytes += len(data)
-        self._instance.image.store([(start, data)])
-
-    def _take_end(self, end: StateEnd) -> None:
-        if (end.page_messages, end.pages_crc) != (self._messages, self._crc):
-            raise _bad(self._instance, f"{self._messages} page messages came; the source sent {end.page_messages}")
-        if end.sequences_crc != sequences_crc(end.sequences):
-            raise _bad(self._instance, "the checksum of the sequences is wrong")
-        for sequence in end.sequences:
-            self._instance.image.sequencer(sequence.driver).load(sequence)
-        self._ended = True
+def _note_round(progress: ImportStateResponse, end: RoundEnd) -> None:
+    progress.rounds = end.round
+    progress.dirty_bytes = end.dirty_bytes
+    progress.ready_to_stop = end.last_before_stop
+    progress.dirty_bytes_per_s = end.dirty_bytes_per_s
+    progress.last_copy_us = end.last_copy_us
+    progress.throttle_percent = end.throttle_percent
 
 
-def pages_crc(offset: int, data: bytes) -> int:
-    """Return the checksum of pages and of their place."""
-    return zlib.crc32(data, zlib.crc32(_OFFSET.pack(offset)))
+def _rest_source(instance: Instance, request: ImportStateRequest, options: CopyOptions) -> RestSource | None:
+    """Return where the rest comes from after COMMIT; None if there is no rest."""
+    if options.mode != TRANSFER_MODE_POST_COPY or not local_pages(instance):
+        return None
+    return RestSource(
+        host=request.source_host,
+        address=request.source_address,
+        incarnation=request.source_incarnation,
+        generation=request.source_generation,
+        bandwidth_bytes_per_s=options.bandwidth_bytes_per_s,
+    )
 
 
-def sequences_crc(sequences: Iterable[DriverSequence]) -> int:
-    """Return the checksum of the drivers' sequences, in the order given."""
-    crc = 0
-    for sequence in sequences:
-        crc = zlib.crc32(sequence.SerializeToString(deterministic=True), crc)
-    return crc
-
-
-def _bars(bars: Iterable[object]) -> list[str]:
-    return [str(bar).replace("\n", " ").strip() for bar in bars]
-
-
-def _runs(pages: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Yield (first, count) for runs of consecutive pages, none longer than a chunk."""
-    first = count = 0
-    for page in pages:
-        if count and page == first + count and count < CHUNK_PAGES:
-            count += 1
-            continue
-        if count:
-            yield first, count
-        first, count = page, 1
-    if count:
-        yield first, count
+def _checked(options: CopyOptions) -> CopyOptions:
+    """Return the options, PRE_COPY for no mode. Raise INVALID_FIELD."""
+    if not 1 <= options.max_rounds <= MAX_ROUNDS:
+        raise invalid_field("options.max_rounds", options.max_rounds, f"1 to {MAX_ROUNDS}")
+    checked = CopyOptions()
+    checked.CopyFrom(options)
+    checked.mode = options.mode or TRANSFER_MODE_PRE_COPY
+    if checked.mode not in (TRANSFER_MODE_PRE_COPY, TRANSFER_MODE_POST_COPY):
+        raise invalid_field("options.mode", options.mode, "1 (PRE_COPY) or 2 (POST_COPY)")
+    return checked
 
 
 def _check_stopped(instance: Instance, attempt: Attempt) -> None:
-    stopped = not instance.is_closed and instance.state == DEVICE_STATE_STOP_COPY
-    if not stopped or instance.about.stopped_by != attempt:
-        raise _not_stopped(instance)
-
-
-def _not_stopped(instance: Instance) -> VfleetError:
-    return VfleetError(
-        Reason.ILLEGAL_STATE,
-        f"function {instance.about.function!r} was destroyed, or stopped by another attempt: its state is not its last",
-        metadata={"function": instance.about.function},
-    )
+    check_exists(instance)
+    if instance.state != DEVICE_STATE_STOP_COPY or instance.about.stopped_by != attempt:
+        raise not_stopped(instance)
 
 
 def _check_not_gone(instance: Instance) -> None:
@@ -354,16 +358,3 @@ def _check_not_gone(instance: Instance) -> None:
             f"the instance of function {instance.about.function!r} was destroyed during the import",
             metadata={"function": instance.about.function},
         )
-
-
-def _check_rounds(max_rounds: int) -> None:
-    if not 1 <= max_rounds <= MAX_ROUNDS:
-        raise invalid_field("max_rounds", max_rounds, f"1 to {MAX_ROUNDS}")
-
-
-def _bad(instance: Instance, why: str) -> VfleetError:
-    return VfleetError(
-        Reason.BAD_STATE,
-        f"the state of function {instance.about.function!r} is refused: {why}",
-        metadata={"function": instance.about.function},
-    )

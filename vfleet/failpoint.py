@@ -21,17 +21,17 @@ ACTIONS = ("kill", "stop", "error", "delay MILLISECONDS")
 # What is done in one go; each has a failpoint before and one after it. A host's lie behind the fence's record.
 STEPS = (
     *("begin", "create", "import", "hold", "stop", "commit", "lift", "scrub", "finish"),
-    *("abort", "discard", "resume", "restore", "adopt"),
+    *("arrive", "abort", "discard", "resume", "restore", "adopt"),
 )
 HOST_STEPS = (
-    *("create", "complete", "prove", "hold", "stop", "update", "destroy", "resume", "lift"),
-    *("resolve_instance", "resolve_hold", "resolve_abort"),
+    *("create", "complete", "prove", "arrived", "hold", "stop", "update", "destroy", "resume", "lift"),
+    *("resolve_instance", "resolve_hold", "resolve_abort", "lose"),
 )
 NAMES = frozenset(
     [f"coordinator.{step}.{side}" for step in STEPS for side in ("before", "after")]
     + [f"hostd.{step}.{side}" for step in HOST_STEPS for side in ("before", "after")]
     + [f"hostd.export.{part}" for part in ("header", "round", "last", "end")]
-    + ["hostd.import.round", "hostd.remove.halfway"]
+    + ["hostd.import.round", "hostd.arrive", "hostd.remove.halfway"]
 )
 
 # A process's own, and read from its environment alone: no logic depends on it.

@@ -61,17 +61,17 @@ def connect(address: str) -> grpc.aio.Channel:
 
 
 class Channels:
-    """The channels of a process, one an address, made when first needed. `connect` is the network, as an argument."""
+    """The channels of a process, two an address, made when first needed. `connect` is the network, as an argument."""
 
     def __init__(self, connect: Callable[[str], grpc.aio.Channel] = connect) -> None:
         self._connect = connect
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: dict[tuple[str, bool], grpc.aio.Channel] = {}
 
-    def to(self, address: str) -> grpc.aio.Channel:
-        """Return the channel to HOST:PORT."""
-        if address not in self._channels:
-            self._channels[address] = self._connect(address)
-        return self._channels[address]
+    def to(self, address: str, *, bulk: bool = False) -> grpc.aio.Channel:
+        """Return the channel to HOST:PORT, or that for `bulk`: behind megabytes nobody should have to wait."""
+        if (address, bulk) not in self._channels:
+            self._channels[address, bulk] = self._connect(address)
+        return self._channels[address, bulk]
 
     async def close(self) -> None:
         """Close all; calls under way fail."""

@@ -41,6 +41,8 @@ class DeviceModel(Protocol):
     """
 
     name: str
+    version: int
+    """Of what its memory means: state of another version is refused."""
     private_bytes: int
     """Memory of the model's own, after the BARs in the image: a multiple of 4096."""
     sections: Sequence[Section]

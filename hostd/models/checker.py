@@ -75,6 +75,7 @@ class Checker:
     """One function of the checker. Little-endian. VfleetError INVALID_FIELD unless it has BAR 0, and at most BAR 2."""
 
     name = "checker"
+    version = VERSION
     private_bytes = 0
 
     def __init__(self, identity: int, bar_bytes: Mapping[int, int]) -> None:

@@ -188,7 +188,16 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
     async def WatchMigration(self, request, context):
         self.seen(request)
         running = Migration(name=request.name, phase=Phase.PHASE_PREPARING)
-        copies = [migration_pb2.CopyProgress(function="vf1", rounds=1, received_bytes=1 << 20, dirty_bytes=8192)]
+        copy = migration_pb2.CopyProgress(
+            function="vf1",
+            rounds=1,
+            received_bytes=1 << 20,
+            dirty_bytes=8192,
+            dirty_bytes_per_s=3 << 20,
+            throttle_percent=20,
+        )
+        copy.estimated_blackout.FromMicroseconds(7_250)
+        copies = [copy]
         yield migration_pb2.WatchMigrationResponse(migration=running, step=Step.STEP_COPY, copies=copies)
         yield migration_pb2.WatchMigrationResponse(migration=self.over(request.name))
 
@@ -339,6 +348,26 @@ async def test_migrate_a_group_to_several_devices(vfleet: Vfleet, fake: Fake) ->
     assert moves == [("vf1", "h2/nic0", 4), ("vf2", "h3/nic1", 0), ("vf3", "h2/nic0", 5)]
 
 
+async def test_migrate_says_how_to_copy(vfleet: Vfleet, fake: Fake) -> None:
+    assert (await vfleet("migrate", "vf1=h2/nic0")).code == 0
+    options = ("--mode", "post-copy", "--downtime-limit", "20", "--on-limit", "force", "--max-rounds", "3")
+    assert (await vfleet("migrate", "vf1=h2/nic0", *options, "--bandwidth", "200")).code == 0
+    plain, precise = (request.options for request in fake.requests)
+    assert plain == migration_pb2.MigrationOptions(mode=1, limit_policy=1)
+    assert precise == migration_pb2.MigrationOptions(
+        mode=2, downtime_limit_ms=20, limit_policy=2, max_rounds=3, bandwidth_mib_per_s=200
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [("--mode", "cold"), ("--on-limit", "wait"), ("--max-rounds", "-1"), ("--bandwidth", str(1 << 32))]
+)
+async def test_migrate_refuses_what_can_not_be_meant(vfleet: Vfleet, fake: Fake, options: tuple[str, str]) -> None:
+    result = await vfleet("migrate", "vf1=h2/nic0", *options)
+    assert (result.code, fake.requests) == (2, [])
+    assert options[0] in result.err
+
+
 async def test_every_migration_gets_a_request_id_of_its_own(vfleet: Vfleet, fake: Fake) -> None:
     await vfleet("migrate", "vf1=h2/nic0")
     await vfleet("migrate", "vf1=h2/nic0")
@@ -357,7 +386,8 @@ async def test_a_dry_run_only_plans(vfleet: Vfleet, fake: Fake) -> None:
 async def test_migrate_waits_and_shows_how_it_ended(vfleet: Vfleet) -> None:
     result = await vfleet("migrate", "vf1=h2/nic0", "--wait", "--request-id", "mine")
     assert result.code == 0
-    assert result.err == "mine: preparing, copy\nmine: done\n"
+    progress = "round 1, 1.0 MiB received, 8.0 KiB dirty at 3.0 MiB/s, blackout 7.2 ms, slowed by 20 %"
+    assert result.err == f"mine: preparing, copy; vf1: {progress}\nmine: done\n"
     assert re.search(r"begin\s+7\.0 ms", result.out)
 
 

@@ -275,6 +275,21 @@ async def test_migrations_are_listed_newest_first_and_in_pages(cluster):
             ),
             "options.max_rounds",
         ),
+        *(
+            (
+                migration_pb.CreateMigrationRequest(
+                    moves=[migration_pb.MoveRequest(function="f", target_device="h1/nic0")],
+                    options=migration_pb.MigrationOptions(**{name: value}),
+                ),
+                f"options.{name}",
+            )
+            for name, value in (
+                ("mode", 3),
+                ("limit_policy", 3),
+                ("downtime_limit_ms", 600_001),
+                ("bandwidth_mib_per_s", (1 << 20) + 1),
+            )
+        ),
     ],
 )
 async def test_a_bad_request_names_the_field(cluster, request_, field):

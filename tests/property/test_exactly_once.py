@@ -41,7 +41,7 @@ from vfleet.errors import Reason, VfleetError
 from vfleet.limits import WINDOW
 from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, ACCESS_STATUS_OK
 from vfleet.v1.driver_service_pb2 import WorkloadOptions
-from vfleet.v1.transfer_service_pb2 import ImportStateRequest
+from vfleet.v1.transfer_service_pb2 import CopyOptions, ImportStateRequest
 
 SCRIPT = CheckerScript(IDENTITY, MEMORY_BYTES, BARS[2], WorkloadOptions(memory_bytes=1024))
 BURST_OFFSET = bar_layout(BARS)[2] + 4096
@@ -273,7 +273,8 @@ class World:
             generation=move.generation,
             source_address="source:1",
             source_generation=move.generation - 1,
-            max_rounds=self.random.randrange(1, 4),
+            source_host="source",
+            options=CopyOptions(max_rounds=self.random.randrange(1, 4)),
         )
         try:
             async for step in transfer.import_state(target.functions, Network(self.hosts[move.source]), request):

@@ -63,7 +63,7 @@ def _many(seeds: Iterable[int]) -> bool:
                 failed += 1
                 _say(f"seed {outcome.seed}: {outcome.violations[0]}\n    make simulate SEED={outcome.seed}")
     _say(f"{runs} runs in {time.monotonic() - began_s:.0f} s, {failed} with a violation")
-    for name in (*HIT, "etcd restored", "DONE", "ABORTED"):
+    for name in (*HIT, "etcd restored", "lost with its source", "DONE", "ABORTED"):
         _say(f"    {100 * hits[name] / runs:5.1f} % of runs: {name}")
     seldom = [name for name in HIT if 100 * hits[name] < LEAST_HIT_PERCENT * runs]
     if seldom:

@@ -108,6 +108,7 @@ class Bench:
         migration: str = "m1",
         bars: dict[int, int] | None = None,
         identity: int = IDENTITY,
+        model: str = "checker",
     ) -> Instance:
         return self.functions.create(
             CreateFunctionRequest(
@@ -119,7 +120,7 @@ class Bench:
                 vf_index=vf_index,
                 bars=[Bar(index=index, size_bytes=size) for index, size in (bars or BARS).items()],
                 identity=identity,
-                model="checker",
+                model=model,
                 fresh=fresh,
                 resolve_after_ms=0 if fresh else RESOLVE_MS,
             )

@@ -253,7 +253,7 @@ class _Servicer:
             attempt=request.attempt,
             function=request.function,
             generation=request.source_generation,
-            max_rounds=request.max_rounds,
+            options=request.options,
         )
         async with grpc.aio.insecure_channel(request.source_address) as channel:
             async for part in transfer_service_pb2_grpc.TransferServiceStub(channel).ExportState(export):

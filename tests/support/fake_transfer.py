@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from support.bench import Bench
 
 from hostd import transfer
-from vfleet.v1.transfer_service_pb2 import ExportStateResponse
+from vfleet.v1.transfer_service_pb2 import ExportStateResponse, FetchStateResponse
 
 
 @dataclass
@@ -15,13 +15,18 @@ class Network:
 
     source: Bench
     tamper: Callable[[AsyncIterator[ExportStateResponse]], AsyncIterator[ExportStateResponse]] = lambda parts: parts
+    tamper_rest: Callable[[AsyncIterator[FetchStateResponse]], AsyncIterator[FetchStateResponse]] = lambda pages: pages
 
-    def to(self, address: str) -> "Network":
+    def to(self, address: str, *, bulk: bool = False) -> "Network":
         assert address == "source:1"
         return self
 
     def unary_stream(self, path: str, **_):
-        assert path.endswith(("/ExportState", "/ImportState"))
+        if path.endswith("/FetchState"):
+            return lambda request, **_: Call(
+                self.tamper_rest(transfer.fetch_state(self.source.functions, self.source.clock, request))
+            )
+        assert path.endswith(("/ExportState", "/ImportState", "/WatchArrival"))
         return lambda request, **_: Call(
             self.tamper(transfer.export_state(self.source.functions, self.source.clock, request))
         )
@@ -30,10 +35,10 @@ class Network:
 class Call:
     """One call under way."""
 
-    def __init__(self, parts: AsyncIterator[ExportStateResponse]) -> None:
+    def __init__(self, parts: AsyncIterator) -> None:
         self._parts = parts
 
-    def __aiter__(self) -> AsyncIterator[ExportStateResponse]:
+    def __aiter__(self) -> AsyncIterator:
         return self._parts
 
     def cancel(self) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import pytest
@@ -22,11 +22,17 @@ from vfleet.etcd import keys
 from vfleet.etcd.records import decode
 from vfleet.v1.function_service_pb2 import ChangeStateRequest, CreateFunctionRequest, DestroyFunctionRequest
 from vfleet.v1.hold_service_pb2 import EntryName, LiftHoldRequest, PlaceHoldRequest
-from vfleet.v1.migration_service_pb2 import CopyProgress
+from vfleet.v1.migration_service_pb2 import CopyProgress, LimitPolicy
 from vfleet.v1.records_pb2 import Function, Migration, Phase, Step
-from vfleet.v1.transfer_service_pb2 import ImportStateRequest, ImportStateResponse
+from vfleet.v1.transfer_service_pb2 import (
+    CopyOptions,
+    ImportStateRequest,
+    ImportStateResponse,
+    WatchArrivalRequest,
+    WatchArrivalResponse,
+)
 from vfleet.v1.translation_service_pb2 import UpdateTableRequest
-from vfleet.v1.types_pb2 import Attempt, Decision, DeviceState, TableEntry
+from vfleet.v1.types_pb2 import Attempt, Decision, DeviceState, TableEntry, TransferMode
 
 OPTIONS = Options(max_rounds=3, prepare_timeout_ms=50_000, hold_timeout_ms=20_000, acknowledge_timeout_ms=70)
 COMMITTED, ABORTED = Decision.DECISION_COMMITTED, Decision.DECISION_ABORTED
@@ -47,6 +53,7 @@ class Hosts:
     on: dict[str, Callable[[], None]] = field(default_factory=dict)
     silent: tuple[str, ...] = ()
     is_cut_short: bool = False
+    last_copy_us: int = 0
     stopped: dict[str, asyncio.Event] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
 
@@ -63,10 +70,17 @@ class Hosts:
         await self._enter("import", host, request)
         stopped = self.stopped.setdefault(request.function, asyncio.Event())
         yield ImportStateResponse(rounds=1, received_bytes=4096, dirty_bytes=512)
-        yield ImportStateResponse(rounds=2, received_bytes=4608, dirty_bytes=8, ready_to_stop=True)
+        yield ImportStateResponse(
+            rounds=2, received_bytes=4608, dirty_bytes=8, ready_to_stop=True, last_copy_us=self.last_copy_us
+        )
         await stopped.wait()
         if not self.is_cut_short:
             yield ImportStateResponse(rounds=3, received_bytes=4616, complete=True)
+
+    async def watch_arrival(self, host: str, request: WatchArrivalRequest) -> AsyncIterator[WatchArrivalResponse]:
+        await self._enter("arrive", host, request)
+        for missing_bytes in (8192, 4096, 0):
+            yield WatchArrivalResponse(missing_bytes=missing_bytes)
 
     async def place_hold(self, host: str, request: PlaceHoldRequest) -> tuple[str, ...]:
         await self._enter("hold", host, request)
@@ -101,12 +115,13 @@ class Hosts:
 class Rig:
     """A migration of vf1 (drivers on h1 and h3) to h2 and of vf2 (none) to h3, begun at `revision` and not run yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: TransferMode.ValueType = TransferMode.TRANSFER_MODE_PRE_COPY) -> None:
         self.fleet = three_hosts()
         self.before = self.records()
         snapshot = self.fleet.snapshot()
         moves = [move("vf1", "h2/nic0"), move("vf2", "h3/nic0")]
         self.plan = plan(snapshot, moves, name="m1", coordinator="c1", limits=LIMITS)
+        self.plan.mode = mode
         assert self.fleet.commit(transaction.begin(self.plan, 5, snapshot.fleet_generation_is_this))
         self.revision = self.fleet.revision
         self.attempt = Attempt(fleet_generation=1, revision=self.revision)
@@ -235,10 +250,11 @@ async def test_the_requests_before_the_decision_name_attempt_function_generation
             attempt=rig.attempt,
             function=part.function,
             generation=4,
+            source_host="h1",
             source_address="h1:1",
             source_incarnation="h1-boot",
             source_generation=3,
-            max_rounds=3,
+            options=CopyOptions(mode=TransferMode.TRANSFER_MODE_PRE_COPY, max_rounds=3),
         )
         assert rig.request("stop", "h1", part.function) == ChangeStateRequest(
             attempt=rig.attempt,
@@ -382,12 +398,12 @@ async def test_a_driver_that_does_not_acknowledge_is_no_obstacle(rig: Rig, caplo
 
 async def test_the_progress_of_the_copies_is_shown(rig: Rig):
     migrating = rig.new_run()
-    assert migrating.copies == {f: CopyProgress(function=f) for f in ("vf1", "vf2")}
+    assert migrating.copies.progress() == [CopyProgress(function=f) for f in ("vf1", "vf2")]
     seen = []
     notify = rig.inventory.notify
 
     def noted() -> None:
-        seen.append(migrating.copies["vf1"])
+        seen.append(migrating.copies.progress()[0])
         notify()
 
     rig.inventory.notify = noted
@@ -397,6 +413,7 @@ async def test_the_progress_of_the_copies_is_shown(rig: Rig):
     await running
     for rounds, received, dirty in ((1, 4096, 512), (2, 4608, 8), (3, 4616, 0)):
         progress = CopyProgress(function="vf1", rounds=rounds, received_bytes=received, dirty_bytes=dirty)
+        progress.estimated_blackout.FromMicroseconds(0)
         assert progress in seen
 
 
@@ -615,3 +632,66 @@ async def test_it_ends_when_the_inventory_has_its_end(rig: Rig):
     assert not running.done()
     rig.look()
     await running
+
+
+# How the state is copied
+
+
+POST_COPY = replace(OPTIONS, mode=TransferMode.TRANSFER_MODE_POST_COPY)
+
+
+@pytest.mark.parametrize("is_adopted", [False, True])
+async def test_in_post_copy_a_source_goes_only_after_all_has_arrived_at_its_target(is_adopted: bool):
+    rig = Rig(TransferMode.TRANSFER_MODE_POST_COPY)
+    if is_adopted:
+        rig.decide(committed=True)
+    rig.hosts.failures["arrive"] = [VfleetError(Reason.UNREACHABLE, "broke off")] * 3
+    await rig.run(None if is_adopted else POST_COPY)
+    assert rig.record.phase == Phase.PHASE_DONE
+    for part in rig.plan.moves:
+        watched = WatchArrivalRequest(attempt=rig.attempt, function=part.function, generation=4)
+        calls = [
+            (method, request.function) for method, _, request in rig.hosts.calls if method in ("arrive", "destroy")
+        ]
+        last = max(index for index, call in enumerate(calls) if call == ("arrive", part.function))
+        assert last < calls.index(("destroy", part.function))
+        assert ("arrive", part.target.host, watched) in rig.hosts.calls
+    assert len([method for method, *_ in rig.hosts.calls if method == "arrive"]) == 5
+
+
+async def test_in_post_copy_a_source_stays_while_its_target_can_not_be_asked():
+    rig = Rig(TransferMode.TRANSFER_MODE_POST_COPY)
+    rig.hosts.hangs.add("arrive")
+    running = asyncio.create_task(rig.new_run(POST_COPY).run())
+    for _ in range(100):
+        await rig.clock.advance(1.0)
+    assert rig.record.phase == Phase.PHASE_COMMITTED
+    assert not rig.asked("destroy")
+    running.cancel()
+
+
+@pytest.mark.parametrize("answer", [Reason.NOT_FOUND, Reason.STALE_ATTEMPT])
+async def test_in_post_copy_a_target_that_has_no_such_instance_needs_nothing(answer: Reason):
+    rig = Rig(TransferMode.TRANSFER_MODE_POST_COPY)
+    rig.hosts.failures["arrive"] = [VfleetError(answer, "lost")] * 2
+    await rig.run(POST_COPY)
+    assert rig.record.phase == Phase.PHASE_DONE
+
+
+@pytest.mark.parametrize("policy", [LimitPolicy.LIMIT_POLICY_ABORT, LimitPolicy.LIMIT_POLICY_FORCE])
+async def test_a_limit_that_can_not_be_met_ends_as_the_policy_says(rig: Rig, policy: LimitPolicy.ValueType):
+    rig.hosts.last_copy_us = 9_000
+    await rig.run(replace(OPTIONS, downtime_limit_ms=5, limit_policy=policy))
+    if policy == LimitPolicy.LIMIT_POLICY_FORCE:
+        assert rig.record.phase == Phase.PHASE_DONE
+        return
+    assert_undone(rig)
+    assert rig.record.abort_step == Step.STEP_COPY
+    assert "expected at most 5 ms: 8 bytes are dirty after 2 rounds" in rig.record.abort_reason
+    assert not rig.asked("hold", "stop")
+
+
+async def test_a_source_is_told_the_limit_and_the_bandwidth(rig: Rig):
+    await rig.run(replace(OPTIONS, downtime_limit_ms=5, bandwidth_mib_per_s=3))
+    options = rig.request("import", "h2", "vf1").options
+    assert (options.has_limit, options.last_copy_limit_us, options.bandwidth_bytes_per_s) == (True, 5_000, 3 << 20)

@@ -8,10 +8,11 @@ from random import Random
 import pytest
 from support.fake_transfer import Network
 from support.manual_clock import settle
-from support.transfer_pair import PAGES, Pair, Parts, exported, receive
+from support.transfer_pair import LOCAL, PAGES, Pair, Parts, exported, receive
 
 from hostd.instance import Instance
-from hostd.transfer import CHUNK_PAGES, FEW_DIRTY_PAGES, pages_crc, sequences_crc
+from hostd.rounds import FEW_DIRTY_BYTES
+from hostd.state_stream import CHUNK_PAGES, end_crc, pages_crc
 from vfleet.address import PAGE_BYTES
 from vfleet.errors import Reason, VfleetError
 from vfleet.v1.access_pb2 import ACCESS_STATUS_OK, Answer
@@ -22,6 +23,7 @@ from vfleet.v1.transfer_service_pb2 import (
 from vfleet.v1.types_pb2 import (
     DEVICE_STATE_RESUMING,
     DEVICE_STATE_RUNNING,
+    TRANSFER_MODE_POST_COPY,
     Bar,
 )
 
@@ -98,9 +100,10 @@ async def test_no_page_that_changes_during_the_copy_is_missed(pair: Pair, seed: 
             count += 1
             if not pair.source.is_serving:
                 continue
-            for _ in range(random.choice([0, 1, 5, 2 * FEW_DIRTY_PAGES])):
+            for _ in range(random.choice([0, 1, 5, 2 * FEW_DIRTY_BYTES // PAGE_BYTES])):
                 length = random.choice([1, 8, PAGE_BYTES])
-                offset = random.randrange(PAGES * PAGE_BYTES - length)
+                section = random.choice(pair.source.model.sections)
+                offset = section.start + random.randrange(section.length - length + 1)
                 pair.source.image.store([(offset, random.randbytes(length))])
             pair.access("d1", random.randbytes(8))
             if count >= stop_at or part.round_end.last_before_stop:
@@ -117,7 +120,7 @@ async def test_rounds_go_on_until_few_pages_are_left_or_the_rounds_are_used_up(p
             async for part in export:
                 if part.HasField("pages") and dirty_in_round:
                     for page in range(dirty_in_round.pop(0)):
-                        pair.write(page, b"again")
+                        pair.write(LOCAL + page, b"again")
                 if part.HasField("round_end"):
                     end = part.round_end
                     found.append((end.round, end.dirty_bytes // PAGE_BYTES, end.last_before_stop))
@@ -126,7 +129,7 @@ async def test_rounds_go_on_until_few_pages_are_left_or_the_rounds_are_used_up(p
         return found
 
     assert await ends(5, []) == [(1, 0, True)]
-    many = FEW_DIRTY_PAGES + 1
+    many = FEW_DIRTY_BYTES // PAGE_BYTES + 1
     assert await ends(5, [many]) == [(1, many, False), (2, 0, True)]
     assert await ends(1, [many]) == [(1, many, True)]
     assert await ends(5, [many - 1]) == [(1, many - 1, True)]
@@ -164,6 +167,11 @@ DAMAGE = {
     "bars": ("header.bars", lambda bars: [Bar(index=0, size_bytes=4096)]),
     "bar size": ("header.bars.size_bytes", lambda size: size * 2),
     "identity": ("header.identity", lambda v: v ^ 1 << 63),
+    "the model's version": ("header.model_version", lambda v: v + 1),
+    "the sections": ("header.sections", lambda s: list(s)[:1]),
+    "a section's name": ("header.sections.name", lambda v: v + "x"),
+    "a section's size": ("header.sections.length_bytes", lambda v: v + PAGE_BYTES),
+    "the mode": ("header.mode", lambda v: TRANSFER_MODE_POST_COPY),
     "image size": ("header.image_bytes", lambda v: v + PAGE_BYTES),
     "a bit of the pages": ("pages.data", flip_bit),
     "pages cut short": ("pages.data", lambda data: data[:-1]),
@@ -173,9 +181,12 @@ DAMAGE = {
     "the pages' place": ("pages.image_offset", lambda v: v + PAGE_BYTES),
     "an odd place": ("pages.image_offset", lambda v: v + 1),
     "a place beyond the end": ("pages.image_offset", lambda v: PAGES * PAGE_BYTES),
-    "the number of parts": ("end.page_messages", lambda v: v + 1),
-    "the checksum of all pages": ("end.pages_crc", lambda v: v ^ 1),
-    "the checksum of the sequences": ("end.sequences_crc", lambda v: v ^ 1),
+    "another section": ("pages.image_offset", lambda v: LOCAL * PAGE_BYTES),
+    "zeros instead": ("pages.zero_bytes", lambda v: PAGE_BYTES),
+    "the number of a section's parts": ("end.sections.page_messages", lambda v: v + 1),
+    "the checksum of a section": ("end.sections.crc", lambda v: v ^ 1),
+    "a section left out": ("end.sections", lambda s: list(s)[:1]),
+    "the checksum of the end": ("end.crc", lambda v: v ^ 1),
     "a sequence": ("end.sequences.last_sequence", lambda v: v + 1),
     "a session": ("end.sequences.session", lambda v: v + 1),
     "a driver": ("end.sequences.driver", lambda v: "d3"),
@@ -236,8 +247,8 @@ async def test_another_image_with_the_right_checksums_is_still_not_this_function
 
 
 async def test_the_order_of_sequences_counts(pair: Pair):
-    sequences = (await pair.parts())[-1].end.sequences
-    assert sequences_crc(sequences) != sequences_crc(list(sequences)[::-1])
+    end = (await pair.parts())[-1].end
+    assert end_crc(end.sequences, end.sections, 0) != end_crc(list(end.sequences)[::-1], end.sections, 0)
 
 
 @pytest.mark.parametrize("is_restarted", [False, True])
@@ -245,7 +256,7 @@ async def test_after_an_import_that_broke_at_any_part_the_next_is_right(tmp_path
     for broken_after in range(100):
         pair = Pair(tmp_path / str(broken_after))
         # What the broken import leaves must not show: a page and a driver that the source has no more.
-        pair.write(7, b"gone")
+        pair.write(LOCAL + 7, b"gone")
         pair.access("d0", b"gone")
 
         async def break_off(parts, left=broken_after):
@@ -265,7 +276,7 @@ async def test_after_an_import_that_broke_at_any_part_the_next_is_right(tmp_path
             break
         assert (pair.target.state, pair.target.about.complete) == (DEVICE_STATE_RESUMING, False)
         await settle()
-        pair.source.image.store([(7 * PAGE_BYTES, bytes(PAGE_BYTES))])
+        pair.source.image.store([((LOCAL + 7) * PAGE_BYTES, bytes(PAGE_BYTES))])
         pair.source.image.forget("d0")
         if is_restarted:
             pair.h2.restart()

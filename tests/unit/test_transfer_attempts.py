@@ -9,11 +9,12 @@ import pytest
 from support.bench import attempt
 from support.fake_transfer import Network
 from support.manual_clock import settle
-from support.transfer_pair import BARS, Pair, Parts, receive, stopped_at_end
+from support.transfer_pair import BARS, LOCAL, Pair, Parts, receive, stopped_at_end
 
 from hostd import transfer
 from vfleet.errors import Reason, VfleetError
 from vfleet.v1.transfer_service_pb2 import (
+    CopyOptions,
     ImportStateRequest,
 )
 from vfleet.v1.types_pb2 import (
@@ -46,7 +47,8 @@ async def test_rounds_are_bounded(pair: Pair, max_rounds: int):
 
 
 async def test_a_source_must_be_named(pair: Pair):
-    request = ImportStateRequest(attempt=attempt(10), function="vf1", generation=2, max_rounds=1)
+    options = CopyOptions(max_rounds=1)
+    request = ImportStateRequest(attempt=attempt(10), function="vf1", generation=2, options=options)
     stream = transfer.import_state(pair.h2.functions, Network(pair.h1), request)
     assert await refusal(stream) is Reason.INVALID_FIELD
 
@@ -138,10 +140,10 @@ async def test_an_aborted_attempts_export_that_lingers_takes_nothing_from_the_ne
     async for part in stopped_at_end(pair, 20):
         parts.append(part)
         if len(parts) == 2:
-            pair.write(3, b"changed after it was sent")
+            pair.write(LOCAL + 3, b"changed after it was sent")
             first = asyncio.create_task(linger() if how == "goes on" else lingering.aclose())
             await settle()
-            pair.write(4, b"changed after it was sent")
+            pair.write(LOCAL + 4, b"changed after it was sent")
     await asyncio.wait([first])
     assert how == "ends" or isinstance(first.exception(), VfleetError)
     receive(target, parts)

@@ -6,7 +6,7 @@ from vfleet.address import Location, bar_layout, format_routing_id, location_of,
 from vfleet.cli.output import enum_word, hex64, milliseconds, print_fields, print_table, size
 from vfleet.v1.fleet_service_pb2 import DeviceUse
 from vfleet.v1.records_pb2 import Driver, Function, FunctionStatus, Host, Migration, Move, Phase, Place, Step
-from vfleet.v1.types_pb2 import Bar, TableEntry
+from vfleet.v1.types_pb2 import Bar, TableEntry, TransferMode
 
 
 def phase_word(migration: Migration) -> str:
@@ -157,6 +157,7 @@ def describe_migration(migration: Migration) -> None:
             ("Phase", phase_word(migration)),
             ("Attempt", f"{attempt.fleet_generation}.{attempt.revision}" if attempt.revision else "none"),
             ("Coordinator", migration.coordinator or "none"),
+            *([("Mode", mode_word(migration))] if migration.mode else []),
             *(
                 [("Aborted", f"{migration.abort_reason} (at {step_word(migration.abort_step)})")]
                 if migration.abort_reason
@@ -170,6 +171,11 @@ def describe_migration(migration: Migration) -> None:
             ("STEP", "TOOK"),
             ((step_word(step.step), milliseconds(step.duration)) for step in migration.steps),
         )
+
+
+def mode_word(migration: Migration) -> str:
+    """Return when the state of a migration's functions moves."""
+    return enum_word(TransferMode.Name(migration.mode), "TRANSFER_MODE_").replace("_", "-")
 
 
 def print_moves(moves: Iterable[Move]) -> None:

@@ -1,18 +1,41 @@
 """The commands about migrations: migrate, watch, cancel."""
 
+import enum
 from contextlib import aclosing
 from typing import Annotated
 
 import typer
-from rich.status import Status
 
 from vfleet.cli import describe
-from vfleet.cli.output import Output, OutputOption, console, print_message, size
+from vfleet.cli.output import Output, OutputOption, console, print_message
+from vfleet.cli.progress import LiveProgress, progress_line
 from vfleet.cli.session import FAILED, CoordinatorOption, EtcdOption, fleet_client, run
 from vfleet.client import PHASES_OVER, FleetClient, move_request, request_id
 from vfleet.errors import invalid_field
-from vfleet.v1.migration_service_pb2 import MoveRequest, WatchMigrationResponse
-from vfleet.v1.records_pb2 import Migration, Phase, Step
+from vfleet.v1.migration_service_pb2 import LimitPolicy, MigrationOptions, MoveRequest
+from vfleet.v1.records_pb2 import Migration, Phase
+from vfleet.v1.types_pb2 import TransferMode
+
+
+class Mode(enum.StrEnum):
+    """When the state moves."""
+
+    PRE_COPY = "pre-copy"
+    POST_COPY = "post-copy"
+
+
+class OnLimit(enum.StrEnum):
+    """What happens if the downtime limit can't be met."""
+
+    ABORT = "abort"
+    FORCE = "force"
+
+
+_MODES = {
+    Mode.PRE_COPY: TransferMode.TRANSFER_MODE_PRE_COPY,
+    Mode.POST_COPY: TransferMode.TRANSFER_MODE_POST_COPY,
+}
+_POLICIES = {OnLimit.ABORT: LimitPolicy.LIMIT_POLICY_ABORT, OnLimit.FORCE: LimitPolicy.LIMIT_POLICY_FORCE}
 
 MigrationArgument = Annotated[str, typer.Argument(metavar="MIGRATION", help="The migration.")]
 
@@ -29,6 +52,22 @@ def migrate(
     name: Annotated[
         str, typer.Option("--request-id", metavar="NAME", help="Name of the migration; the same again is the same one.")
     ] = "",
+    mode: Annotated[
+        Mode,
+        typer.Option("--mode", help="Copy all state before the move, or local memory after it: shorter, but riskier."),
+    ] = Mode.PRE_COPY,
+    downtime_limit: Annotated[
+        int, typer.Option("--downtime-limit", metavar="MS", min=0, help="Longest blackout wanted; 0 for no limit.")
+    ] = 0,
+    on_limit: Annotated[
+        OnLimit, typer.Option("--on-limit", help="What to do if that limit can't be met.")
+    ] = OnLimit.ABORT,
+    max_rounds: Annotated[
+        int, typer.Option("--max-rounds", metavar="N", min=0, help="Rounds of copying before the hold; 0 for 8.")
+    ] = 0,
+    bandwidth: Annotated[
+        int, typer.Option("--bandwidth", metavar="MIB/S", min=0, help="Of each copy, at most; 0 for no bound.")
+    ] = 0,
     coordinator: CoordinatorOption = None,
     etcd: EtcdOption = None,
     output: OutputOption = Output.TABLE,
@@ -40,7 +79,16 @@ def migrate(
     \b
     Example: vfleet migrate vf1 --to h2/nic0 --wait
     Example: vfleet migrate vf1=h2/nic0 vf2=h3/nic1:4
+    Example: vfleet migrate vf1 --to h2/nic0 --downtime-limit 20 --on-limit force --bandwidth 200
+    Example: vfleet migrate vf1 --to h2/nic0 --mode post-copy --wait
     """
+    options = MigrationOptions(
+        mode=_MODES[mode],
+        downtime_limit_ms=_fits("--downtime-limit", downtime_limit),
+        limit_policy=_POLICIES[on_limit],
+        max_rounds=_fits("--max-rounds", max_rounds),
+        bandwidth_mib_per_s=_fits("--bandwidth", bandwidth),
+    )
     moves = [_move(function, to) for function in functions]
     if to is not None and all("=" in function for function in functions):
         raise invalid_field("--to", to, "a function without a device of its own")
@@ -49,7 +97,7 @@ def migrate(
         async with fleet_client(coordinator, etcd) as fleet:
             if dry_run:
                 return await fleet.plan_migration(moves)
-            migration = await fleet.create_migration(moves, name=name or request_id())
+            migration = await fleet.create_migration(moves, name=name or request_id(), options=options)
             return await _follow(fleet, migration.name) if wait else migration
 
     migration = run(command())
@@ -123,37 +171,31 @@ def _move(argument: str, to: str | None) -> MoveRequest:
 async def _follow(fleet: FleetClient, name: str, output: Output = Output.TABLE) -> Migration:
     """Return the migration once it is over.
 
-    Until then show how far it is: on a terminal in one line that changes, else a line for each step; or every update
-    in the form for programs.
+    Until then show how far it is: on a terminal as bars that grow, else a line for each step and each round; or every
+    update in the form for programs.
     """
-    progress = console(stderr=True)
+    out = console(stderr=True)
     shown = ""
-    with progress.status(f"{name}: waiting") as status:
+    with LiveProgress(out, name) as live:
         async with aclosing(fleet.watch_migration(name)) as updates:
             async for update in updates:
                 if output is not Output.TABLE:
                     print_message(update, output, compact=True)
-                elif progress.is_terminal:
-                    _show_progress(status, update)
-                elif (line := _progress_line(update)) != shown:
-                    progress.print(line)
+                elif out.is_terminal:
+                    live.show(update)
+                elif (line := progress_line(update)) != shown:
+                    out.print(line)
                     shown = line
                 if update.migration.phase in PHASES_OVER:
                     return update.migration
     return await fleet.get_migration(name)
 
 
-def _show_progress(status: Status, update: WatchMigrationResponse) -> None:
-    copies = (
-        f"{copy.function}: {copy.rounds} rounds, {size(copy.received_bytes)} received, {size(copy.dirty_bytes)} dirty"
-        for copy in update.copies
-    )
-    status.update("; ".join((_progress_line(update), *copies)))
-
-
-def _progress_line(update: WatchMigrationResponse) -> str:
-    line = f"{update.migration.name}: {describe.phase_word(update.migration)}"
-    return f"{line}, {describe.step_word(update.step)}" if update.step != Step.STEP_UNSPECIFIED else line
+def _fits(option: str, value: int) -> int:
+    """Return a number that the request can carry; the coordinator knows its range."""
+    if value >= 1 << 32:
+        raise invalid_field(option, value, f"at most {(1 << 32) - 1}")
+    return value
 
 
 def _exit_by_outcome(migration: Migration) -> None:

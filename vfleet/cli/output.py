@@ -92,6 +92,14 @@ def size(value_bytes: int) -> str:
     return f"{value_bytes} B"
 
 
+def rounded_size(value_bytes: int) -> str:
+    """Return a size in the largest unit that it has one of, to a tenth."""
+    for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if value_bytes >= 1 << shift:
+            return f"{value_bytes / (1 << shift):.1f} {unit}"
+    return f"{value_bytes} B"
+
+
 def milliseconds(duration: Duration) -> str:
     """Return a duration in milliseconds."""
     return f"{duration.ToTimedelta().total_seconds() * 1000:.1f} ms"

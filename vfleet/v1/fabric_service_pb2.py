@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from vfleet.v1 import access_pb2 as vfleet_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evfleet/v1/fabric_service.proto\x12\tvfleet.v1\x1a\x16vfleet/v1/access.proto\"\x9c\x01\n\x0f\x45xchangeRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x04 \x01(\x04\x12#\n\x08\x61\x63\x63\x65sses\x18\x05 \x03(\x0b\x32\x11.vfleet.v1.Access\x12\x0f\n\x07session\x18\x06 \x01(\x04\"\xac\x01\n\x10\x45xchangeResponse\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\"\n\x07\x61nswers\x18\x04 \x03(\x0b\x32\x11.vfleet.v1.Answer\x12#\n\x07refusal\x18\x05 \x01(\x0e\x32\x12.vfleet.v1.Refusal\x12\x19\n\x11\x65xpected_sequence\x18\x06 \x01(\x04\"[\n\x12GetSequenceRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07session\x18\x04 \x01(\x04\",\n\x13GetSequenceResponse\x12\x15\n\rlast_sequence\x18\x01 \x01(\x04\"\\\n\x13\x46orgetDriverRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07session\x18\x04 \x01(\x04\"\x16\n\x14\x46orgetDriverResponse*p\n\x07Refusal\x12\x17\n\x13REFUSAL_UNSPECIFIED\x10\x00\x12\x17\n\x13REFUSAL_NOT_SERVING\x10\x01\x12\x18\n\x14REFUSAL_SEQUENCE_GAP\x10\x02\x12\x19\n\x15REFUSAL_STALE_SESSION\x10\x03\x32\xf7\x01\n\rFabricService\x12G\n\x08\x45xchange\x12\x1a.vfleet.v1.ExchangeRequest\x1a\x1b.vfleet.v1.ExchangeResponse(\x01\x30\x01\x12L\n\x0bGetSequence\x12\x1d.vfleet.v1.GetSequenceRequest\x1a\x1e.vfleet.v1.GetSequenceResponse\x12O\n\x0c\x46orgetDriver\x12\x1e.vfleet.v1.ForgetDriverRequest\x1a\x1f.vfleet.v1.ForgetDriverResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evfleet/v1/fabric_service.proto\x12\tvfleet.v1\x1a\x16vfleet/v1/access.proto\"\x9c\x01\n\x0f\x45xchangeRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x04 \x01(\x04\x12#\n\x08\x61\x63\x63\x65sses\x18\x05 \x03(\x0b\x32\x11.vfleet.v1.Access\x12\x0f\n\x07session\x18\x06 \x01(\x04\"\xac\x01\n\x10\x45xchangeResponse\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\"\n\x07\x61nswers\x18\x04 \x03(\x0b\x32\x11.vfleet.v1.Answer\x12#\n\x07refusal\x18\x05 \x01(\x0e\x32\x12.vfleet.v1.Refusal\x12\x19\n\x11\x65xpected_sequence\x18\x06 \x01(\x04\"[\n\x12GetSequenceRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07session\x18\x04 \x01(\x04\",\n\x13GetSequenceResponse\x12\x15\n\rlast_sequence\x18\x01 \x01(\x04\"\\\n\x13\x46orgetDriverRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07session\x18\x04 \x01(\x04\"\x16\n\x14\x46orgetDriverResponse*\x85\x01\n\x07Refusal\x12\x17\n\x13REFUSAL_UNSPECIFIED\x10\x00\x12\x17\n\x13REFUSAL_NOT_SERVING\x10\x01\x12\x18\n\x14REFUSAL_SEQUENCE_GAP\x10\x02\x12\x19\n\x15REFUSAL_STALE_SESSION\x10\x03\x12\x13\n\x0fREFUSAL_NOT_YET\x10\x04\x32\xf7\x01\n\rFabricService\x12G\n\x08\x45xchange\x12\x1a.vfleet.v1.ExchangeRequest\x1a\x1b.vfleet.v1.ExchangeResponse(\x01\x30\x01\x12L\n\x0bGetSequence\x12\x1d.vfleet.v1.GetSequenceRequest\x1a\x1e.vfleet.v1.GetSequenceResponse\x12O\n\x0c\x46orgetDriver\x12\x1e.vfleet.v1.ForgetDriverRequest\x1a\x1f.vfleet.v1.ForgetDriverResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vfleet.v1.fabric_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REFUSAL']._serialized_start=660
-  _globals['_REFUSAL']._serialized_end=772
+  _globals['_REFUSAL']._serialized_start=661
+  _globals['_REFUSAL']._serialized_end=794
   _globals['_EXCHANGEREQUEST']._serialized_start=70
   _globals['_EXCHANGEREQUEST']._serialized_end=226
   _globals['_EXCHANGERESPONSE']._serialized_start=229
@@ -46,6 +46,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FORGETDRIVERREQUEST']._serialized_end=634
   _globals['_FORGETDRIVERRESPONSE']._serialized_start=636
   _globals['_FORGETDRIVERRESPONSE']._serialized_end=658
-  _globals['_FABRICSERVICE']._serialized_start=775
-  _globals['_FABRICSERVICE']._serialized_end=1022
+  _globals['_FABRICSERVICE']._serialized_start=797
+  _globals['_FABRICSERVICE']._serialized_end=1044
 # @@protoc_insertion_point(module_scope)

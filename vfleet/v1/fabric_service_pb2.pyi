@@ -34,6 +34,8 @@ class _RefusalEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal.Value
     """An earlier sequence is missing; expected_sequence says which."""
     REFUSAL_STALE_SESSION: _Refusal.ValueType  # 3
     """A later session of the driver's host has accessed the function."""
+    REFUSAL_NOT_YET: _Refusal.ValueType  # 4
+    """Not yet: what it touches is still at the source (post-copy), or the function is slowed down for a migration."""
 
 class Refusal(_Refusal, metaclass=_RefusalEnumTypeWrapper):
     """Why a batch, or the rest of it, was not carried out. It has had no effect, and will be sent again."""
@@ -46,6 +48,8 @@ REFUSAL_SEQUENCE_GAP: Refusal.ValueType  # 2
 """An earlier sequence is missing; expected_sequence says which."""
 REFUSAL_STALE_SESSION: Refusal.ValueType  # 3
 """A later session of the driver's host has accessed the function."""
+REFUSAL_NOT_YET: Refusal.ValueType  # 4
+"""Not yet: what it touches is still at the source (post-copy), or the function is slowed down for a migration."""
 Global___Refusal: _TypeAlias = Refusal  # noqa: Y015
 
 @_typing.final

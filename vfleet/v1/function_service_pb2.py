@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from vfleet.v1 import types_pb2 as vfleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n vfleet/v1/function_service.proto\x12\tvfleet.v1\x1a\x15vfleet/v1/types.proto\"\xbe\x03\n\x10\x46unctionInstance\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12#\n\x07\x61ttempt\x18\x03 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x10\n\x08vf_index\x18\x05 \x01(\r\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\x06\x12%\n\x05state\x18\x07 \x01(\x0e\x32\x16.vfleet.v1.DeviceState\x12\x10\n\x08\x63omplete\x18\x08 \x01(\x08\x12&\n\nstopped_by\x18\t \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x11\n\tmigration\x18\n \x01(\t\x12\x1c\n\x04\x62\x61rs\x18\x0b \x03(\x0b\x32\x0e.vfleet.v1.Bar\x12\x10\n\x08identity\x18\x0c \x01(\x06\x12\r\n\x05model\x18\r \x01(\t\x12\x46\n\x0elast_sequences\x18\x0e \x03(\x0b\x32..vfleet.v1.FunctionInstance.LastSequencesEntry\x1a\x34\n\x12LastSequencesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xff\x01\n\x15\x43reateFunctionRequest\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x11\n\tmigration\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x10\n\x08vf_index\x18\x06 \x01(\r\x12\x1c\n\x04\x62\x61rs\x18\x07 \x03(\x0b\x32\x0e.vfleet.v1.Bar\x12\x10\n\x08identity\x18\x08 \x01(\x06\x12\r\n\x05model\x18\t \x01(\t\x12\r\n\x05\x66resh\x18\n \x01(\x08\x12\x18\n\x10resolve_after_ms\x18\x0b \x01(\r\"G\n\x16\x43reateFunctionResponse\x12-\n\x08instance\x18\x01 \x01(\x0b\x32\x1b.vfleet.v1.FunctionInstance\"\x8a\x01\n\x16\x44\x65stroyFunctionRequest\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12%\n\x08\x64\x65\x63ision\x18\x04 \x01(\x0e\x32\x13.vfleet.v1.Decision\"\x19\n\x17\x44\x65stroyFunctionResponse\":\n\x12GetFunctionRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"D\n\x13GetFunctionResponse\x12-\n\x08instance\x18\x01 \x01(\x0b\x32\x1b.vfleet.v1.FunctionInstance\"\x16\n\x14ListFunctionsRequest\"G\n\x15ListFunctionsResponse\x12.\n\tinstances\x18\x01 \x03(\x0b\x32\x1b.vfleet.v1.FunctionInstance\"\xb3\x01\n\x12\x43hangeStateRequest\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x11\n\tmigration\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12%\n\x05state\x18\x05 \x01(\x0e\x32\x16.vfleet.v1.DeviceState\x12\x18\n\x10resolve_after_ms\x18\x06 \x01(\r\"D\n\x13\x43hangeStateResponse\x12-\n\x08instance\x18\x01 \x01(\x0b\x32\x1b.vfleet.v1.FunctionInstance\"<\n\x14ResetFunctionRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"\x17\n\x15ResetFunctionResponse2\x86\x04\n\x0f\x46unctionService\x12U\n\x0e\x43reateFunction\x12 .vfleet.v1.CreateFunctionRequest\x1a!.vfleet.v1.CreateFunctionResponse\x12X\n\x0f\x44\x65stroyFunction\x12!.vfleet.v1.DestroyFunctionRequest\x1a\".vfleet.v1.DestroyFunctionResponse\x12L\n\x0bGetFunction\x12\x1d.vfleet.v1.GetFunctionRequest\x1a\x1e.vfleet.v1.GetFunctionResponse\x12R\n\rListFunctions\x12\x1f.vfleet.v1.ListFunctionsRequest\x1a .vfleet.v1.ListFunctionsResponse\x12L\n\x0b\x43hangeState\x12\x1d.vfleet.v1.ChangeStateRequest\x1a\x1e.vfleet.v1.ChangeStateResponse\x12R\n\rResetFunction\x12\x1f.vfleet.v1.ResetFunctionRequest\x1a .vfleet.v1.ResetFunctionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n vfleet/v1/function_service.proto\x12\tvfleet.v1\x1a\x15vfleet/v1/types.proto\"\xd0\x03\n\x10\x46unctionInstance\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12#\n\x07\x61ttempt\x18\x03 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x10\n\x08vf_index\x18\x05 \x01(\r\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\x06\x12%\n\x05state\x18\x07 \x01(\x0e\x32\x16.vfleet.v1.DeviceState\x12\x10\n\x08\x63omplete\x18\x08 \x01(\x08\x12&\n\nstopped_by\x18\t \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x11\n\tmigration\x18\n \x01(\t\x12\x1c\n\x04\x62\x61rs\x18\x0b \x03(\x0b\x32\x0e.vfleet.v1.Bar\x12\x10\n\x08identity\x18\x0c \x01(\x06\x12\r\n\x05model\x18\r \x01(\t\x12\x46\n\x0elast_sequences\x18\x0e \x03(\x0b\x32..vfleet.v1.FunctionInstance.LastSequencesEntry\x12\x10\n\x08\x61rriving\x18\x0f \x01(\x08\x1a\x34\n\x12LastSequencesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xff\x01\n\x15\x43reateFunctionRequest\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x11\n\tmigration\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x10\n\x08vf_index\x18\x06 \x01(\r\x12\x1c\n\x04\x62\x61rs\x18\x07 \x03(\x0b\x32\x0e.vfleet.v1.Bar\x12\x10\n\x08identity\x18\x08 \x01(\x06\x12\r\n\x05model\x18\t \x01(\t\x12\r\n\x05\x66resh\x18\n \x01(\x08\x12\x18\n\x10resolve_after_ms\x18\x0b \x01(\r\"G\n\x16\x43reateFunctionResponse\x12-\n\x08instance\x18\x01 \x01(\x0b\x32\x1b.vfleet.v1.FunctionInstance\"\x8a\x01\n\x16\x44\x65stroyFunctionRequest\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12%\n\x08\x64\x65\x63ision\x18\x04 \x01(\x0e\x32\x13.vfleet.v1.Decision\"\x19\n\x17\x44\x65stroyFunctionResponse\":\n\x12GetFunctionRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"D\n\x13GetFunctionResponse\x12-\n\x08instance\x18\x01 \x01(\x0b\x32\x1b.vfleet.v1.FunctionInstance\"\x16\n\x14ListFunctionsRequest\"G\n\x15ListFunctionsResponse\x12.\n\tinstances\x18\x01 \x03(\x0b\x32\x1b.vfleet.v1.FunctionInstance\"\xb3\x01\n\x12\x43hangeStateRequest\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x11\n\tmigration\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12%\n\x05state\x18\x05 \x01(\x0e\x32\x16.vfleet.v1.DeviceState\x12\x18\n\x10resolve_after_ms\x18\x06 \x01(\r\"D\n\x13\x43hangeStateResponse\x12-\n\x08instance\x18\x01 \x01(\x0b\x32\x1b.vfleet.v1.FunctionInstance\"<\n\x14ResetFunctionRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"\x17\n\x15ResetFunctionResponse2\x86\x04\n\x0f\x46unctionService\x12U\n\x0e\x43reateFunction\x12 .vfleet.v1.CreateFunctionRequest\x1a!.vfleet.v1.CreateFunctionResponse\x12X\n\x0f\x44\x65stroyFunction\x12!.vfleet.v1.DestroyFunctionRequest\x1a\".vfleet.v1.DestroyFunctionResponse\x12L\n\x0bGetFunction\x12\x1d.vfleet.v1.GetFunctionRequest\x1a\x1e.vfleet.v1.GetFunctionResponse\x12R\n\rListFunctions\x12\x1f.vfleet.v1.ListFunctionsRequest\x1a .vfleet.v1.ListFunctionsResponse\x12L\n\x0b\x43hangeState\x12\x1d.vfleet.v1.ChangeStateRequest\x1a\x1e.vfleet.v1.ChangeStateResponse\x12R\n\rResetFunction\x12\x1f.vfleet.v1.ResetFunctionRequest\x1a .vfleet.v1.ResetFunctionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,33 +35,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FUNCTIONINSTANCE_LASTSEQUENCESENTRY']._loaded_options = None
   _globals['_FUNCTIONINSTANCE_LASTSEQUENCESENTRY']._serialized_options = b'8\001'
   _globals['_FUNCTIONINSTANCE']._serialized_start=71
-  _globals['_FUNCTIONINSTANCE']._serialized_end=517
-  _globals['_FUNCTIONINSTANCE_LASTSEQUENCESENTRY']._serialized_start=465
-  _globals['_FUNCTIONINSTANCE_LASTSEQUENCESENTRY']._serialized_end=517
-  _globals['_CREATEFUNCTIONREQUEST']._serialized_start=520
-  _globals['_CREATEFUNCTIONREQUEST']._serialized_end=775
-  _globals['_CREATEFUNCTIONRESPONSE']._serialized_start=777
-  _globals['_CREATEFUNCTIONRESPONSE']._serialized_end=848
-  _globals['_DESTROYFUNCTIONREQUEST']._serialized_start=851
-  _globals['_DESTROYFUNCTIONREQUEST']._serialized_end=989
-  _globals['_DESTROYFUNCTIONRESPONSE']._serialized_start=991
-  _globals['_DESTROYFUNCTIONRESPONSE']._serialized_end=1016
-  _globals['_GETFUNCTIONREQUEST']._serialized_start=1018
-  _globals['_GETFUNCTIONREQUEST']._serialized_end=1076
-  _globals['_GETFUNCTIONRESPONSE']._serialized_start=1078
-  _globals['_GETFUNCTIONRESPONSE']._serialized_end=1146
-  _globals['_LISTFUNCTIONSREQUEST']._serialized_start=1148
-  _globals['_LISTFUNCTIONSREQUEST']._serialized_end=1170
-  _globals['_LISTFUNCTIONSRESPONSE']._serialized_start=1172
-  _globals['_LISTFUNCTIONSRESPONSE']._serialized_end=1243
-  _globals['_CHANGESTATEREQUEST']._serialized_start=1246
-  _globals['_CHANGESTATEREQUEST']._serialized_end=1425
-  _globals['_CHANGESTATERESPONSE']._serialized_start=1427
-  _globals['_CHANGESTATERESPONSE']._serialized_end=1495
-  _globals['_RESETFUNCTIONREQUEST']._serialized_start=1497
-  _globals['_RESETFUNCTIONREQUEST']._serialized_end=1557
-  _globals['_RESETFUNCTIONRESPONSE']._serialized_start=1559
-  _globals['_RESETFUNCTIONRESPONSE']._serialized_end=1582
-  _globals['_FUNCTIONSERVICE']._serialized_start=1585
-  _globals['_FUNCTIONSERVICE']._serialized_end=2103
+  _globals['_FUNCTIONINSTANCE']._serialized_end=535
+  _globals['_FUNCTIONINSTANCE_LASTSEQUENCESENTRY']._serialized_start=483
+  _globals['_FUNCTIONINSTANCE_LASTSEQUENCESENTRY']._serialized_end=535
+  _globals['_CREATEFUNCTIONREQUEST']._serialized_start=538
+  _globals['_CREATEFUNCTIONREQUEST']._serialized_end=793
+  _globals['_CREATEFUNCTIONRESPONSE']._serialized_start=795
+  _globals['_CREATEFUNCTIONRESPONSE']._serialized_end=866
+  _globals['_DESTROYFUNCTIONREQUEST']._serialized_start=869
+  _globals['_DESTROYFUNCTIONREQUEST']._serialized_end=1007
+  _globals['_DESTROYFUNCTIONRESPONSE']._serialized_start=1009
+  _globals['_DESTROYFUNCTIONRESPONSE']._serialized_end=1034
+  _globals['_GETFUNCTIONREQUEST']._serialized_start=1036
+  _globals['_GETFUNCTIONREQUEST']._serialized_end=1094
+  _globals['_GETFUNCTIONRESPONSE']._serialized_start=1096
+  _globals['_GETFUNCTIONRESPONSE']._serialized_end=1164
+  _globals['_LISTFUNCTIONSREQUEST']._serialized_start=1166
+  _globals['_LISTFUNCTIONSREQUEST']._serialized_end=1188
+  _globals['_LISTFUNCTIONSRESPONSE']._serialized_start=1190
+  _globals['_LISTFUNCTIONSRESPONSE']._serialized_end=1261
+  _globals['_CHANGESTATEREQUEST']._serialized_start=1264
+  _globals['_CHANGESTATEREQUEST']._serialized_end=1443
+  _globals['_CHANGESTATERESPONSE']._serialized_start=1445
+  _globals['_CHANGESTATERESPONSE']._serialized_end=1513
+  _globals['_RESETFUNCTIONREQUEST']._serialized_start=1515
+  _globals['_RESETFUNCTIONREQUEST']._serialized_end=1575
+  _globals['_RESETFUNCTIONRESPONSE']._serialized_start=1577
+  _globals['_RESETFUNCTIONRESPONSE']._serialized_end=1600
+  _globals['_FUNCTIONSERVICE']._serialized_start=1603
+  _globals['_FUNCTIONSERVICE']._serialized_end=2121
 # @@protoc_insertion_point(module_scope)

@@ -59,6 +59,7 @@ class FunctionInstance(_message.Message):
     IDENTITY_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCES_FIELD_NUMBER: _builtins.int
+    ARRIVING_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     """The function."""
     generation: _builtins.int
@@ -79,6 +80,8 @@ class FunctionInstance(_message.Message):
     """Its identity."""
     model: _builtins.str
     """Its simulated device model."""
+    arriving: _builtins.bool
+    """Whether it is complete but for local memory that is still at the source (post-copy)."""
     @_builtins.property
     def attempt(self) -> _types_pb2.Attempt:
         """The attempt that made it."""
@@ -112,10 +115,11 @@ class FunctionInstance(_message.Message):
         identity: _builtins.int = ...,
         model: _builtins.str = ...,
         last_sequences: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        arriving: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "stopped_by", b"stopped_by"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bars", b"bars", "base", b"base", "complete", b"complete", "device", b"device", "function", b"function", "generation", b"generation", "identity", b"identity", "last_sequences", b"last_sequences", "migration", b"migration", "model", b"model", "state", b"state", "stopped_by", b"stopped_by", "vf_index", b"vf_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arriving", b"arriving", "attempt", b"attempt", "bars", b"bars", "base", b"base", "complete", b"complete", "device", b"device", "function", b"function", "generation", b"generation", "identity", b"identity", "last_sequences", b"last_sequences", "migration", b"migration", "model", b"model", "state", b"state", "stopped_by", b"stopped_by", "vf_index", b"vf_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

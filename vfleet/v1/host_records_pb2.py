@@ -27,7 +27,7 @@ from vfleet.v1 import function_service_pb2 as vfleet_dot_v1_dot_function__servic
 from vfleet.v1 import types_pb2 as vfleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cvfleet/v1/host_records.proto\x12\tvfleet.v1\x1a\x1evfleet/v1/driver_service.proto\x1a vfleet/v1/function_service.proto\x1a\x15vfleet/v1/types.proto\"j\n\x0cHostIdentity\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x16\n\x0ekernel_boot_id\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\x04\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0e\n\x06starts\x18\x05 \x01(\x04\"a\n\x0cStoreHistory\x12\x18\n\x10\x66leet_generation\x18\x01 \x01(\x04\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x0f\n\x07witness\x18\x03 \x01(\t\x12\x14\n\x0cnext_witness\x18\x04 \x01(\t\";\n\x05\x46\x65nce\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\r\n\x05\x65nded\x18\x02 \x01(\x08\"y\n\x0eInstanceRecord\x12-\n\x08instance\x18\x01 \x01(\x0b\x32\x1b.vfleet.v1.FunctionInstance\x12\x14\n\x0cresolve_time\x18\x02 \x01(\x01\x12\x0c\n\x04\x66ile\x18\x03 \x01(\t\x12\x14\n\x0cis_resetting\x18\x04 \x01(\x08\"c\n\x0c\x44riverRecord\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x19\n\x11main_memory_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12main_memory_offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\"\xf2\x01\n\x0eWorkloadRecord\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12+\n\x07options\x18\x03 \x01(\x0b\x32\x1a.vfleet.v1.WorkloadOptions\x12\x15\n\rbase_sequence\x18\x04 \x01(\x04\x12\x0f\n\x07running\x18\x05 \x01(\x08\x12)\n\x06report\x18\x06 \x01(\x0b\x32\x19.vfleet.v1.WorkloadReport\x12\x10\n\x08identity\x18\x07 \x01(\x06\x12\x1a\n\x12local_memory_bytes\x18\x08 \x01(\x04\x12\x10\n\x08stopping\x18\t \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cvfleet/v1/host_records.proto\x12\tvfleet.v1\x1a\x1evfleet/v1/driver_service.proto\x1a vfleet/v1/function_service.proto\x1a\x15vfleet/v1/types.proto\"j\n\x0cHostIdentity\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x16\n\x0ekernel_boot_id\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\x04\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0e\n\x06starts\x18\x05 \x01(\x04\"a\n\x0cStoreHistory\x12\x18\n\x10\x66leet_generation\x18\x01 \x01(\x04\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x0f\n\x07witness\x18\x03 \x01(\t\x12\x14\n\x0cnext_witness\x18\x04 \x01(\t\";\n\x05\x46\x65nce\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\r\n\x05\x65nded\x18\x02 \x01(\x08\"\xb9\x01\n\x0eInstanceRecord\x12-\n\x08instance\x18\x01 \x01(\x0b\x32\x1b.vfleet.v1.FunctionInstance\x12\x14\n\x0cresolve_time\x18\x02 \x01(\x01\x12\x0c\n\x04\x66ile\x18\x03 \x01(\t\x12\x14\n\x0cis_resetting\x18\x04 \x01(\x08\x12*\n\x0brest_source\x18\x05 \x01(\x0b\x32\x15.vfleet.v1.RestSource\x12\x12\n\nkeeps_rest\x18\x06 \x01(\x08\"s\n\nRestSource\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x1d\n\x15\x62\x61ndwidth_bytes_per_s\x18\x05 \x01(\x04\"c\n\x0c\x44riverRecord\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x19\n\x11main_memory_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12main_memory_offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\"\xf2\x01\n\x0eWorkloadRecord\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12+\n\x07options\x18\x03 \x01(\x0b\x32\x1a.vfleet.v1.WorkloadOptions\x12\x15\n\rbase_sequence\x18\x04 \x01(\x04\x12\x0f\n\x07running\x18\x05 \x01(\x08\x12)\n\x06report\x18\x06 \x01(\x0b\x32\x19.vfleet.v1.WorkloadReport\x12\x10\n\x08identity\x18\x07 \x01(\x06\x12\x1a\n\x12local_memory_bytes\x18\x08 \x01(\x04\x12\x10\n\x08stopping\x18\t \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,10 +40,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STOREHISTORY']._serialized_end=337
   _globals['_FENCE']._serialized_start=339
   _globals['_FENCE']._serialized_end=398
-  _globals['_INSTANCERECORD']._serialized_start=400
-  _globals['_INSTANCERECORD']._serialized_end=521
-  _globals['_DRIVERRECORD']._serialized_start=523
-  _globals['_DRIVERRECORD']._serialized_end=622
-  _globals['_WORKLOADRECORD']._serialized_start=625
-  _globals['_WORKLOADRECORD']._serialized_end=867
+  _globals['_INSTANCERECORD']._serialized_start=401
+  _globals['_INSTANCERECORD']._serialized_end=586
+  _globals['_RESTSOURCE']._serialized_start=588
+  _globals['_RESTSOURCE']._serialized_end=703
+  _globals['_DRIVERRECORD']._serialized_start=705
+  _globals['_DRIVERRECORD']._serialized_end=804
+  _globals['_WORKLOADRECORD']._serialized_start=807
+  _globals['_WORKLOADRECORD']._serialized_end=1049
 # @@protoc_insertion_point(module_scope)

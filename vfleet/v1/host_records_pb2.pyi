@@ -129,15 +129,23 @@ class InstanceRecord(_message.Message):
     RESOLVE_TIME_FIELD_NUMBER: _builtins.int
     FILE_FIELD_NUMBER: _builtins.int
     IS_RESETTING_FIELD_NUMBER: _builtins.int
+    REST_SOURCE_FIELD_NUMBER: _builtins.int
+    KEEPS_REST_FIELD_NUMBER: _builtins.int
     resolve_time: _builtins.float
     """When the host reads etcd and resolves, by its own clock: seconds since 1970; 0 for never."""
     file: _builtins.str
     """Name of the file that is its memory."""
     is_resetting: _builtins.bool
     """Whether a function-level reset has begun and is not done."""
+    keeps_rest: _builtins.bool
+    """Whether, stopped, it keeps what its target will fetch after COMMIT (post-copy)."""
     @_builtins.property
     def instance(self) -> _function_service_pb2.FunctionInstance:
         """The instance."""
+
+    @_builtins.property
+    def rest_source(self) -> Global___RestSource:
+        """Where the rest of its state is, while the instance is arriving."""
 
     def __init__(
         self,
@@ -146,14 +154,54 @@ class InstanceRecord(_message.Message):
         resolve_time: _builtins.float = ...,
         file: _builtins.str = ...,
         is_resetting: _builtins.bool = ...,
+        rest_source: Global___RestSource | None = ...,
+        keeps_rest: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "rest_source", b"rest_source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "instance", b"instance", "is_resetting", b"is_resetting", "resolve_time", b"resolve_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "instance", b"instance", "is_resetting", b"is_resetting", "keeps_rest", b"keeps_rest", "resolve_time", b"resolve_time", "rest_source", b"rest_source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InstanceRecord: _TypeAlias = InstanceRecord  # noqa: Y015
+
+@_typing.final
+class RestSource(_message.Message):
+    """Where the part of a function's state is that follows after COMMIT (post-copy)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    """The host."""
+    address: _builtins.str
+    """HOST:PORT of its hostd."""
+    incarnation: _builtins.str
+    """Its incarnation: with another one the rest is gone."""
+    generation: _builtins.int
+    """Generation of the instance there."""
+    bandwidth_bytes_per_s: _builtins.int
+    """Bytes a second at most, but for what an access waits for; 0 for no bound."""
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        address: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        bandwidth_bytes_per_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "generation", b"generation", "host", b"host", "incarnation", b"incarnation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestSource: _TypeAlias = RestSource  # noqa: Y015
 
 @_typing.final
 class DriverRecord(_message.Message):

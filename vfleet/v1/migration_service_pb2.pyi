@@ -5,9 +5,12 @@ coordinator: migrations."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from vfleet.v1 import records_pb2 as _records_pb2
+from vfleet.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +21,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _LimitPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LimitPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LimitPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LIMIT_POLICY_UNSPECIFIED: _LimitPolicy.ValueType  # 0
+    """Not set: as ABORT."""
+    LIMIT_POLICY_ABORT: _LimitPolicy.ValueType  # 1
+    """It aborts before any driver is held; the reason says limit, estimate and dirty rate."""
+    LIMIT_POLICY_FORCE: _LimitPolicy.ValueType  # 2
+    """It goes on."""
+
+class LimitPolicy(_LimitPolicy, metaclass=_LimitPolicyEnumTypeWrapper):
+    """What becomes of a migration whose blackout would be longer than asked for."""
+
+LIMIT_POLICY_UNSPECIFIED: LimitPolicy.ValueType  # 0
+"""Not set: as ABORT."""
+LIMIT_POLICY_ABORT: LimitPolicy.ValueType  # 1
+"""It aborts before any driver is held; the reason says limit, estimate and dirty rate."""
+LIMIT_POLICY_FORCE: LimitPolicy.ValueType  # 2
+"""It goes on."""
+Global___LimitPolicy: _TypeAlias = LimitPolicy  # noqa: Y015
 
 @_typing.final
 class MoveRequest(_message.Message):
@@ -59,6 +86,10 @@ class MigrationOptions(_message.Message):
     PREPARE_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     HOLD_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGE_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    DOWNTIME_LIMIT_MS_FIELD_NUMBER: _builtins.int
+    LIMIT_POLICY_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_MIB_PER_S_FIELD_NUMBER: _builtins.int
     max_rounds: _builtins.int
     """Rounds of pages at most while the driver runs, from 1 to 1000; 0 for 8."""
     prepare_timeout_ms: _builtins.int
@@ -70,6 +101,16 @@ class MigrationOptions(_message.Message):
     """
     acknowledge_timeout_ms: _builtins.int
     """How long a hold waits for drivers that listen to acknowledge. Milliseconds, up to 10,000; 0 for 100."""
+    mode: _types_pb2.TransferMode.ValueType
+    """When the state moves."""
+    downtime_limit_ms: _builtins.int
+    """The longest blackout that is wanted: rounds go on until the estimate is within it, and a driver that writes faster
+    than its function's state is copied is slowed down step by step. Milliseconds, up to 600,000; 0 for no limit.
+    """
+    limit_policy: Global___LimitPolicy.ValueType
+    """What happens if the rounds end and the estimate is still above the limit."""
+    bandwidth_mib_per_s: _builtins.int
+    """MiB a second at most for each function's copy while its driver runs, up to 1,048,576; 0 for no bound."""
     def __init__(
         self,
         *,
@@ -77,10 +118,14 @@ class MigrationOptions(_message.Message):
         prepare_timeout_ms: _builtins.int = ...,
         hold_timeout_ms: _builtins.int = ...,
         acknowledge_timeout_ms: _builtins.int = ...,
+        mode: _types_pb2.TransferMode.ValueType = ...,
+        downtime_limit_ms: _builtins.int = ...,
+        limit_policy: Global___LimitPolicy.ValueType = ...,
+        bandwidth_mib_per_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge_timeout_ms", b"acknowledge_timeout_ms", "hold_timeout_ms", b"hold_timeout_ms", "max_rounds", b"max_rounds", "prepare_timeout_ms", b"prepare_timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge_timeout_ms", b"acknowledge_timeout_ms", "bandwidth_mib_per_s", b"bandwidth_mib_per_s", "downtime_limit_ms", b"downtime_limit_ms", "hold_timeout_ms", b"hold_timeout_ms", "limit_policy", b"limit_policy", "max_rounds", b"max_rounds", "mode", b"mode", "prepare_timeout_ms", b"prepare_timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -330,6 +375,11 @@ class CopyProgress(_message.Message):
     ROUNDS_FIELD_NUMBER: _builtins.int
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     DIRTY_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    DIRTY_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    ESTIMATED_BLACKOUT_FIELD_NUMBER: _builtins.int
+    THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
+    MISSING_BYTES_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     """The function."""
     rounds: _builtins.int
@@ -338,6 +388,18 @@ class CopyProgress(_message.Message):
     """Bytes received by the target."""
     dirty_bytes: _builtins.int
     """Bytes changed since, to be sent again."""
+    total_bytes: _builtins.int
+    """Bytes of the function's state."""
+    dirty_bytes_per_s: _builtins.int
+    """Bytes a second that the driver changed in the last round, pages counted whole."""
+    throttle_percent: _builtins.int
+    """By how much the function is slowed down so that the rounds converge, in percent."""
+    missing_bytes: _builtins.int
+    """Bytes still at the source while the function runs at its new home (post-copy)."""
+    @_builtins.property
+    def estimated_blackout(self) -> _duration_pb2.Duration:
+        """How long the driver would be on hold if it were held now. Not set before the first round has ended."""
+
     def __init__(
         self,
         *,
@@ -345,10 +407,15 @@ class CopyProgress(_message.Message):
         rounds: _builtins.int = ...,
         received_bytes: _builtins.int = ...,
         dirty_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        dirty_bytes_per_s: _builtins.int = ...,
+        estimated_blackout: _duration_pb2.Duration | None = ...,
+        throttle_percent: _builtins.int = ...,
+        missing_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["estimated_blackout", b"estimated_blackout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dirty_bytes", b"dirty_bytes", "function", b"function", "received_bytes", b"received_bytes", "rounds", b"rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dirty_bytes", b"dirty_bytes", "dirty_bytes_per_s", b"dirty_bytes_per_s", "estimated_blackout", b"estimated_blackout", "function", b"function", "missing_bytes", b"missing_bytes", "received_bytes", b"received_bytes", "rounds", b"rounds", "throttle_percent", b"throttle_percent", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

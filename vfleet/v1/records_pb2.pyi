@@ -625,6 +625,7 @@ class Migration(_message.Message):
     FINISH_TIME_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     FINISHED_BY_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name: the request ID that the client gave, or one made by the coordinator."""
     schema_version: _builtins.int
@@ -639,6 +640,8 @@ class Migration(_message.Message):
     """The coordinator that began it."""
     finished_by: _builtins.str
     """The coordinator that wrote FINISH."""
+    mode: _types_pb2.TransferMode.ValueType
+    """When the functions' states move."""
     @_builtins.property
     def attempt(self) -> _types_pb2.Attempt:
         """The fence. Its revision is that of BEGIN, so it is known from the key and not stored."""
@@ -679,10 +682,11 @@ class Migration(_message.Message):
         finish_time: _timestamp_pb2.Timestamp | None = ...,
         steps: _abc.Iterable[Global___StepDuration] | None = ...,
         finished_by: _builtins.str = ...,
+        mode: _types_pb2.TransferMode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "begin_time", b"begin_time", "decide_time", b"decide_time", "finish_time", b"finish_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_reason", b"abort_reason", "abort_step", b"abort_step", "attempt", b"attempt", "begin_time", b"begin_time", "coordinator", b"coordinator", "decide_time", b"decide_time", "finish_time", b"finish_time", "finished_by", b"finished_by", "moves", b"moves", "name", b"name", "phase", b"phase", "schema_version", b"schema_version", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_reason", b"abort_reason", "abort_step", b"abort_step", "attempt", b"attempt", "begin_time", b"begin_time", "coordinator", b"coordinator", "decide_time", b"decide_time", "finish_time", b"finish_time", "finished_by", b"finished_by", "mode", b"mode", "moves", b"moves", "name", b"name", "phase", b"phase", "schema_version", b"schema_version", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

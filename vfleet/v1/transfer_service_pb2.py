@@ -26,31 +26,45 @@ from vfleet.v1 import access_pb2 as vfleet_dot_v1_dot_access__pb2
 from vfleet.v1 import types_pb2 as vfleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n vfleet/v1/transfer_service.proto\x12\tvfleet.v1\x1a\x16vfleet/v1/access.proto\x1a\x15vfleet/v1/types.proto\"s\n\x12\x45xportStateRequest\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x12\n\nmax_rounds\x18\x04 \x01(\r\"y\n\x0bStateHeader\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1c\n\x04\x62\x61rs\x18\x03 \x03(\x0b\x32\x0e.vfleet.v1.Bar\x12\x10\n\x08identity\x18\x04 \x01(\x06\x12\x13\n\x0bimage_bytes\x18\x05 \x01(\x04\"=\n\nStatePages\x12\x14\n\x0cimage_offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0b\n\x03\x63rc\x18\x03 \x01(\x07\"\\\n\x08RoundEnd\x12\r\n\x05round\x18\x01 \x01(\r\x12\x12\n\nsent_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x64irty_bytes\x18\x03 \x01(\x04\x12\x18\n\x10last_before_stop\x18\x04 \x01(\x08\"l\n\x0e\x44riverSequence\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x15\n\rlast_sequence\x18\x02 \x01(\x04\x12\"\n\x07\x61nswers\x18\x03 \x03(\x0b\x32\x11.vfleet.v1.Answer\x12\x0f\n\x07session\x18\x04 \x01(\x04\"y\n\x08StateEnd\x12,\n\tsequences\x18\x01 \x03(\x0b\x32\x19.vfleet.v1.DriverSequence\x12\x15\n\rpage_messages\x18\x02 \x01(\x04\x12\x11\n\tpages_crc\x18\x03 \x01(\x07\x12\x15\n\rsequences_crc\x18\x04 \x01(\x07\"\xbd\x01\n\x13\x45xportStateResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.vfleet.v1.StateHeaderH\x00\x12&\n\x05pages\x18\x02 \x01(\x0b\x32\x15.vfleet.v1.StatePagesH\x00\x12(\n\tround_end\x18\x03 \x01(\x0b\x32\x13.vfleet.v1.RoundEndH\x00\x12\"\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x13.vfleet.v1.StateEndH\x00\x42\x06\n\x04part\"\xc2\x01\n\x12ImportStateRequest\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x16\n\x0esource_address\x18\x04 \x01(\t\x12\x19\n\x11source_generation\x18\x05 \x01(\x04\x12\x12\n\nmax_rounds\x18\x06 \x01(\r\x12\x1a\n\x12source_incarnation\x18\x07 \x01(\t\"{\n\x13ImportStateResponse\x12\x0e\n\x06rounds\x18\x01 \x01(\r\x12\x16\n\x0ereceived_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x64irty_bytes\x18\x03 \x01(\x04\x12\x15\n\rready_to_stop\x18\x04 \x01(\x08\x12\x10\n\x08\x63omplete\x18\x05 \x01(\x08\x32\xb1\x01\n\x0fTransferService\x12N\n\x0b\x45xportState\x12\x1d.vfleet.v1.ExportStateRequest\x1a\x1e.vfleet.v1.ExportStateResponse0\x01\x12N\n\x0bImportState\x12\x1d.vfleet.v1.ImportStateRequest\x1a\x1e.vfleet.v1.ImportStateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n vfleet/v1/transfer_service.proto\x12\tvfleet.v1\x1a\x16vfleet/v1/access.proto\x1a\x15vfleet/v1/types.proto\"\x96\x01\n\x0b\x43opyOptions\x12%\n\x04mode\x18\x01 \x01(\x0e\x32\x17.vfleet.v1.TransferMode\x12\x12\n\nmax_rounds\x18\x02 \x01(\r\x12\x1d\n\x15\x62\x61ndwidth_bytes_per_s\x18\x03 \x01(\x04\x12\x11\n\thas_limit\x18\x04 \x01(\x08\x12\x1a\n\x12last_copy_limit_us\x18\x05 \x01(\x04\"\x88\x01\n\x12\x45xportStateRequest\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\'\n\x07options\x18\x04 \x01(\x0b\x32\x16.vfleet.v1.CopyOptions\"H\n\x0cStateSection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cimage_offset\x18\x02 \x01(\x04\x12\x14\n\x0clength_bytes\x18\x03 \x01(\x04\"\xe2\x01\n\x0bStateHeader\x12\x16\n\x0e\x66ormat_version\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1c\n\x04\x62\x61rs\x18\x03 \x03(\x0b\x32\x0e.vfleet.v1.Bar\x12\x10\n\x08identity\x18\x04 \x01(\x06\x12\x13\n\x0bimage_bytes\x18\x05 \x01(\x04\x12\x15\n\rmodel_version\x18\x06 \x01(\r\x12)\n\x08sections\x18\x07 \x03(\x0b\x32\x17.vfleet.v1.StateSection\x12%\n\x04mode\x18\x08 \x01(\x0e\x32\x17.vfleet.v1.TransferMode\"Q\n\nStatePages\x12\x14\n\x0cimage_offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0b\n\x03\x63rc\x18\x03 \x01(\x07\x12\x12\n\nzero_bytes\x18\x04 \x01(\x04\"\xb4\x01\n\x08RoundEnd\x12\r\n\x05round\x18\x01 \x01(\r\x12\x12\n\nsent_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x64irty_bytes\x18\x03 \x01(\x04\x12\x18\n\x10last_before_stop\x18\x04 \x01(\x08\x12\x19\n\x11\x64irty_bytes_per_s\x18\x05 \x01(\x04\x12\x14\n\x0clast_copy_us\x18\x06 \x01(\x04\x12\x18\n\x10throttle_percent\x18\x07 \x01(\r\x12\x0b\n\x03\x63rc\x18\x08 \x01(\x07\"l\n\x0e\x44riverSequence\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x15\n\rlast_sequence\x18\x02 \x01(\x04\x12\"\n\x07\x61nswers\x18\x03 \x03(\x0b\x32\x11.vfleet.v1.Answer\x12\x0f\n\x07session\x18\x04 \x01(\x04\"p\n\x08StateEnd\x12,\n\tsequences\x18\x01 \x03(\x0b\x32\x19.vfleet.v1.DriverSequence\x12)\n\x08sections\x18\x02 \x03(\x0b\x32\x17.vfleet.v1.SectionCheck\x12\x0b\n\x03\x63rc\x18\x03 \x01(\x07\"2\n\x0cSectionCheck\x12\x15\n\rpage_messages\x18\x01 \x01(\x04\x12\x0b\n\x03\x63rc\x18\x02 \x01(\x07\"\xbd\x01\n\x13\x45xportStateResponse\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.vfleet.v1.StateHeaderH\x00\x12&\n\x05pages\x18\x02 \x01(\x0b\x32\x15.vfleet.v1.StatePagesH\x00\x12(\n\tround_end\x18\x03 \x01(\x0b\x32\x13.vfleet.v1.RoundEndH\x00\x12\"\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x13.vfleet.v1.StateEndH\x00\x42\x06\n\x04part\"\xec\x01\n\x12ImportStateRequest\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x16\n\x0esource_address\x18\x04 \x01(\t\x12\x19\n\x11source_generation\x18\x05 \x01(\x04\x12\'\n\x07options\x18\x06 \x01(\x0b\x32\x16.vfleet.v1.CopyOptions\x12\x1a\n\x12source_incarnation\x18\x07 \x01(\t\x12\x13\n\x0bsource_host\x18\x08 \x01(\t\"\xdb\x01\n\x13ImportStateResponse\x12\x0e\n\x06rounds\x18\x01 \x01(\r\x12\x16\n\x0ereceived_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x64irty_bytes\x18\x03 \x01(\x04\x12\x15\n\rready_to_stop\x18\x04 \x01(\x08\x12\x10\n\x08\x63omplete\x18\x05 \x01(\x08\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x04\x12\x19\n\x11\x64irty_bytes_per_s\x18\x07 \x01(\x04\x12\x14\n\x0clast_copy_us\x18\x08 \x01(\x04\x12\x18\n\x10throttle_percent\x18\t \x01(\r\"\xba\x01\n\x11\x46\x65tchStateRequest\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x14\n\x0cimage_offset\x18\x04 \x01(\x04\x12\x14\n\x0clength_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07\x61rrived\x18\x06 \x01(\x0c\x12\x1d\n\x15\x62\x61ndwidth_bytes_per_s\x18\x07 \x01(\x04\":\n\x12\x46\x65tchStateResponse\x12$\n\x05pages\x18\x01 \x01(\x0b\x32\x15.vfleet.v1.StatePages\"`\n\x13WatchArrivalRequest\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"-\n\x14WatchArrivalResponse\x12\x15\n\rmissing_bytes\x18\x01 \x01(\x04\x32\xd1\x02\n\x0fTransferService\x12N\n\x0b\x45xportState\x12\x1d.vfleet.v1.ExportStateRequest\x1a\x1e.vfleet.v1.ExportStateResponse0\x01\x12N\n\x0bImportState\x12\x1d.vfleet.v1.ImportStateRequest\x1a\x1e.vfleet.v1.ImportStateResponse0\x01\x12K\n\nFetchState\x12\x1c.vfleet.v1.FetchStateRequest\x1a\x1d.vfleet.v1.FetchStateResponse0\x01\x12Q\n\x0cWatchArrival\x12\x1e.vfleet.v1.WatchArrivalRequest\x1a\x1f.vfleet.v1.WatchArrivalResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vfleet.v1.transfer_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EXPORTSTATEREQUEST']._serialized_start=94
-  _globals['_EXPORTSTATEREQUEST']._serialized_end=209
-  _globals['_STATEHEADER']._serialized_start=211
-  _globals['_STATEHEADER']._serialized_end=332
-  _globals['_STATEPAGES']._serialized_start=334
-  _globals['_STATEPAGES']._serialized_end=395
-  _globals['_ROUNDEND']._serialized_start=397
-  _globals['_ROUNDEND']._serialized_end=489
-  _globals['_DRIVERSEQUENCE']._serialized_start=491
-  _globals['_DRIVERSEQUENCE']._serialized_end=599
-  _globals['_STATEEND']._serialized_start=601
-  _globals['_STATEEND']._serialized_end=722
-  _globals['_EXPORTSTATERESPONSE']._serialized_start=725
-  _globals['_EXPORTSTATERESPONSE']._serialized_end=914
-  _globals['_IMPORTSTATEREQUEST']._serialized_start=917
-  _globals['_IMPORTSTATEREQUEST']._serialized_end=1111
-  _globals['_IMPORTSTATERESPONSE']._serialized_start=1113
-  _globals['_IMPORTSTATERESPONSE']._serialized_end=1236
-  _globals['_TRANSFERSERVICE']._serialized_start=1239
-  _globals['_TRANSFERSERVICE']._serialized_end=1416
+  _globals['_COPYOPTIONS']._serialized_start=95
+  _globals['_COPYOPTIONS']._serialized_end=245
+  _globals['_EXPORTSTATEREQUEST']._serialized_start=248
+  _globals['_EXPORTSTATEREQUEST']._serialized_end=384
+  _globals['_STATESECTION']._serialized_start=386
+  _globals['_STATESECTION']._serialized_end=458
+  _globals['_STATEHEADER']._serialized_start=461
+  _globals['_STATEHEADER']._serialized_end=687
+  _globals['_STATEPAGES']._serialized_start=689
+  _globals['_STATEPAGES']._serialized_end=770
+  _globals['_ROUNDEND']._serialized_start=773
+  _globals['_ROUNDEND']._serialized_end=953
+  _globals['_DRIVERSEQUENCE']._serialized_start=955
+  _globals['_DRIVERSEQUENCE']._serialized_end=1063
+  _globals['_STATEEND']._serialized_start=1065
+  _globals['_STATEEND']._serialized_end=1177
+  _globals['_SECTIONCHECK']._serialized_start=1179
+  _globals['_SECTIONCHECK']._serialized_end=1229
+  _globals['_EXPORTSTATERESPONSE']._serialized_start=1232
+  _globals['_EXPORTSTATERESPONSE']._serialized_end=1421
+  _globals['_IMPORTSTATEREQUEST']._serialized_start=1424
+  _globals['_IMPORTSTATEREQUEST']._serialized_end=1660
+  _globals['_IMPORTSTATERESPONSE']._serialized_start=1663
+  _globals['_IMPORTSTATERESPONSE']._serialized_end=1882
+  _globals['_FETCHSTATEREQUEST']._serialized_start=1885
+  _globals['_FETCHSTATEREQUEST']._serialized_end=2071
+  _globals['_FETCHSTATERESPONSE']._serialized_start=2073
+  _globals['_FETCHSTATERESPONSE']._serialized_end=2131
+  _globals['_WATCHARRIVALREQUEST']._serialized_start=2133
+  _globals['_WATCHARRIVALREQUEST']._serialized_end=2229
+  _globals['_WATCHARRIVALRESPONSE']._serialized_start=2231
+  _globals['_WATCHARRIVALRESPONSE']._serialized_end=2276
+  _globals['_TRANSFERSERVICE']._serialized_start=2279
+  _globals['_TRANSFERSERVICE']._serialized_end=2616
 # @@protoc_insertion_point(module_scope)

@@ -21,6 +21,46 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class CopyOptions(_message.Message):
+    """How a function's state is to be copied."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    MAX_ROUNDS_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    HAS_LIMIT_FIELD_NUMBER: _builtins.int
+    LAST_COPY_LIMIT_US_FIELD_NUMBER: _builtins.int
+    mode: _types_pb2.TransferMode.ValueType
+    """When it moves."""
+    max_rounds: _builtins.int
+    """Rounds of pages at most before the source just waits to be stopped. From 1 to 1000."""
+    bandwidth_bytes_per_s: _builtins.int
+    """Bytes a second at most while the function runs; 0 for no bound."""
+    has_limit: _builtins.bool
+    """Whether the last difference has a limit, last_copy_limit_us."""
+    last_copy_limit_us: _builtins.int
+    """How long the copy of the last difference may take: rounds go on until the estimate is within it, and the function
+    is slowed down if they don't converge. Microseconds.
+    """
+    def __init__(
+        self,
+        *,
+        mode: _types_pb2.TransferMode.ValueType = ...,
+        max_rounds: _builtins.int = ...,
+        bandwidth_bytes_per_s: _builtins.int = ...,
+        has_limit: _builtins.bool = ...,
+        last_copy_limit_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "has_limit", b"has_limit", "last_copy_limit_us", b"last_copy_limit_us", "max_rounds", b"max_rounds", "mode", b"mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopyOptions: _TypeAlias = CopyOptions  # noqa: Y015
+
+@_typing.final
 class ExportStateRequest(_message.Message):
     """Request of ExportState."""
 
@@ -29,16 +69,18 @@ class ExportStateRequest(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     FUNCTION_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
-    MAX_ROUNDS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     """The function."""
     generation: _builtins.int
     """Generation of the instance to export."""
-    max_rounds: _builtins.int
-    """Rounds of pages at most before the source just waits to be stopped. From 1."""
     @_builtins.property
     def attempt(self) -> _types_pb2.Attempt:
         """The fence."""
+
+    @_builtins.property
+    def options(self) -> Global___CopyOptions:
+        """How it is to be copied."""
 
     def __init__(
         self,
@@ -46,15 +88,45 @@ class ExportStateRequest(_message.Message):
         attempt: _types_pb2.Attempt | None = ...,
         function: _builtins.str = ...,
         generation: _builtins.int = ...,
-        max_rounds: _builtins.int = ...,
+        options: Global___CopyOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "function", b"function", "generation", b"generation", "max_rounds", b"max_rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "function", b"function", "generation", b"generation", "options", b"options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExportStateRequest: _TypeAlias = ExportStateRequest  # noqa: Y015
+
+@_typing.final
+class StateSection(_message.Message):
+    """A part of the function's image, as its model names it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    IMAGE_OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    image_offset: _builtins.int
+    """Where it begins in the image; a multiple of 4096."""
+    length_bytes: _builtins.int
+    """Its size; a multiple of 4096."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        image_offset: _builtins.int = ...,
+        length_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_offset", b"image_offset", "length_bytes", b"length_bytes", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StateSection: _TypeAlias = StateSection  # noqa: Y015
 
 @_typing.final
 class StateHeader(_message.Message):
@@ -67,6 +139,9 @@ class StateHeader(_message.Message):
     BARS_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
     IMAGE_BYTES_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    SECTIONS_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
     format_version: _builtins.int
     """Version of the format; an import refuses another."""
     model: _builtins.str
@@ -75,9 +150,17 @@ class StateHeader(_message.Message):
     """The function's identity."""
     image_bytes: _builtins.int
     """Bytes of the function's memory image, a multiple of 4096."""
+    model_version: _builtins.int
+    """Version of the model: what its memory means."""
+    mode: _types_pb2.TransferMode.ValueType
+    """When the state moves: with POST_COPY, local memory doesn't come in this stream."""
     @_builtins.property
     def bars(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Bar]:
         """The function's BARs."""
+
+    @_builtins.property
+    def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___StateSection]:
+        """The sections of the image, in order. What lies in none is zero."""
 
     def __init__(
         self,
@@ -87,10 +170,13 @@ class StateHeader(_message.Message):
         bars: _abc.Iterable[_types_pb2.Bar] | None = ...,
         identity: _builtins.int = ...,
         image_bytes: _builtins.int = ...,
+        model_version: _builtins.int = ...,
+        sections: _abc.Iterable[Global___StateSection] | None = ...,
+        mode: _types_pb2.TransferMode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bars", b"bars", "format_version", b"format_version", "identity", b"identity", "image_bytes", b"image_bytes", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bars", b"bars", "format_version", b"format_version", "identity", b"identity", "image_bytes", b"image_bytes", "mode", b"mode", "model", b"model", "model_version", b"model_version", "sections", b"sections"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -98,29 +184,33 @@ Global___StateHeader: _TypeAlias = StateHeader  # noqa: Y015
 
 @_typing.final
 class StatePages(_message.Message):
-    """Consecutive bytes of the function's image."""
+    """Consecutive bytes of one section of the function's image."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     IMAGE_OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     CRC_FIELD_NUMBER: _builtins.int
+    ZERO_BYTES_FIELD_NUMBER: _builtins.int
     image_offset: _builtins.int
     """Where they lie in the image; a multiple of 4096."""
     data: _builtins.bytes
     """The bytes: a multiple of 4096, at most 1 MiB."""
     crc: _builtins.int
-    """CRC-32 of image_offset, as 8 bytes little-endian, and data."""
+    """CRC-32 of image_offset and zero_bytes, as 8 bytes little-endian each, and data."""
+    zero_bytes: _builtins.int
+    """In the place of data, in an answer to FetchState: so many bytes of zero, a multiple of 4096."""
     def __init__(
         self,
         *,
         image_offset: _builtins.int = ...,
         data: _builtins.bytes = ...,
         crc: _builtins.int = ...,
+        zero_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc", b"crc", "data", b"data", "image_offset", b"image_offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc", b"crc", "data", b"data", "image_offset", b"image_offset", "zero_bytes", b"zero_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -136,6 +226,10 @@ class RoundEnd(_message.Message):
     SENT_BYTES_FIELD_NUMBER: _builtins.int
     DIRTY_BYTES_FIELD_NUMBER: _builtins.int
     LAST_BEFORE_STOP_FIELD_NUMBER: _builtins.int
+    DIRTY_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    LAST_COPY_US_FIELD_NUMBER: _builtins.int
+    THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
+    CRC_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Number of the round, from 1."""
     sent_bytes: _builtins.int
@@ -144,6 +238,14 @@ class RoundEnd(_message.Message):
     """Bytes changed meanwhile, to be sent in a later round."""
     last_before_stop: _builtins.bool
     """Whether no further round will be sent before the stop."""
+    dirty_bytes_per_s: _builtins.int
+    """Bytes a second that changed in the round, pages counted whole."""
+    last_copy_us: _builtins.int
+    """How long the copy of dirty_bytes would take, at the rate of the rounds so far. Microseconds."""
+    throttle_percent: _builtins.int
+    """By how much the function is slowed down, in percent."""
+    crc: _builtins.int
+    """CRC-32 of the fields above, serialized."""
     def __init__(
         self,
         *,
@@ -151,10 +253,14 @@ class RoundEnd(_message.Message):
         sent_bytes: _builtins.int = ...,
         dirty_bytes: _builtins.int = ...,
         last_before_stop: _builtins.bool = ...,
+        dirty_bytes_per_s: _builtins.int = ...,
+        last_copy_us: _builtins.int = ...,
+        throttle_percent: _builtins.int = ...,
+        crc: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dirty_bytes", b"dirty_bytes", "last_before_stop", b"last_before_stop", "round", b"round", "sent_bytes", b"sent_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc", b"crc", "dirty_bytes", b"dirty_bytes", "dirty_bytes_per_s", b"dirty_bytes_per_s", "last_before_stop", b"last_before_stop", "last_copy_us", b"last_copy_us", "round", b"round", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -203,34 +309,60 @@ class StateEnd(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCES_FIELD_NUMBER: _builtins.int
-    PAGE_MESSAGES_FIELD_NUMBER: _builtins.int
-    PAGES_CRC_FIELD_NUMBER: _builtins.int
-    SEQUENCES_CRC_FIELD_NUMBER: _builtins.int
-    page_messages: _builtins.int
-    """Number of StatePages messages sent."""
-    pages_crc: _builtins.int
-    """CRC-32 over the 4-byte little-endian CRCs of all StatePages messages, in order."""
-    sequences_crc: _builtins.int
-    """CRC-32 of the sequences, serialized in order."""
+    SECTIONS_FIELD_NUMBER: _builtins.int
+    CRC_FIELD_NUMBER: _builtins.int
+    crc: _builtins.int
+    """CRC-32 of the 4-byte little-endian CRCs of all StatePages messages, in order, then of sequences and sections,
+    serialized in order.
+    """
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___DriverSequence]:
         """Sequences and kept answers of the drivers, sorted by driver."""
+
+    @_builtins.property
+    def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___SectionCheck]:
+        """What was sent of each section, in the order of the header."""
 
     def __init__(
         self,
         *,
         sequences: _abc.Iterable[Global___DriverSequence] | None = ...,
-        page_messages: _builtins.int = ...,
-        pages_crc: _builtins.int = ...,
-        sequences_crc: _builtins.int = ...,
+        sections: _abc.Iterable[Global___SectionCheck] | None = ...,
+        crc: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_messages", b"page_messages", "pages_crc", b"pages_crc", "sequences", b"sequences", "sequences_crc", b"sequences_crc"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc", b"crc", "sections", b"sections", "sequences", b"sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StateEnd: _TypeAlias = StateEnd  # noqa: Y015
+
+@_typing.final
+class SectionCheck(_message.Message):
+    """What was sent of one section."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_MESSAGES_FIELD_NUMBER: _builtins.int
+    CRC_FIELD_NUMBER: _builtins.int
+    page_messages: _builtins.int
+    """Number of StatePages messages."""
+    crc: _builtins.int
+    """CRC-32 over the 4-byte little-endian CRCs of those, in order."""
+    def __init__(
+        self,
+        *,
+        page_messages: _builtins.int = ...,
+        crc: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc", b"crc", "page_messages", b"page_messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SectionCheck: _TypeAlias = SectionCheck  # noqa: Y015
 
 @_typing.final
 class ExportStateResponse(_message.Message):
@@ -287,8 +419,9 @@ class ImportStateRequest(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     SOURCE_ADDRESS_FIELD_NUMBER: _builtins.int
     SOURCE_GENERATION_FIELD_NUMBER: _builtins.int
-    MAX_ROUNDS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
     SOURCE_INCARNATION_FIELD_NUMBER: _builtins.int
+    SOURCE_HOST_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     """The function."""
     generation: _builtins.int
@@ -297,13 +430,17 @@ class ImportStateRequest(_message.Message):
     """HOST:PORT of the source's hostd."""
     source_generation: _builtins.int
     """Generation of the source's instance."""
-    max_rounds: _builtins.int
-    """Rounds of pages at most before the stop. From 1."""
     source_incarnation: _builtins.str
     """Incarnation of the source's host: another machine at its address is refused."""
+    source_host: _builtins.str
+    """The source's host."""
     @_builtins.property
     def attempt(self) -> _types_pb2.Attempt:
         """The fence."""
+
+    @_builtins.property
+    def options(self) -> Global___CopyOptions:
+        """How it is to be copied."""
 
     def __init__(
         self,
@@ -313,12 +450,13 @@ class ImportStateRequest(_message.Message):
         generation: _builtins.int = ...,
         source_address: _builtins.str = ...,
         source_generation: _builtins.int = ...,
-        max_rounds: _builtins.int = ...,
+        options: Global___CopyOptions | None = ...,
         source_incarnation: _builtins.str = ...,
+        source_host: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "function", b"function", "generation", b"generation", "max_rounds", b"max_rounds", "source_address", b"source_address", "source_generation", b"source_generation", "source_incarnation", b"source_incarnation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "function", b"function", "generation", b"generation", "options", b"options", "source_address", b"source_address", "source_generation", b"source_generation", "source_host", b"source_host", "source_incarnation", b"source_incarnation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -335,6 +473,10 @@ class ImportStateResponse(_message.Message):
     DIRTY_BYTES_FIELD_NUMBER: _builtins.int
     READY_TO_STOP_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    DIRTY_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    LAST_COPY_US_FIELD_NUMBER: _builtins.int
+    THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
     rounds: _builtins.int
     """Rounds complete."""
     received_bytes: _builtins.int
@@ -344,7 +486,15 @@ class ImportStateResponse(_message.Message):
     ready_to_stop: _builtins.bool
     """Whether the source waits to be stopped."""
     complete: _builtins.bool
-    """Whether all state is here. Then this message is the last."""
+    """Whether all state is here (in post-copy, all but the local memory). Then this message is the last."""
+    total_bytes: _builtins.int
+    """Bytes of the function's state."""
+    dirty_bytes_per_s: _builtins.int
+    """Bytes a second that changed in the last round, pages counted whole."""
+    last_copy_us: _builtins.int
+    """How long the copy of dirty_bytes would take. Microseconds. Not 0 once a round has ended, unless nothing is dirty."""
+    throttle_percent: _builtins.int
+    """By how much the function is slowed down, in percent."""
     def __init__(
         self,
         *,
@@ -353,11 +503,141 @@ class ImportStateResponse(_message.Message):
         dirty_bytes: _builtins.int = ...,
         ready_to_stop: _builtins.bool = ...,
         complete: _builtins.bool = ...,
+        total_bytes: _builtins.int = ...,
+        dirty_bytes_per_s: _builtins.int = ...,
+        last_copy_us: _builtins.int = ...,
+        throttle_percent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "dirty_bytes", b"dirty_bytes", "ready_to_stop", b"ready_to_stop", "received_bytes", b"received_bytes", "rounds", b"rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "dirty_bytes", b"dirty_bytes", "dirty_bytes_per_s", b"dirty_bytes_per_s", "last_copy_us", b"last_copy_us", "ready_to_stop", b"ready_to_stop", "received_bytes", b"received_bytes", "rounds", b"rounds", "throttle_percent", b"throttle_percent", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ImportStateResponse: _TypeAlias = ImportStateResponse  # noqa: Y015
+
+@_typing.final
+class FetchStateRequest(_message.Message):
+    """Request of FetchState."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    IMAGE_OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_BYTES_FIELD_NUMBER: _builtins.int
+    ARRIVED_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    """The function."""
+    generation: _builtins.int
+    """Generation of the stopped instance."""
+    image_offset: _builtins.int
+    """Where the pages begin in the image; a multiple of 4096, in local memory."""
+    length_bytes: _builtins.int
+    """How many bytes; a multiple of 4096, from 4096 on, all in local memory."""
+    arrived: _builtins.bytes
+    """Which of these pages not to send: bit i, the lowest of a byte first, says that page i is there. Empty for none."""
+    bandwidth_bytes_per_s: _builtins.int
+    """Bytes a second at most; 0 for no bound."""
+    @_builtins.property
+    def attempt(self) -> _types_pb2.Attempt:
+        """The attempt that stopped the instance."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _types_pb2.Attempt | None = ...,
+        function: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        image_offset: _builtins.int = ...,
+        length_bytes: _builtins.int = ...,
+        arrived: _builtins.bytes = ...,
+        bandwidth_bytes_per_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "attempt", b"attempt", "bandwidth_bytes_per_s", b"bandwidth_bytes_per_s", "function", b"function", "generation", b"generation", "image_offset", b"image_offset", "length_bytes", b"length_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchStateRequest: _TypeAlias = FetchStateRequest  # noqa: Y015
+
+@_typing.final
+class FetchStateResponse(_message.Message):
+    """Response of FetchState."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pages(self) -> Global___StatePages:
+        """Pages asked for, by ascending offset."""
+
+    def __init__(
+        self,
+        *,
+        pages: Global___StatePages | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchStateResponse: _TypeAlias = FetchStateResponse  # noqa: Y015
+
+@_typing.final
+class WatchArrivalRequest(_message.Message):
+    """Request of WatchArrival."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    """The function."""
+    generation: _builtins.int
+    """Generation of the instance at its new home."""
+    @_builtins.property
+    def attempt(self) -> _types_pb2.Attempt:
+        """The attempt that was committed."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _types_pb2.Attempt | None = ...,
+        function: _builtins.str = ...,
+        generation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "function", b"function", "generation", b"generation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchArrivalRequest: _TypeAlias = WatchArrivalRequest  # noqa: Y015
+
+@_typing.final
+class WatchArrivalResponse(_message.Message):
+    """Response of WatchArrival."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MISSING_BYTES_FIELD_NUMBER: _builtins.int
+    missing_bytes: _builtins.int
+    """Bytes still at the source; 0 in the last message."""
+    def __init__(
+        self,
+        *,
+        missing_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing_bytes", b"missing_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchArrivalResponse: _TypeAlias = WatchArrivalResponse  # noqa: Y015

@@ -45,6 +45,16 @@ class TransferServiceStub:
                 request_serializer=vfleet_dot_v1_dot_transfer__service__pb2.ImportStateRequest.SerializeToString,
                 response_deserializer=vfleet_dot_v1_dot_transfer__service__pb2.ImportStateResponse.FromString,
                 _registered_method=True)
+        self.FetchState = channel.unary_stream(
+                '/vfleet.v1.TransferService/FetchState',
+                request_serializer=vfleet_dot_v1_dot_transfer__service__pb2.FetchStateRequest.SerializeToString,
+                response_deserializer=vfleet_dot_v1_dot_transfer__service__pb2.FetchStateResponse.FromString,
+                _registered_method=True)
+        self.WatchArrival = channel.unary_stream(
+                '/vfleet.v1.TransferService/WatchArrival',
+                request_serializer=vfleet_dot_v1_dot_transfer__service__pb2.WatchArrivalRequest.SerializeToString,
+                response_deserializer=vfleet_dot_v1_dot_transfer__service__pb2.WatchArrivalResponse.FromString,
+                _registered_method=True)
 
 
 class TransferServiceServicer:
@@ -69,6 +79,22 @@ class TransferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchState(self, request, context):
+        """FetchState streams pages of a stopped instance's local memory that its target hasn't: in post-copy, those that
+        an access waits for, and all others. Served by the source to the target, for the attempt that stopped it. Reads only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchArrival(self, request, context):
+        """WatchArrival tells how much of an instance's state is still at its source, until all is here. A consequence: the
+        caller has read COMMIT in etcd. NOT_FOUND once the function is LOST.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TransferServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -81,6 +107,16 @@ def add_TransferServiceServicer_to_server(servicer, server):
                     servicer.ImportState,
                     request_deserializer=vfleet_dot_v1_dot_transfer__service__pb2.ImportStateRequest.FromString,
                     response_serializer=vfleet_dot_v1_dot_transfer__service__pb2.ImportStateResponse.SerializeToString,
+            ),
+            'FetchState': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchState,
+                    request_deserializer=vfleet_dot_v1_dot_transfer__service__pb2.FetchStateRequest.FromString,
+                    response_serializer=vfleet_dot_v1_dot_transfer__service__pb2.FetchStateResponse.SerializeToString,
+            ),
+            'WatchArrival': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchArrival,
+                    request_deserializer=vfleet_dot_v1_dot_transfer__service__pb2.WatchArrivalRequest.FromString,
+                    response_serializer=vfleet_dot_v1_dot_transfer__service__pb2.WatchArrivalResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -138,6 +174,60 @@ class TransferService:
             '/vfleet.v1.TransferService/ImportState',
             vfleet_dot_v1_dot_transfer__service__pb2.ImportStateRequest.SerializeToString,
             vfleet_dot_v1_dot_transfer__service__pb2.ImportStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vfleet.v1.TransferService/FetchState',
+            vfleet_dot_v1_dot_transfer__service__pb2.FetchStateRequest.SerializeToString,
+            vfleet_dot_v1_dot_transfer__service__pb2.FetchStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchArrival(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vfleet.v1.TransferService/WatchArrival',
+            vfleet_dot_v1_dot_transfer__service__pb2.WatchArrivalRequest.SerializeToString,
+            vfleet_dot_v1_dot_transfer__service__pb2.WatchArrivalResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,14 @@ class TransferServiceStub:
     reports each round; its last message has complete set, and then all state is here. A broken or damaged import ends
     with an error (DATA_LOSS, BAD_STATE) and leaves the instance incomplete; the next one begins anew.
     """
+    FetchState: _grpc.UnaryStreamMultiCallable[_transfer_service_pb2.FetchStateRequest, _transfer_service_pb2.FetchStateResponse]
+    """FetchState streams pages of a stopped instance's local memory that its target hasn't: in post-copy, those that
+    an access waits for, and all others. Served by the source to the target, for the attempt that stopped it. Reads only.
+    """
+    WatchArrival: _grpc.UnaryStreamMultiCallable[_transfer_service_pb2.WatchArrivalRequest, _transfer_service_pb2.WatchArrivalResponse]
+    """WatchArrival tells how much of an instance's state is still at its source, until all is here. A consequence: the
+    caller has read COMMIT in etcd. NOT_FOUND once the function is LOST.
+    """
 
 @_typing.type_check_only
 class TransferServiceAsyncStub(TransferServiceStub):
@@ -58,6 +66,14 @@ class TransferServiceAsyncStub(TransferServiceStub):
     """ImportState tells the target to pull the state of an instance that CreateFunction made. Preparatory. The stream
     reports each round; its last message has complete set, and then all state is here. A broken or damaged import ends
     with an error (DATA_LOSS, BAD_STATE) and leaves the instance incomplete; the next one begins anew.
+    """
+    FetchState: _aio.UnaryStreamMultiCallable[_transfer_service_pb2.FetchStateRequest, _transfer_service_pb2.FetchStateResponse]  # type: ignore[assignment]
+    """FetchState streams pages of a stopped instance's local memory that its target hasn't: in post-copy, those that
+    an access waits for, and all others. Served by the source to the target, for the attempt that stopped it. Reads only.
+    """
+    WatchArrival: _aio.UnaryStreamMultiCallable[_transfer_service_pb2.WatchArrivalRequest, _transfer_service_pb2.WatchArrivalResponse]  # type: ignore[assignment]
+    """WatchArrival tells how much of an instance's state is still at its source, until all is here. A consequence: the
+    caller has read COMMIT in etcd. NOT_FOUND once the function is LOST.
     """
 
 class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -83,6 +99,26 @@ class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
         """ImportState tells the target to pull the state of an instance that CreateFunction made. Preparatory. The stream
         reports each round; its last message has complete set, and then all state is here. A broken or damaged import ends
         with an error (DATA_LOSS, BAD_STATE) and leaves the instance incomplete; the next one begins anew.
+        """
+
+    @_abc_1.abstractmethod
+    def FetchState(
+        self,
+        request: _transfer_service_pb2.FetchStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_transfer_service_pb2.FetchStateResponse], _abc.AsyncIterator[_transfer_service_pb2.FetchStateResponse]]:
+        """FetchState streams pages of a stopped instance's local memory that its target hasn't: in post-copy, those that
+        an access waits for, and all others. Served by the source to the target, for the attempt that stopped it. Reads only.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchArrival(
+        self,
+        request: _transfer_service_pb2.WatchArrivalRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_transfer_service_pb2.WatchArrivalResponse], _abc.AsyncIterator[_transfer_service_pb2.WatchArrivalResponse]]:
+        """WatchArrival tells how much of an instance's state is still at its source, until all is here. A consequence: the
+        caller has read COMMIT in etcd. NOT_FOUND once the function is LOST.
         """
 
 def add_TransferServiceServicer_to_server(servicer: TransferServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -57,6 +57,34 @@ DEVICE_STATE_ERROR: DeviceState.ValueType  # 6
 """The function's state is unusable until it is reset."""
 Global___DeviceState: _TypeAlias = DeviceState  # noqa: Y015
 
+class _TransferMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TransferModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TransferMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRANSFER_MODE_UNSPECIFIED: _TransferMode.ValueType  # 0
+    """Not set: as PRE_COPY."""
+    TRANSFER_MODE_PRE_COPY: _TransferMode.ValueType  # 1
+    """All of it before COMMIT: in rounds while the function runs, the last difference while it is stopped."""
+    TRANSFER_MODE_POST_COPY: _TransferMode.ValueType  # 2
+    """Before COMMIT all but the local memory; that follows while the function runs at its new home already. The shortest
+    blackout, whatever the size; but if the source's machine dies before all has arrived, the function is LOST.
+    """
+
+class TransferMode(_TransferMode, metaclass=_TransferModeEnumTypeWrapper):
+    """When a function's state moves."""
+
+TRANSFER_MODE_UNSPECIFIED: TransferMode.ValueType  # 0
+"""Not set: as PRE_COPY."""
+TRANSFER_MODE_PRE_COPY: TransferMode.ValueType  # 1
+"""All of it before COMMIT: in rounds while the function runs, the last difference while it is stopped."""
+TRANSFER_MODE_POST_COPY: TransferMode.ValueType  # 2
+"""Before COMMIT all but the local memory; that follows while the function runs at its new home already. The shortest
+blackout, whatever the size; but if the source's machine dies before all has arrived, the function is LOST.
+"""
+Global___TransferMode: _TypeAlias = TransferMode  # noqa: Y015
+
 class _Decision:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015

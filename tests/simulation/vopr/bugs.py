@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+from simulation.vopr.bugs_post_copy import POST_COPY_BUGS, Patch
+
 from coordinator import migration, transaction
 from coordinator import service as coordinator_service
 from coordinator.migration import Run
@@ -29,8 +31,6 @@ from vfleet.etcd.store import Compare, Delete, Transaction
 from vfleet.v1.host_records_pb2 import Fence
 from vfleet.v1.records_pb2 import Phase
 from vfleet.v1.types_pb2 import DECISION_ABORTED, DEVICE_STATE_STOP_COPY
-
-Patch = tuple[object, str, Any]
 
 BUGS: dict[str, Callable[[], list[Patch]]] = {}
 FOUND_AT: dict[str, int] = {}
@@ -278,7 +278,7 @@ def nothing_zeroed() -> list[Patch]:
 @_bug(found_at=10)
 def dirty_pages_forgotten() -> list[Patch]:
     rest = Export.rest
-    return [(Export, "rest", lambda self, pages, *, skip_zero: rest(self, pages if skip_zero else (), skip_zero=True))]
+    return [(Export, "rest", lambda self, dirty: rest(self, set()))]
 
 
 @_bug(found_at=2)
@@ -393,3 +393,7 @@ def table_changes_in_parts() -> list[Patch]:
                 self._forget_and_replace([(entry.driver, entry.function)])
 
     return [(Drivers, "_put_entries", first_only)]
+
+
+for make, seed in POST_COPY_BUGS.items():
+    _bug(found_at=seed)(make)

@@ -7,6 +7,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from vfleet import failpoint
+from vfleet.v1.records_pb2 import Phase
 
 if TYPE_CHECKING:
     from simulation.vopr.processes import Process
@@ -89,6 +90,7 @@ async def do_faults(world: "World") -> None:
     for names, counts, actions in (
         (_DECIDING, (0, 1, 2), tuple(ACTIONS)),
         (_COMMITTED, (0, 1, 1), ("die", "die all", "stop")),
+        (["hostd.prove.after"], (0, 0, 0, 1), ("its source reboots",)),
         ([name for name in sorted(failpoint.NAMES) if name.startswith("coordinator.")], (0, 0, 2), ("die", "stop")),
         ([name for name in sorted(failpoint.NAMES) if name.startswith("hostd.")], (0, 1, 2), ("die", "stop", "reboot")),
     ):
@@ -199,6 +201,14 @@ def _reboot(world: "World", process: "Process") -> None:
         world.reboot(world.hosts[process.name])
 
 
+def _its_source_reboots(world: "World", process: "Process") -> None:
+    """Start the machines anew that have the rest of what runs here now: what has not arrived is lost."""
+    for record, _ in world.history.migrations.values():
+        for move in record.moves if record.phase == Phase.PHASE_COMMITTED else ():
+            if move.target.host == process.name != move.source.host:
+                world.reboot(world.hosts[move.source.host])
+
+
 def _freeze_while_cancelled(world: "World", process: "Process") -> None:
     world.stop(process, world.random.uniform(0.5, 2.0))
     world.cancel_all()
@@ -219,6 +229,7 @@ ACTIONS: Mapping[str, Callable[["World", "Process"], None]] = {
     "die all": _die_all,
     "stop": _freeze,
     "reboot": _reboot,
+    "its source reboots": _its_source_reboots,
     "stop while cancelled": _freeze_while_cancelled,
     "stop while a host dies": _freeze_while_a_host_dies,
     "stop while a host reboots": _freeze_while_a_host_reboots,

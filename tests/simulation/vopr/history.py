@@ -22,11 +22,13 @@ from vfleet.names import host_of
 from vfleet.v1.records_pb2 import (
     FUNCTION_STATUS_ACTIVE,
     FUNCTION_STATUS_DELETING,
+    FUNCTION_STATUS_LOST,
     Function,
     Migration,
     Phase,
     Slot,
 )
+from vfleet.v1.types_pb2 import TRANSFER_MODE_POST_COPY
 
 if TYPE_CHECKING:
     from simulation.vopr.world import World
@@ -129,6 +131,7 @@ class History:
                 if event.value is None:
                     self.functions.pop(name, None)
                 else:
+                    self._check_lost(Function.FromString(event.value))
                     self.functions[name] = Function.FromString(event.value)
                     if self.forgotten is not None and self.functions[name].generation > self._generation(name):
                         self.forgotten[name] = self.functions[name]
@@ -145,6 +148,25 @@ class History:
             self._check_slots()
             if moved:
                 self._check_tables()
+
+    def _check_lost(self, function: Function) -> None:
+        """See to it that nothing but a machine's end loses a function: its home's, or in post-copy its source's."""
+        before = self.functions.get(function.name)
+        if function.status != FUNCTION_STATUS_LOST or before is None or before.status == FUNCTION_STATUS_LOST:
+            return
+        sources = {
+            move.source.host: record
+            for record, _ in self.migrations.values()
+            for move in record.moves
+            if move.function == function.name and move.target.generation == function.generation
+        }
+        for source, record in sources.items():
+            is_waited_for = record.phase == Phase.PHASE_COMMITTED and record.mode == TRANSFER_MODE_POST_COPY
+            if is_waited_for and self._world.was_power_cycled(source, function.name):
+                self.hits["lost with its source"] += 1
+                return
+        if not self._world.has_lost(host_of(function.device), function.incarnation):
+            self.violate(8, f"{function.name} is LOST at {function.device}, and no machine died that had its state")
 
     def _generation(self, name: str) -> int:
         """Return the generation that a function had before etcd was lost."""

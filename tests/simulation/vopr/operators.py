@@ -22,6 +22,7 @@ from vfleet.v1.migration_service_pb2 import (
 )
 from vfleet.v1.migration_service_pb2_grpc import MigrationServiceStub
 from vfleet.v1.records_pb2 import Phase
+from vfleet.v1.types_pb2 import TransferMode
 
 if TYPE_CHECKING:
     from simulation.vopr.world import World
@@ -122,6 +123,10 @@ class Operator:
                 prepare_timeout_ms=random.choice((2_000, 10_000)),
                 hold_timeout_ms=world.chaos.hold_timeout_ms,
                 acknowledge_timeout_ms=50,
+                mode=random.choice((TransferMode.TRANSFER_MODE_PRE_COPY, TransferMode.TRANSFER_MODE_POST_COPY)),
+                max_rounds=random.choice((0, 2)),
+                downtime_limit_ms=random.choice((0, 0, 0, 0, 0, 0, 0, 200)),
+                bandwidth_mib_per_s=random.choice((0, 0, 1)),
             ),
         )
         try:

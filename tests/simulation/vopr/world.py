@@ -190,6 +190,10 @@ class World:
         """Whether a machine was switched off and on since the last migration of a function began."""
         return self._power_cycles.get(host, -1.0) >= self.history.begun_s.get(function, 0.0)
 
+    def has_lost(self, host: str, incarnation: str) -> bool:
+        """Whether a machine was started anew since it had this incarnation."""
+        return self.hosts[host].incarnation != incarnation
+
     def revive(self, process: Process) -> None:
         """Start a process that is down."""
         if not process.is_up:

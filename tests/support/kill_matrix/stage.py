@@ -36,6 +36,7 @@ from vfleet.etcd.server import find_binary
 from vfleet.local import Daemon
 from vfleet.v1.migration_service_pb2 import MigrationOptions
 from vfleet.v1.records_pb2 import Phase
+from vfleet.v1.types_pb2 import TransferMode
 
 HOLD_TIMEOUT_MS = 1_000
 PREPARE_TIMEOUT_MS = 10_000
@@ -186,7 +187,12 @@ class Scene:
 
     async def _begin(self) -> None:
         """Ask for the migration, by the first coordinator if it answers."""
-        options = MigrationOptions(hold_timeout_ms=HOLD_TIMEOUT_MS, prepare_timeout_ms=PREPARE_TIMEOUT_MS)
+        is_post_copy = self.cell.course is Course.POST_COPY
+        options = MigrationOptions(
+            hold_timeout_ms=HOLD_TIMEOUT_MS,
+            prepare_timeout_ms=PREPARE_TIMEOUT_MS,
+            mode=TransferMode.TRANSFER_MODE_POST_COPY if is_post_copy else TransferMode.TRANSFER_MODE_PRE_COPY,
+        )
         moves = [move_request("vf1", f"{self.target}/nic0")]
         async with FleetClient(self.stage.cluster.local.coordinator_addresses, patience_s=CELL_TIMEOUT_S) as client:
             await when_possible(lambda: client.create_migration(moves, name=self.name, options=options))

@@ -1,0 +1,113 @@
+"""What of a function's local memory has arrived at its new home, page by page, while it runs there (post-copy).
+
+    missing --asked for, or pushed--> its bytes are stored --> its byte in the image's `arrived` is set --> there
+
+Only then may an access, or work, touch the page; and what comes for it later is dropped, since the function may have
+written to it. A daemon that is killed in between finds the page missing, and gets it again.
+"""
+
+import asyncio
+from collections.abc import Iterable
+
+from hostd.image import FunctionImage
+from vfleet.address import PAGE_BYTES
+
+Range = tuple[int, int]
+"""An offset in the function's image, and how many bytes."""
+
+FETCH_PAGES = 16  # fetched together: what is next to a page is likely to be touched next
+
+_ALL = b"\x01"
+
+
+class Arrival:
+    """The pages of `local_memory` that are there, and those that somebody waits for."""
+
+    def __init__(self, image: FunctionImage, local_memory: range) -> None:
+        self._image = image
+        self._pages = range(local_memory.start // PAGE_BYTES, local_memory.stop // PAGE_BYTES)
+        self._bytes = local_memory
+        self._missing = bytes(image.arrived[self._pages.start : self._pages.stop]).count(0)
+        self._news = asyncio.Event()
+        self.is_over = False
+        self.wanted: set[int] = set()
+        self.asked = asyncio.Event()
+
+    @property
+    def pages(self) -> range:
+        """The pages of local memory."""
+        return self._pages
+
+    @property
+    def missing_pages(self) -> int:
+        """How many pages are not there."""
+        return self._missing
+
+    def is_missing(self, ranges: Iterable[Range]) -> bool:
+        """Return whether a page of these bytes isn't there."""
+        arrived = self._image.arrived
+        return any(not arrived[page] for page in self._touched(ranges))
+
+    async def arrived(self, ranges: Iterable[Range]) -> None:
+        """Ask for what is missing of these bytes, and wait until it is there, or will not come (`is_over`)."""
+        asked_for = list(ranges)
+        while not self.is_over and self.ask(asked_for):
+            await self._news.wait()
+
+    def ask(self, ranges: Iterable[Range]) -> bool:
+        """Ask for what is missing of these bytes; return whether anything is."""
+        arrived = self._image.arrived
+        blocks = {page // FETCH_PAGES for page in self._touched(ranges) if not arrived[page]}
+        if not blocks <= self.wanted:
+            self.wanted |= blocks
+            self.asked.set()
+        return bool(blocks)
+
+    def take(self, first: int, data: bytes, zero_pages: int = 0) -> None:
+        """Take pages of the local memory from the source, from page `first` on: their bytes, or so many of zero."""
+        count = zero_pages or len(data) // PAGE_BYTES
+        there = self._image.arrived[first : first + count]
+        if not any(there):
+            if data:
+                self._image.store([(first * PAGE_BYTES, data)])
+            there[:] = _ALL * count
+            self._missing -= count
+        else:
+            for page in (page for page in range(count) if not there[page]):
+                if data:
+                    start = page * PAGE_BYTES
+                    self._image.store([((first + page) * PAGE_BYTES, data[start : start + PAGE_BYTES])])
+                there[page] = 1
+                self._missing -= 1
+        self._tell()
+
+    def need_nothing(self) -> None:
+        """Take no more from the source: the function has forgotten what was there."""
+        self._image.arrived[self._pages.start : self._pages.stop] = _ALL * len(self._pages)
+        self._missing = 0
+        self._tell()
+
+    def end(self) -> None:
+        """Let everybody go who waits."""
+        self.is_over = True
+        self._tell()
+
+    def as_bits(self) -> bytes:
+        """Return which pages are there: a bit for each, the lowest of a byte first."""
+        arrived = self._image.arrived[self._pages.start : self._pages.stop]
+        bits = "".join("1" if there else "0" for there in reversed(arrived))
+        return int(bits or "0", 2).to_bytes(-(-len(arrived) // 8), "little")
+
+    async def news(self) -> None:
+        """Wait until something has arrived, or it is over."""
+        await self._news.wait()
+
+    def _touched(self, ranges: Iterable[Range]) -> Iterable[int]:
+        for offset, length in ranges:
+            start, end = max(offset, self._bytes.start), min(offset + length, self._bytes.stop)
+            if start < end:
+                yield from range(start // PAGE_BYTES, (end - 1) // PAGE_BYTES + 1)
+
+    def _tell(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
