@@ -137,7 +137,7 @@ class Instance:
         return status, answer
 
     def grant(self, sequencer: Sequencer, base: int, span: int) -> Grant | None:
-        """Give a driver that sees the window at `base` leave to access its plain memory directly, if nothing can wait."""
+        """Give a driver that sees the window at `base` leave to access its plain memory directly, where nothing waits."""
         if not self.is_serving or self.is_gated:
             return None
         return self.image.grant(sequencer, base, span, self.model.plain_memory)
