@@ -29,6 +29,7 @@ from vfleet.v1.access_pb2 import Access, AccessKind
 from vfleet.v1.fabric_service_pb2 import (
     REFUSAL_NOT_YET,
     REFUSAL_UNSPECIFIED,
+    DmaWindow,
     ExchangeRequest,
     ExchangeResponse,
     ForgetDriverRequest,
@@ -76,8 +77,10 @@ class Reach:
 class AccessQueue:
     """The queue. Its entry is the one of the driver's present table; `follow` tells it of every change."""
 
-    def __init__(self, driver: str, entry: Entry, reach: Reach) -> None:
+    def __init__(self, driver: str, entry: Entry, reach: Reach, dma: DmaWindow | None = None) -> None:
+        """Take the window that the function's DMA may go to, if there is one; it is told before the first access."""
         self._driver = driver
+        self._dma = dma
         self._entry = entry
         self._segment = _segment_of(entry)
         self._reach = reach
@@ -90,6 +93,7 @@ class AccessQueue:
         self._home: tuple[Instance, Sequencer] | None = None
         self._grant: Grant | None = None
         self._repair: asyncio.Task[None] | None = None
+        self._proof: asyncio.Task[None] | None = None
         self._delays = self._new_delays()
         self._synchronized = asyncio.Event()
         self._closed: VfleetError | None = None
@@ -173,25 +177,35 @@ class AccessQueue:
     def follow(self, entry: Entry) -> None:
         """Go by another entry: after the lift, what has no answer is sent again, to the home that it names."""
         self._revoke()
+        is_moved = entry.generation != self._entry.generation
         self._entry = entry
         self._segment = _segment_of(entry)
         self._home = None
         self._sent = 0
         self._delays = self._new_delays()
+        if self._proof is not None and is_moved:
+            self._proof.cancel()
+            self._proof = None
         if self._repair is not None:
             self._repair.cancel()
             self._repair = None
-        if self._next_sequence:
-            self._pump()
-        else:
+        if not self._next_sequence:
             self._start_repair()
+            return
+        self._pump()
+        if is_moved and self._dma is not None and not self._closed:
+            self._proof = asyncio.create_task(self._run_proof(), name=f"prove {self._entry.function}")
 
     def detach(self, error: VfleetError) -> None:
         """End the queue, and let the function forget the driver. What has no answer fails with `error`."""
         self.close(error)
         entry, reach = self._entry, self._reach
         request = ForgetDriverRequest(
-            driver=self._driver, function=entry.function, generation=entry.generation, session=reach.session
+            driver=self._driver,
+            function=entry.function,
+            generation=entry.generation,
+            session=reach.session,
+            attachment=self._dma.attachment if self._dma is not None else None,
         )
         if self._segment == reach.segment:
             forget_driver(reach.functions, request)
@@ -203,8 +217,9 @@ class AccessQueue:
         self._revoke()
         self._closed = error
         self._synchronized.set()
-        if self._repair is not None:
-            self._repair.cancel()
+        for task in (self._repair, self._proof):
+            if task is not None:
+                task.cancel()
         if self._link is not None:
             self._link.leave(self._driver, self._entry.function)
         for access in (*self._accesses, *self._repeats.values()):
@@ -443,12 +458,24 @@ class AccessQueue:
         self._sent = 0
         self._pump()
 
+    async def _run_proof(self) -> None:
+        """Let the new home know that it is one: a bus master has work also when its driver has no access to make."""
+        delays = self._new_delays()
+        while True:
+            try:
+                await self._ask_sequence()
+            except VfleetError:
+                await self._reach.clock.sleep(next(delays))
+            else:
+                return
+
     async def _ask_sequence(self) -> int:
         request = GetSequenceRequest(
             driver=self._driver,
             function=self._entry.function,
             generation=self._entry.generation,
             session=self._reach.session,
+            dma=self._dma,
         )
         if self._segment == self._reach.segment:
             return last_sequence(self._reach.functions, request)

@@ -1,14 +1,17 @@
 """A function's image: everything of it that lasts, in one mapped file.
 
-    +--------+--------------+-------------------+-----------------------------------------+--------------+
-    | redo   | that of      | sequencers, one a | memory: the BARs as they lie in the     | arrived: a   |
-    | record | plain writes | driver            | function's window, then the model's own | byte a page  |
-    +--------+--------------+-------------------+-----------------------------------------+--------------+
+    +--------+--------------+-------------------+----------------------------------------+--------------+
+    | redo   | that of      | sequencers, one a | memory: the BARs as they lie in the    | arrived: a   |
+    | record | plain writes | driver            | function's window, then the model's    | byte a page  |
+    |        |              |                   | own, then, of a bus master, the        |              |
+    |        |              |                   | engine's part                          |              |
+    +--------+--------------+-------------------+----------------------------------------+--------------+
 
 An access's effect and its sequence become durable together: the redo record (what is stored where, and the answer) is
 written first, then the effect, and the sequence last. A daemon that is killed anywhere in between and comes back does
-the rest; a record that was torn fails its checksum, and then the access has had no effect and will be sent again.
-Plain writes, which need no model, have a record of their own (hostd/direct.py).
+the rest; a record that was torn fails its checksum, and then the access has had no effect and will be sent again. A
+step of the engine is the same with another number: the first word of the engine's part counts the steps. Plain writes,
+which need no model, have a record of their own (hostd/direct.py).
 
 `arrived` counts only while the state is still coming after the lift (post-copy): a page's byte is set after its bytes.
 """
@@ -30,6 +33,8 @@ _REDO_BYTES = PLAIN_REDO_START
 _REDO_HEAD = struct.Struct("<IIQIIII")  # CRC-32, bytes after it, sequence, sequencer, status, answer bytes, stores
 _STORE_HEAD = struct.Struct("<QI")  # offset in memory, bytes
 _NO_REDO = (1 << 64) - 1  # as the record's first word: longer than any can be
+_ENGINE = MAX_DRIVERS  # in the place of a sequencer's index
+MAX_STEP_BYTES = _REDO_BYTES - _REDO_HEAD.size  # of a step's stores, with 12 for each and 24 for each thing sent
 
 _NAME_BYTES = 64
 _ANSWERS_OFFSET = PAGE_BYTES
@@ -158,8 +163,10 @@ class Sequencer:
 class FunctionImage:
     """The image in its mapped file. Opening one finishes what a killed daemon had begun."""
 
-    def __init__(self, mapped: mmap.mmap) -> None:
+    def __init__(self, mapped: mmap.mmap, engine_start: int | None = None) -> None:
+        """Take the file; `engine_start` is where in memory a bus master's engine has its part, a multiple of 8."""
         self._mapped = mapped
+        self.engine_start = engine_start
         self.bytes = memoryview(mapped)
         self.words = self.bytes.cast("Q")
         # A page of `arrived` is for so many pages of memory as it has bytes.
@@ -243,6 +250,35 @@ class FunctionImage:
         for sequencer in self._sequencers:
             sequencer.revoke()
 
+    def step(self, stores: Sequence[Store]) -> None:
+        """Make a step of the engine durable, all of its stores together.
+
+        Raise LIMIT_EXCEEDED if they don't fit into the redo record; nothing has changed then.
+        """
+        assert self.engine_start is not None  # noqa: S101  # only a bus master has steps
+        body = b"".join(part for offset, data in stores for part in (_STORE_HEAD.pack(offset, len(data)), data))
+        if len(body) > MAX_STEP_BYTES:
+            raise VfleetError(
+                Reason.LIMIT_EXCEEDED,
+                f"a step of the device stores {len(body)} bytes, heads included; expected at most {MAX_STEP_BYTES}",
+            )
+        number = self.word(self.engine_start) + 1
+        record = _REDO_HEAD.pack(0, len(body), number, _ENGINE, 0, 0, len(stores))[4:] + body
+        self.bytes[: len(record) + 4] = zlib.crc32(record).to_bytes(4, "little") + record
+        self.store(stores)
+        self.put_word(self.engine_start, number)
+
+    def word(self, offset: int) -> int:
+        """Return the 64-bit word at an offset in memory, a multiple of 8."""
+        value: int = self.words[(_MEMORY_OFFSET + offset) // 8]
+        return value
+
+    def put_word(self, offset: int, value: int) -> None:
+        """Store a 64-bit word at an offset in memory, a multiple of 8: by one machine store, never seen half done."""
+        self.words[(_MEMORY_OFFSET + offset) // 8] = value
+        if self._dirty is not None:
+            self._dirty.add(offset // PAGE_BYTES)
+
     def clear(self) -> None:
         """Zero the memory and forget all drivers; nothing has arrived."""
         # The redo records go first: what they say must not come back over what is put there next.
@@ -284,19 +320,24 @@ class FunctionImage:
         if found is None:
             return
         sequencer, sequence, status, data, stores = found
-        if sequencer.driver and sequence == sequencer.last + 1:
+        if sequencer is None:
+            if self.engine_start is not None and sequence == self.word(self.engine_start) + 1:
+                self.store(stores)
+                self.put_word(self.engine_start, sequence)
+        elif sequencer.driver and sequence == sequencer.last + 1:
             self.store(stores)
             sequencer.advance(sequence, status, data)
 
-    def _redo_record(self) -> tuple[Sequencer, int, AccessStatus.ValueType, bytes, list[Store]] | None:
+    def _redo_record(self) -> tuple[Sequencer | None, int, AccessStatus.ValueType, bytes, list[Store]] | None:
         crc, length, sequence, index, status, data_bytes, count = _REDO_HEAD.unpack_from(self.bytes)
         end = _REDO_HEAD.size + length
-        if end > _REDO_BYTES or index >= MAX_DRIVERS or zlib.crc32(self.bytes[4:end]) != crc:
+        if end > _REDO_BYTES or index > _ENGINE or zlib.crc32(self.bytes[4:end]) != crc:
             return None
         data_end = _REDO_HEAD.size + data_bytes
         data = bytes(self.bytes[_REDO_HEAD.size : data_end])
         stores = list(self._redo_stores(data_end, count))
-        return self._sequencers[index], sequence, AccessStatus.ValueType(status), data, stores
+        sequencer = self._sequencers[index] if index != _ENGINE else None
+        return sequencer, sequence, AccessStatus.ValueType(status), data, stores
 
     def _redo_stores(self, position: int, count: int) -> Iterator[Store]:
         for _ in range(count):

@@ -5,13 +5,14 @@ this room knows nothing of that.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from hostd.arrival import Arrival, Range
-from hostd.device_state import next_state, path, serves
+from hostd.device_state import AFTER_FAULT, AFTER_RESET, next_state, path, serves
 from hostd.direct import Grant
+from hostd.engine_part import EnginePart
 from hostd.image import FunctionImage, Sequencer
-from hostd.models.base import DeviceModel
+from hostd.models.base import DeviceModel, Section
 from hostd.rounds import Throttle
 from vfleet.address import window_offset
 from vfleet.v1.access_pb2 import (
@@ -38,13 +39,18 @@ class SequenceGapError(Exception):
 
 
 class Instance:
-    """A function in one slot. `record` is what the ledger knows of it; `changed` is set at every change of state."""
+    """A function in one slot. `record` is what the ledger knows of it; `changed` is set at every change of state.
+
+    Of a bus master, `master` is the engine's part of the image, and `kicked` is set whenever there may be work.
+    """
 
     def __init__(self, record: InstanceRecord, model: DeviceModel, image: FunctionImage) -> None:
         self.record = record
         self.model = model
         self.image = image
         self.changed = asyncio.Event()
+        self.kicked = asyncio.Event()
+        self.master = EnginePart(image, image.engine_start) if image.engine_start is not None else None
         self.unsupported_requests = 0
         self.is_importing = False
         self.is_post_copied = False
@@ -73,15 +79,21 @@ class Instance:
         """Whether it is, or was, the function's home at its generation, by the proof of an access or by etcd's word."""
         return self.about.state not in (DeviceState.DEVICE_STATE_RESUMING, DeviceState.DEVICE_STATE_STOP)
 
+    @property
+    def sections(self) -> Sequence[Section]:
+        """What the image consists of: the model's sections and, of a bus master, the engine's."""
+        return (*self.model.sections, self.master.section) if self.master is not None else self.model.sections
+
     def go_to(self, wanted: DeviceState.ValueType) -> None:
         """Walk VFIO's arcs to a state. Raise ILLEGAL_STATE if there is no way."""
         state = self.state
         for step in path(state, wanted):
             state = next_state(state, step)
-        self.record.instance.state = state
-        self.image.revoke()
-        self.changed.set()
-        self.changed = asyncio.Event()
+        self._enter(state)
+
+    def fail(self) -> None:
+        """Take a device fault: nothing is served until a reset."""
+        self._enter(AFTER_FAULT)
 
     @property
     def is_gated(self) -> bool:
@@ -102,15 +114,23 @@ class Instance:
             await self.arrival.arrived(ranges)
 
     def reset(self) -> None:
-        """Do what a function-level reset does: zero the memory and set the registers; drivers' sequences go on."""
-        memory = self.image.memory
-        for start in range(0, len(memory), 1 << 20):
-            end = min(start + (1 << 20), len(memory))
+        """Do what a function-level reset does: zero the memory and set the registers.
+
+        Drivers' sequences go on, and so do those of a bus master; what it had sent, and nobody has taken, is cancelled.
+        """
+        size = self.master.section.start if self.master is not None else len(self.image.memory)
+        for start in range(0, size, 1 << 20):
+            end = min(start + (1 << 20), size)
             self.image.store([(start, bytes(end - start))])
+        if self.master is not None:
+            self.master.writes.cancel()
         self.image.store(self.model.reset())
         if self.arrival is not None:
             # What comes now is of before the reset.
             self.arrival.need_nothing()
+        if self.state == AFTER_FAULT:
+            self._enter(AFTER_RESET)
+        self.kicked.set()
 
     def access(
         self, sequencer: Sequencer, sequence: int, kind: AccessKind.ValueType, address: int, length: int, data: bytes
@@ -134,10 +154,12 @@ class Instance:
             self.unsupported_requests += 1
             stores, status = (), ACCESS_STATUS_UNSUPPORTED_REQUEST
         self.image.apply(sequencer, sequence, status, answer, stores)
+        if stores:
+            self.kicked.set()
         return status, answer
 
     def grant(self, sequencer: Sequencer, base: int, span: int) -> Grant | None:
-        """Give a driver that sees the window at `base` leave to access its plain memory directly, where nothing waits."""
+        """Give a driver that sees the window at `base` leave to access its plain memory directly, or don't."""
         if not self.is_serving or self.is_gated:
             return None
         return self.image.grant(sequencer, base, span, self.model.plain_memory)
@@ -148,12 +170,22 @@ class Instance:
         shown.CopyFrom(self.about)
         for sequencer in self.image.sequencers():
             shown.last_sequences[sequencer.driver] = sequencer.last
+        if self.master is not None:
+            shown.dma_faults = self.master.faults
         return shown
 
     def close(self) -> None:
         """Unmap the image; who waits for a change of state is told."""
         self.is_closed = True
         self.changed.set()
+        self.kicked.set()
         if self.arrival is not None:
             self.arrival.end()
         self.image.close()
+
+    def _enter(self, state: DeviceState.ValueType) -> None:
+        self.record.instance.state = state
+        self.image.revoke()
+        self.changed.set()
+        self.changed = asyncio.Event()
+        self.kicked.set()

@@ -63,7 +63,7 @@ def moving_pages(instance: Instance, mode: TransferMode.ValueType) -> list[range
     """Return the pages that move before COMMIT, in ascending order: all, or in post-copy all but the local memory."""
     local = local_pages(instance) if mode == TRANSFER_MODE_POST_COPY else range(0)
     pages = []
-    for section in instance.model.sections:
+    for section in instance.sections:
         own = range(section.start // PAGE_BYTES, (section.start + section.length) // PAGE_BYTES)
         if not local or own.stop <= local.start or own.start >= local.stop:
             pages.append(own)
@@ -82,7 +82,7 @@ class Writer:
     def __init__(self, instance: Instance, mode: TransferMode.ValueType) -> None:
         self._instance = instance
         self._mode = mode
-        self._checks = [SectionCheck() for _ in instance.model.sections]
+        self._checks = [SectionCheck() for _ in instance.sections]
         self._order_crc = 0
 
     def header(self) -> ExportStateResponse:
@@ -96,7 +96,7 @@ class Writer:
                 bars=about.bars,
                 identity=about.identity,
                 image_bytes=len(self._instance.image.memory),
-                sections=_shown(model.sections),
+                sections=_shown(self._instance.sections),
                 mode=self._mode,
             )
         )
@@ -104,7 +104,7 @@ class Writer:
     def pages(self, pages: Iterable[int], *, skip_zero: bool = False) -> Iterator[ExportStateResponse | None]:
         """Yield the pages given, in ascending order, as they are when their part is made; None for zeros left out."""
         memory = self._instance.image.memory
-        for index, first, count in runs(self._instance.model.sections, pages):
+        for index, first, count in runs(self._instance.sections, pages):
             check_exists(self._instance)
             offset = first * PAGE_BYTES
             data = bytes(memory[offset : offset + count * PAGE_BYTES])
@@ -138,7 +138,7 @@ class Receiver:
     def __init__(self, instance: Instance, mode: TransferMode.ValueType) -> None:
         self._instance = instance
         self._mode = mode
-        self._sections = instance.model.sections
+        self._sections = instance.sections
         self._checks = [SectionCheck() for _ in self._sections]
         self._order_crc = 0
         self._rounds = 0
@@ -177,7 +177,7 @@ class Receiver:
             ("BARs", _texts(header.bars), _texts(about.bars)),
             ("identity", header.identity, about.identity),
             ("image bytes", header.image_bytes, len(self._instance.image.memory)),
-            ("sections", _texts(header.sections), _texts(_shown(model.sections))),
+            ("sections", _texts(header.sections), _texts(_shown(self._instance.sections))),
             ("mode", header.mode, self._mode),
         ):
             if came != expected:

@@ -250,6 +250,75 @@ def test_the_last_store_of_a_forgotten_driver_is_never_anothers(image: FunctionI
     again.close()
 
 
+# Steps of an engine
+
+ENGINE = 4096
+
+
+def with_engine(content: bytes = b"") -> FunctionImage:
+    return new_image(content, engine_start=ENGINE)
+
+
+STEPS: list[Sequence[Store]] = [
+    [(0, b"\x11" * 8)],
+    [(100, b"\x22" * 3000), (5000, b"\x33" * 24), (104, b"\x44" * 8)],
+    [],
+]
+
+
+@pytest.mark.parametrize("stores", STEPS)
+def test_a_kill_at_any_instruction_leaves_a_step_done_or_not_begun(stores: Sequence[Store]):
+    image, random = with_engine(), Random(2)
+    apply(image, "d1", write(0, b"access"))
+    image.step([(4200, b"before"), (0, b"\xaa" * 16)])
+    before = bytes(image.memory)
+    steps = snapshots_during(image, lambda: image.step(stores))
+    after = bytes(image.memory)
+    torn_steps = [content for a, b in pairwise(steps) for content in torn(a, b, random)]
+    done = set()
+    for content in [*steps, *torn_steps]:
+        again = with_engine(content)
+        done.add(again.word(ENGINE))
+        assert again.memory == (before if again.word(ENGINE) == 1 else after)
+        assert again.sequencer("d1").last == 1
+        if again.word(ENGINE) == 1:
+            again.step(stores)
+        assert again.memory == after
+        again.close()
+    assert done == {1, 2}
+    image.close()
+
+
+def test_a_step_that_is_done_is_not_done_again_over_what_came_since():
+    image = with_engine()
+    image.step([(0, b"step")])
+    image.store([(0, b"later")])
+    again = with_engine(content_of(image))
+    assert bytes(again.memory[:5]) == b"later"
+    for each in (image, again):
+        each.close()
+
+
+def test_a_step_is_tracked_with_its_number():
+    image = with_engine()
+    dirty = image.track()
+    image.step([(8, b"x")])
+    assert dirty == {0, 1}
+    image.put_word(ENGINE + 8, 5)
+    assert (dirty, image.word(ENGINE + 8)) == ({0, 1}, 5)
+    image.close()
+
+
+def test_a_step_that_is_too_long_changes_nothing():
+    image = with_engine()
+    before = content_of(image)
+    with pytest.raises(VfleetError) as caught:
+        image.step([(0, bytes(MEMORY_BYTES)), (0, bytes(MEMORY_BYTES))])
+    assert caught.value.reason is Reason.LIMIT_EXCEEDED
+    assert content_of(image) == before
+    image.close()
+
+
 KILLED = """
 import sys
 from pathlib import Path
