@@ -1,4 +1,4 @@
-"""Two virtio-net functions on a wire, with drivers that verify every frame and rely on kicks and interrupts as Linux does.
+"""Two virtio-net functions on a wire, with drivers that verify every frame, and need kicks and interrupts.
 
 A driver kicks only when it is told to, and looks at a ring only after an interrupt: so one that is missing shows, as
 frames that never come.

@@ -32,7 +32,7 @@ HARMLESS = {
     "transmit.kicks": "as kicks",
     "transmit.kicks_seen": "as kicks",
 }
-ACTS = 100
+ACTS = 160
 WORDS = Struct("<HH")
 SEGMENT = Struct("<QI")
 SLOT = Struct("<H")
@@ -49,26 +49,13 @@ def falsified(value: int, width: int) -> Iterator[int]:
 
 @cache
 def moments() -> list[Pair]:
-    """Return two functions with frames under way both ways, at many moments."""
+    """Return two functions with frames under way both ways, at many moments, the last of which are the end of it."""
     random, found = Random(1), []
     pair = Pair(random, size=8, kind=True)
     for number in range(ACTS):
-        station = pair.stations[random.randrange(2)]
-        match random.choices(range(5), (8, 3, 3, 30, 12))[0]:
-            case 0:
-                station.send(random.randrange(1, 9))
-            case 1:
-                station.give_buffers(random.randrange(1, 9))
-            case 2:
-                station.look()
-            case 3:
-                for _ in range(random.randrange(1, 4)):
-                    station.rig.step()
-            case 4:
-                pair.carry(random.randrange(2), random.randrange(1, 8))
+        act(pair, random)
         if number % 3 == 0:
             found.append(deepcopy(pair))
-    # Then the drivers send no more, and what is under way comes to its end, step by step.
     for station in pair.stations:
         station.refills = True
         station.give_buffers(8)
@@ -79,6 +66,22 @@ def moments() -> list[Pair]:
             return found
         for to in (0, 1):
             pair.carry(to, 2)
+
+
+def act(pair: Pair, random: Random) -> None:
+    station = pair.stations[random.randrange(2)]
+    match random.choices(range(5), (8, 3, 3, 30, 12))[0]:
+        case 0:
+            station.send(random.randrange(1, 9))
+        case 1:
+            station.give_buffers(random.randrange(1, 9))
+        case 2:
+            station.look()
+        case 3:
+            for _ in range(random.randrange(1, 4)):
+                station.rig.step()
+        case 4:
+            pair.carry(random.randrange(2), random.randrange(1, 8))
 
 
 def faults(moment: Pair, falsify: Falsify) -> list[str]:
@@ -102,10 +105,12 @@ def faults(moment: Pair, falsify: Falsify) -> list[str]:
     return found + pair.faults()
 
 
-def is_found(falsifications: Callable[[bytearray], Sequence[Falsify]]) -> bool:
+def is_found(falsifications: Callable[[bytearray], Sequence[Falsify]], every: int = 1) -> bool:
     """Return whether one of the falsifications of what is there at some moment makes the verification fail."""
     return any(
-        faults(moment, falsify) for moment in moments() for falsify in falsifications(moment.stations[0].rig.image)
+        faults(moment, falsify)
+        for moment in moments()[::every]
+        for falsify in falsifications(moment.stations[0].rig.image)
     )
 
 
@@ -157,8 +162,11 @@ FIELDS = [
 
 @pytest.mark.parametrize(("structure", "offset", "position"), FIELDS)
 def test_a_false_field_is_found(structure: Struct, offset: int, position: int, request: pytest.FixtureRequest) -> None:
-    name = request.node.callspec.id
-    assert is_found(of_field(structure, offset, position)) == (name not in HARMLESS), HARMLESS.get(name, "")
+    falsifications = of_field(structure, offset, position)
+    if request.node.callspec.id in HARMLESS:
+        assert not is_found(falsifications, every=4)
+    else:
+        assert is_found(falsifications)
 
 
 @pytest.mark.parametrize("index", [RECEIVE, TRANSMIT])
