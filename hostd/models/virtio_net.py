@@ -18,7 +18,7 @@ from hostd.models.ethernet import HEADER_BYTES, mac_address
 from hostd.models.msix import Msix
 from hostd.models.virtio import DEVICE_NEEDS_RESET, ISR_CONFIGURATION, ISR_QUEUE, Registers, Transport
 from hostd.models.virtqueue import BROKEN, FETCH, NO_VECTOR, TAKEN_BYTES, Chain, Queue, RingError, Virtqueue
-from vfleet.address import PAGE_BYTES, bar_layout, bar_span
+from vfleet.address import PAGE_BYTES
 from vfleet.errors import invalid_field
 
 FEATURE_MAC: Final = 1 << 5
@@ -36,8 +36,9 @@ CONFIGURATION: Final = 0x2000
 COUNTERS: Final = 0x2100
 NOTIFY: Final = 0x3000
 NOTIFY_MULTIPLIER: Final = 4
-REGISTERS_BYTES: Final = 0x4000
-MSIX_PENDING: Final = 0x800
+MSIX_TABLE: Final = 0x4000
+MSIX_PENDING: Final = 0x4800
+BAR_BYTES: Final = 0x8000
 
 BACKLOG_FRAMES: Final = 64
 FRAMES_A_STEP: Final = 4
@@ -75,22 +76,18 @@ STATE: Final = Struct("<QQHHB")
 
 
 class VirtioNet:
-    """One virtio-net function. VfleetError INVALID_FIELD unless it has BAR 0, of 16 KiB at least, and BAR 2."""
+    """One virtio-net function. VfleetError INVALID_FIELD unless it has one BAR, BAR 0, of 32 KiB at least."""
 
     name = "virtio-net"
     private_bytes = _BACKLOG_OFFSET + BACKLOG_FRAMES * _SLOT_BYTES
     local_memory = range(0)
 
     def __init__(self, identity: int, bar_bytes: Mapping[int, int]) -> None:
-        if bar_bytes.keys() != {0, 2} or bar_bytes[0] < REGISTERS_BYTES:
-            expected = f"BAR 0 for registers, of {REGISTERS_BYTES} bytes at least, and BAR 2 for MSI-X"
-            raise invalid_field("bars", dict(bar_bytes), expected)
+        if bar_bytes.keys() != {0} or bar_bytes[0] < BAR_BYTES:
+            raise invalid_field("bars", dict(bar_bytes), f"BAR 0, of {BAR_BYTES} bytes at least, and no other")
         self._configuration = mac_address(identity) + LINK_UP.to_bytes(2, "little")
-        self._registers_end = bar_bytes[0]
-        msix_start = bar_layout(bar_bytes)[2]
-        self._msix_bar = range(msix_start, msix_start + bar_bytes[2])
-        self._msix = Msix(VECTORS, msix_start, msix_start + MSIX_PENDING)
-        private = bar_span(bar_bytes)
+        self._end = private = bar_bytes[0]
+        self._msix = Msix(VECTORS, MSIX_TABLE, MSIX_PENDING)
         self._state_offset = private + _STATE_OFFSET
         self._backlog_offset = private + _BACKLOG_OFFSET
         self._queues = tuple(
@@ -104,7 +101,7 @@ class VirtioNet:
         )
         self._transport = Transport(private, FEATURE_MAC | FEATURE_STATUS, self._queues, VECTORS)
         self.sections: Sequence[Section] = (
-            Section("MSI-X", msix_start, PAGE_BYTES),
+            Section("MSI-X", MSIX_TABLE, PAGE_BYTES),
             Section("registers", private, PAGE_BYTES),
             Section("chains taken", private + PAGE_BYTES, 2 * TAKEN_BYTES),
             Section("backlog", self._backlog_offset, BACKLOG_FRAMES * _SLOT_BYTES),
@@ -115,11 +112,8 @@ class VirtioNet:
         return (*self._msix.reset(), *self._transport.reset())
 
     def read(self, memory: memoryview, offset: int, length: int) -> tuple[bytes, Sequence[Store]] | None:
-        """Read a register; where none is, BAR 0 reads as 0 and BAR 2 as all ones."""
-        if offset in self._msix_bar:
-            found = self._msix.read(memory, offset, length) if self._msix.claims(offset) else None
-            return found if found is not None else b"\xff" * length, ()
-        if offset >= self._registers_end:
+        """Read a register; where none is, the BAR reads as 0."""
+        if offset >= self._end:
             return None
         stores: Sequence[Store] = ()
         area, content = offset & ~(PAGE_BYTES - 1), b""
@@ -132,16 +126,18 @@ class VirtioNet:
             area, content = COUNTERS, _COUNTERS.pack(*self._state(memory)[:2])
         elif area == CONFIGURATION:
             content = self._configuration
+        elif self._msix.claims(offset):
+            area, content = offset, self._msix.read(memory, offset, length) or b""
         return content[offset - area : offset - area + length].ljust(length, b"\0"), stores
 
     def write(self, memory: memoryview, offset: int, data: bytes) -> Sequence[Store] | None:
         """Write a register; a write where none is changes nothing."""
         if NOTIFY <= offset < NOTIFY + NOTIFY_MULTIPLIER * len(self._queues):
             return self._transport.kick(memory, (offset - NOTIFY) // NOTIFY_MULTIPLIER)
-        if offset in self._msix_bar:
-            return (self._msix.write(offset, data) or ()) if self._msix.claims(offset) else ()
-        if offset >= self._registers_end:
+        if offset >= self._end:
             return None
+        if self._msix.claims(offset):
+            return self._msix.write(offset, data) or ()
         if offset >= ISR:
             return ()
         stores = self._transport.write_common(memory, offset, data)

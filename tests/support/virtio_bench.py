@@ -5,11 +5,10 @@ from struct import pack, pack_into, unpack_from
 from support.model_rig import MEMORY_ADDRESS, Rig
 
 from hostd.models import virtio
-from hostd.models.virtio_net import COMMON, NOTIFY, NOTIFY_MULTIPLIER, RECEIVE, TRANSMIT
+from hostd.models.virtio_net import COMMON, MSIX_TABLE, NOTIFY, NOTIFY_MULTIPLIER, RECEIVE, TRANSMIT
 from vfleet.limits import INTERRUPT_PAGE_ADDRESS
 
-BARS = {0: 16384, 2: 4096}
-MSIX = 0x4000
+BARS = {0: 0x8000}
 NO_VECTOR = 0xFFFF
 NEXT, WRITE = 1, 2
 FEATURES = virtio.VERSION_1 | virtio.RING_RESET | 1 << 5 | 1 << 16
@@ -110,7 +109,7 @@ class Bench:
     def unmask(self, vector: int, *, masked: bool = False) -> None:
         entry = pack("<QII", INTERRUPT_PAGE_ADDRESS, vector, masked)
         for half in (0, 8):
-            self.rig.write(MSIX + 16 * vector + half, int.from_bytes(entry[half : half + 8], "little"), 8)
+            self.rig.write(MSIX_TABLE + 16 * vector + half, int.from_bytes(entry[half : half + 8], "little"), 8)
 
     def bind(self) -> "Bench":
         """Do what a driver does when it is bound, up to DRIVER_OK."""

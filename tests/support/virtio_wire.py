@@ -9,12 +9,12 @@ from collections import deque
 from random import Random
 
 from support.model_rig import Rig
-from support.virtio_bench import BARS, MSIX, Bench, Ring
+from support.virtio_bench import BARS, Bench, Ring
 
 from hostd.models import virtio
 from hostd.models.ethernet import mac_address
 from hostd.models.virtio import DEVICE_NEEDS_RESET
-from hostd.models.virtio_net import COUNTERS, ISR
+from hostd.models.virtio_net import COUNTERS, ISR, MSIX_TABLE
 
 
 class Station:
@@ -97,7 +97,7 @@ class Station:
             self.bench.set_common(virtio.QUEUE_SELECT, index, 2)
             queues += [self.rig.read(offset, 4) for offset in range(0x18, 0x3C, 4)]
         others = [self.rig.read(ISR, 1), self.rig.read(COUNTERS, 8), self.rig.read(COUNTERS + 8, 8)]
-        return common + queues + others + [self.rig.read(MSIX + offset, 4) for offset in range(0, 48, 4)]
+        return common + queues + others + [self.rig.read(MSIX_TABLE + offset, 4) for offset in range(0, 48, 4)]
 
     def _kick(self, ring: Ring) -> None:
         if ring.wants_kicks:

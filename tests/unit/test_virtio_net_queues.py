@@ -7,7 +7,7 @@ from support.model_rig import Rig
 from support.virtio_bench import BARS, NEXT, NO_VECTOR, WRITE, Bench, Ring, at
 
 from hostd.models import virtio
-from hostd.models.virtio_net import BACKLOG_FRAMES, COUNTERS, ISR
+from hostd.models.virtio_net import BACKLOG_FRAMES, COUNTERS, ISR, MSIX_PENDING
 
 HEADER = bytes(10) + b"\x01\x00"
 
@@ -240,11 +240,11 @@ def test_interrupts_are_suppressed_by_the_driver_and_by_the_mask(bench: Bench) -
         bench.send(frame(2), index)
         bench.rig.run()
     assert not bench.rig.interrupts
-    assert bench.rig.read(0x4800, 8) == 1 << 2
+    assert bench.rig.read(MSIX_PENDING, 8) == 1 << 2
     bench.unmask(2)
     bench.rig.run()
     assert bench.rig.interrupts == {2: 1}
-    assert bench.rig.read(0x4800, 8) == 0
+    assert bench.rig.read(MSIX_PENDING, 8) == 0
 
 
 def test_without_a_vector_the_isr_status_tells(bench: Bench) -> None:

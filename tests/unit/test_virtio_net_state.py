@@ -10,14 +10,13 @@ from random import Random
 from struct import Struct
 
 import pytest
-from support.virtio_bench import MSIX
 from support.virtio_wire import Pair
 
 from hostd.models.virtio import REGISTERS, Registers
-from hostd.models.virtio_net import RECEIVE, STATE, TRANSMIT, State
+from hostd.models.virtio_net import MSIX_TABLE, RECEIVE, STATE, TRANSMIT, State
 from hostd.models.virtqueue import QUEUE, Queue
 
-PRIVATE = 0x5000
+PRIVATE = 0x8000
 RECORDS: dict[str, tuple[int, Struct, type]] = {
     "registers": (PRIVATE, REGISTERS, Registers),
     "state": (PRIVATE + 0x40, STATE, State),
@@ -201,4 +200,4 @@ def test_a_false_backlog_is_found(part: str) -> None:
 @pytest.mark.parametrize("vector", [0, 1, 2])
 def test_a_false_vector_is_found(vector: int, offset: int, length: int) -> None:
     structure = Struct("<Q" if length == 8 else "<I")
-    assert is_found(of_field(structure, MSIX + 16 * vector + offset, 0))
+    assert is_found(of_field(structure, MSIX_TABLE + 16 * vector + offset, 0))
