@@ -14,6 +14,9 @@ MODELS: Mapping[str, Callable[[int, Mapping[int, int]], DeviceModel]] = {
     model.name: model for model in (Checker, Accelerator, VirtioNet)
 }
 
+# Those that send frames to each other, and take them.
+NETWORK_MODELS = frozenset((VirtioNet.name,))
+
 
 def create_model(name: str, identity: int, bar_bytes: Mapping[int, int]) -> DeviceModel:
     """Return a function of the model: `identity` is 1 to 2**64 - 1, `bar_bytes` maps each BAR's index to its size.
