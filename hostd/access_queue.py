@@ -84,6 +84,7 @@ class AccessQueue:
         self._repeats: dict[int, Waiting] = {}
         self._sent = 0
         self._next_sequence = 0  # 0: not known yet
+        self._must_tell = False  # whether the home may not know that it is the home
         self._acknowledged = 0
         self._link: Link | None = None
         self._home: tuple[Instance, Sequencer] | None = None
@@ -140,6 +141,7 @@ class AccessQueue:
 
     def follow(self, entry: Entry) -> None:
         """Go by another entry: after the lift, what has no answer is sent again, to the home that it names."""
+        moved = entry.generation != self._entry.generation
         self._entry = entry
         self._home = None
         self._sent = 0
@@ -147,7 +149,9 @@ class AccessQueue:
         if self._repair is not None:
             self._repair.cancel()
             self._repair = None
-        if self._next_sequence:
+        # A bus master goes on by itself: its new home must hear that it is the home, though nothing may be asked of it.
+        self._must_tell = (self._must_tell or moved) and self._dma is not None and not self._accesses
+        if self._next_sequence and not self._must_tell:
             self._pump()
         else:
             self._start_repair()
@@ -333,14 +337,17 @@ class AccessQueue:
 
     async def _run_repair(self) -> None:
         """After a refusal, or before the first access: find the home's sequence, wait, send again."""
-        if self._next_sequence:
+        if self._next_sequence and not self._must_tell:
             await self._reach.clock.sleep(next(self._delays))
-        while not self._next_sequence:
+        while not self._next_sequence or self._must_tell:
             try:
                 last = await self._ask_sequence()
             except VfleetError:
                 await self._reach.clock.sleep(next(self._delays))
                 continue
+            self._must_tell = False
+            if self._next_sequence:
+                break
             self._next_sequence = last + 1
             self._acknowledged = max(last - WINDOW, 0)
             self._synchronized.set()
