@@ -24,7 +24,7 @@ from hostd.registration import Registration
 from hostd.resolution import Resolver
 from hostd.segment import Segment
 from hostd.stations import Stations
-from hostd.switch import Switch, SwitchReach
+from hostd.switch import Switch, SwitchReach, deliver_through
 from hostd.topology import HostTopology
 from hostd.workload import Workloads
 from hostd.workloads.kinds import new_workload
@@ -76,7 +76,14 @@ class Host:
         self.stations = Stations(self.directory)
         self.switch = Switch(
             SwitchReach(
-                segment.number, self.functions, self.engines, self.stations, self.directory, channels, clock, random
+                segment.number,
+                self.functions,
+                self.engines,
+                self.stations,
+                self.directory,
+                deliver_through(channels),
+                clock,
+                random,
             )
         )
         self.workloads = Workloads(self.drivers, ledger, clock, new_workload)

@@ -13,11 +13,11 @@ long is dropped for that receiver, and counted; a hold is shorter.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from hostd.directory import Directory
+from hostd.directory import Directory, Peer
 from hostd.engine import Delivery, Engine, Engines
 from hostd.functions import Functions
 from hostd.models import NETWORK_MODELS
@@ -49,6 +49,8 @@ LEARN_S = 1.0
 MAX_UNKNOWN = 256
 
 Frames = Sequence[tuple[int, bytes]]
+Deliver = Callable[[Peer, DeliverFramesRequest], Awaitable[DeliverFramesResponse]]
+"""Call DeliverFrames at a peer. Raise the VfleetError that comes of it."""
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class SwitchReach:
     engines: Engines
     stations: Stations
     directory: Directory
-    channels: Channels
+    deliver: Deliver
     clock: Clock
     random: Random
 
@@ -117,7 +119,8 @@ class Courier:
             if left_s <= 0 or not self._is_running:
                 self._drop(1)
                 return []
-            await _first(changed, left_s)
+            # The network may have changed too: that is not told.
+            await _first(changed, min(left_s, RETRY_LONGEST_S))
 
     def _begun_unknown(self, mac: bytes) -> float:
         """Return since when nobody is known to have an address."""
@@ -186,13 +189,7 @@ class Switch:
         if peer is None:
             return refused
         try:
-            return await call(
-                FabricServiceStub(self._reach.channels.to(peer.address)).DeliverFrames,
-                request,
-                address=peer.address,
-                timeout_s=CALL_TIMEOUT_S,
-                incarnation=peer.incarnation,
-            )
+            return await self._reach.deliver(peer, request)
         except VfleetError as error:
             _log.info("frames for function %s: %s", station.function, error)
             return refused
@@ -245,6 +242,16 @@ async def _first(changed: asyncio.Event, delay_s: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(delay_s):
             await changed.wait()
+
+
+def deliver_through(channels: Channels) -> Deliver:
+    """Return how frames are delivered over the network."""
+
+    async def deliver(peer: Peer, request: DeliverFramesRequest) -> DeliverFramesResponse:
+        method = FabricServiceStub(channels.to(peer.address)).DeliverFrames
+        return await call(method, request, address=peer.address, timeout_s=CALL_TIMEOUT_S, incarnation=peer.incarnation)
+
+    return deliver
 
 
 def _check(request: DeliverFramesRequest) -> None:
