@@ -116,6 +116,8 @@ class Engine:
                 await instance.kicked.wait()
         finally:
             self._sender.close()
+            # Whoever switches the frames sees that there will be no more.
+            self.frames.on_frames()
 
     def deliver(self, frame: bytes, sender: int, sequence: int) -> Delivery:
         """Offer a frame, which its sender's function, by its identity, has sent with a sequence of its own.
@@ -283,12 +285,16 @@ class Engines:
         """Return the engines of all instances that are here."""
         return [engine for engine in self._engines.values() if not engine.instance.is_closed]
 
+    def of(self, instance: Instance) -> Engine | None:
+        """Return an instance's engine, or None if it masters no bus."""
+        return self._engines.get(id(instance))
+
     def inject(self, request: InjectFaultRequest) -> None:
         """Let a function fail. Raise NOT_FOUND, WRONG_GENERATION, INVALID_FIELD, or ILLEGAL_STATE if it can't."""
         if not self._allows_faults:
             raise VfleetError(Reason.ILLEGAL_STATE, "faults are injected only if hostd was started with --allow-faults")
         instance = self._functions.require(request.function, request.generation)
-        engine = self._engines.get(id(instance))
+        engine = self.of(instance)
         if engine is None:
             raise VfleetError(
                 Reason.ILLEGAL_STATE,

@@ -214,6 +214,16 @@ class EnginePart:
             return None
         return [(self._start + _SENDERS + index * 16, _WORD.pack(sender) + _WORD.pack(sequence))]
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no place for another sender."""
+        return self._sender_index(0) is None
+
+    def senders(self) -> list[int]:
+        """Return the identities of all from whom frames were taken."""
+        place, word = self._start + _SENDERS, self._image.word
+        return [sender for index in range(MAX_SENDERS) if (sender := word(place + index * 16))]
+
     def forget_sender(self, sender: int) -> None:
         """Free the place of a sender that is no more."""
         index = self._sender_index(sender)

@@ -303,12 +303,8 @@ class Functions:
         self, driver: str, function: str, generation: int, session: int, address: int
     ) -> tuple[Instance, Sequencer] | Refusal.ValueType:
         """Find the home that an access goes to, walking the segment's tree by its address, or say why it is refused."""
-        route = self._segment.route(location_of(address).routing_id)
-        instance = self._by_slot.get((route.device, route.vf_index)) if route is not None else None
-        if instance is None or (instance.about.function, instance.about.generation) != (function, generation):
-            return REFUSAL_NOT_SERVING
-        self.prove(instance)
-        if not instance.is_serving:
+        instance = self.serving(function, generation, address)
+        if instance is None:
             return REFUSAL_NOT_SERVING
         sequencer = instance.image.sequencer(driver)
         if session < sequencer.session:
@@ -316,6 +312,15 @@ class Functions:
         if session > sequencer.session:
             sequencer.set_session(session)
         return instance, sequencer
+
+    def serving(self, function: str, generation: int, address: int) -> Instance | None:
+        """Return the home that a fabric address leads to, if it is this function's, of this generation, and runs."""
+        route = self._segment.route(location_of(address).routing_id)
+        instance = self._by_slot.get((route.device, route.vf_index)) if route is not None else None
+        if instance is None or (instance.about.function, instance.about.generation) != (function, generation):
+            return None
+        self.prove(instance)
+        return instance if instance.is_serving else None
 
     def fence_for_export(self, function: str, generation: int, attempt: Attempt) -> Instance:
         """Return a home whose state may be copied out for an attempt. Raise as `stop` does."""

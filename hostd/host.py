@@ -24,6 +24,8 @@ from hostd.registration import Registration
 from hostd.resolution import Resolver
 from hostd.rest import Rest
 from hostd.segment import Segment
+from hostd.stations import Stations
+from hostd.switch import Switch, SwitchReach, deliver_through
 from hostd.topology import HostTopology
 from hostd.workload import Workloads
 from hostd.workloads.kinds import new_workload
@@ -72,6 +74,19 @@ class Host:
         self.dma_links = DmaLinks(lambda number: DmaLink(number, self.directory, channels, clock, random))
         dma_reach = DmaReach(segment.number, self.drivers, self.dma_links, clock, random)
         self.engines = Engines(self.functions, dma_reach, allows_faults=allows_faults)
+        self.stations = Stations(self.directory)
+        self.switch = Switch(
+            SwitchReach(
+                segment.number,
+                self.functions,
+                self.engines,
+                self.stations,
+                self.directory,
+                deliver_through(channels),
+                clock,
+                random,
+            )
+        )
         self.workloads = Workloads(self.drivers, ledger, clock, new_workload)
         self._store = store
         self._random = random
@@ -102,6 +117,7 @@ class Host:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._always(lambda: self.directory.follow(self._store)))
+                group.create_task(self._always(lambda: self.stations.follow(self._store)))
                 group.create_task(self._always(self.registration.follow_entries))
                 group.create_task(self._always(self.registration.follow_generation))
                 group.create_task(self._always(self.registration.follow_witness))
@@ -115,6 +131,7 @@ class Host:
     async def close(self) -> None:
         """End all work and unmap all memory; what is durable stays."""
         await self.workloads.close()
+        await self.switch.close()
         await self.engines.close()
         self.drivers.close()
         await self.fabric.close()

@@ -52,6 +52,7 @@ class Instance:
         self.kicked = asyncio.Event()
         self.master = EnginePart(image, image.engine_start) if image.engine_start is not None else None
         self.unsupported_requests = 0
+        self.frames_dropped = 0
         self.is_importing = False
         self.is_post_copied = False
         self.is_closed = False
@@ -172,6 +173,7 @@ class Instance:
             shown.last_sequences[sequencer.driver] = sequencer.last
         if self.master is not None:
             shown.dma_faults = self.master.faults
+            shown.frames_dropped = self.frames_dropped
         return shown
 
     def close(self) -> None:

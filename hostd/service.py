@@ -179,6 +179,7 @@ class FabricServicer(FabricServiceServicer):
     def __init__(self, host: Host) -> None:
         self._functions = host.functions
         self._drivers = host.drivers
+        self._switch = host.switch
 
     async def Exchange(
         self, request_iterator: AsyncIterator[fabric_pb2.ExchangeRequest], context: _Context
@@ -203,6 +204,11 @@ class FabricServicer(FabricServiceServicer):
     ) -> AsyncIterator[fabric_pb2.ExchangeDmaResponse]:
         async for request in request_iterator:
             yield exchange_dma(self._drivers, request)
+
+    async def DeliverFrames(
+        self, request: fabric_pb2.DeliverFramesRequest, context: _Context
+    ) -> fabric_pb2.DeliverFramesResponse:
+        return self._switch.take(request)
 
 
 class DriverServicer(DriverServiceServicer):

@@ -55,6 +55,11 @@ class FabricServiceStub:
                 request_serializer=vfleet_dot_v1_dot_fabric__service__pb2.ExchangeDmaRequest.SerializeToString,
                 response_deserializer=vfleet_dot_v1_dot_fabric__service__pb2.ExchangeDmaResponse.FromString,
                 _registered_method=True)
+        self.DeliverFrames = channel.unary_unary(
+                '/vfleet.v1.FabricService/DeliverFrames',
+                request_serializer=vfleet_dot_v1_dot_fabric__service__pb2.DeliverFramesRequest.SerializeToString,
+                response_deserializer=vfleet_dot_v1_dot_fabric__service__pb2.DeliverFramesResponse.FromString,
+                _registered_method=True)
 
 
 class FabricServiceServicer:
@@ -92,6 +97,14 @@ class FabricServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeliverFrames(self, request, context):
+        """DeliverFrames offers a function frames that another function on its network has sent. A frame that is offered again,
+        by whatever home of its sender, is taken once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FabricServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +127,11 @@ def add_FabricServiceServicer_to_server(servicer, server):
                     servicer.ExchangeDma,
                     request_deserializer=vfleet_dot_v1_dot_fabric__service__pb2.ExchangeDmaRequest.FromString,
                     response_serializer=vfleet_dot_v1_dot_fabric__service__pb2.ExchangeDmaResponse.SerializeToString,
+            ),
+            'DeliverFrames': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeliverFrames,
+                    request_deserializer=vfleet_dot_v1_dot_fabric__service__pb2.DeliverFramesRequest.FromString,
+                    response_serializer=vfleet_dot_v1_dot_fabric__service__pb2.DeliverFramesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -225,6 +243,33 @@ class FabricService:
             '/vfleet.v1.FabricService/ExchangeDma',
             vfleet_dot_v1_dot_fabric__service__pb2.ExchangeDmaRequest.SerializeToString,
             vfleet_dot_v1_dot_fabric__service__pb2.ExchangeDmaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeliverFrames(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vfleet.v1.FabricService/DeliverFrames',
+            vfleet_dot_v1_dot_fabric__service__pb2.DeliverFramesRequest.SerializeToString,
+            vfleet_dot_v1_dot_fabric__service__pb2.DeliverFramesResponse.FromString,
             options,
             channel_credentials,
             insecure,

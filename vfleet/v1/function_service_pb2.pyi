@@ -98,6 +98,7 @@ class FunctionInstance(_message.Message):
     LAST_SEQUENCES_FIELD_NUMBER: _builtins.int
     ARRIVING_FIELD_NUMBER: _builtins.int
     DMA_FAULTS_FIELD_NUMBER: _builtins.int
+    FRAMES_DROPPED_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     """The function."""
     generation: _builtins.int
@@ -122,6 +123,10 @@ class FunctionInstance(_message.Message):
     """Whether it is complete but for local memory that is still at the source (post-copy)."""
     dma_faults: _builtins.int
     """DMA reads and writes that its DMA table did not map, for a function that masters the bus."""
+    frames_dropped: _builtins.int
+    """Frames that it has sent and that were dropped on their way, for each receiver, since its hostd was started: nobody
+    has their address, or the receiver had no room for them, or was out of reach, for too long.
+    """
     @_builtins.property
     def attempt(self) -> _types_pb2.Attempt:
         """The attempt that made it."""
@@ -157,10 +162,11 @@ class FunctionInstance(_message.Message):
         last_sequences: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         arriving: _builtins.bool = ...,
         dma_faults: _builtins.int = ...,
+        frames_dropped: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "stopped_by", b"stopped_by"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arriving", b"arriving", "attempt", b"attempt", "bars", b"bars", "base", b"base", "complete", b"complete", "device", b"device", "dma_faults", b"dma_faults", "function", b"function", "generation", b"generation", "identity", b"identity", "last_sequences", b"last_sequences", "migration", b"migration", "model", b"model", "state", b"state", "stopped_by", b"stopped_by", "vf_index", b"vf_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arriving", b"arriving", "attempt", b"attempt", "bars", b"bars", "base", b"base", "complete", b"complete", "device", b"device", "dma_faults", b"dma_faults", "frames_dropped", b"frames_dropped", "function", b"function", "generation", b"generation", "identity", b"identity", "last_sequences", b"last_sequences", "migration", b"migration", "model", b"model", "state", b"state", "stopped_by", b"stopped_by", "vf_index", b"vf_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
