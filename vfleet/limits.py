@@ -9,3 +9,6 @@ WINDOW = 64
 # A driver's main memory: how large it may be, and where it lies in the driver's virtual address space.
 MAX_MAIN_MEMORY_BYTES = 1 << 30
 MAIN_MEMORY_VIRTUAL_ADDRESS = 1 << 32
+
+# The page of a driver's I/O virtual address space to which MSI-X writes go, and of the root complex's window as well.
+INTERRUPT_PAGE_ADDRESS = 0xFEE00000

@@ -1,0 +1,1 @@
+"""Small Python drivers, one file a kind of device: the built-in workloads that are made of queues and interrupts."""
