@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 
 from hostd.models.base import DeviceModel
 from hostd.models.checker import Checker
+from hostd.models.nvme import Nvme
 from vfleet.address import AddressError, bar_layout
 from vfleet.errors import invalid_field
 
-MODELS: Mapping[str, Callable[[int, Mapping[int, int]], DeviceModel]] = {Checker.name: Checker}
+MODELS: Mapping[str, Callable[[int, Mapping[int, int]], DeviceModel]] = {Checker.name: Checker, Nvme.name: Nvme}
 
 
 def create_model(name: str, identity: int, bar_bytes: Mapping[int, int]) -> DeviceModel:
