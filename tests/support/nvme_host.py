@@ -54,6 +54,17 @@ class Completions:
     seen: list[Completion] = field(default_factory=list)
 
 
+@dataclass
+class Buffer:
+    """Main memory for a command's data: its PRP entries, the addresses of its pieces, and all pages that it takes."""
+
+    length: int
+    prp1: int
+    prp2: int
+    pieces: list[int]
+    pages: list[int]
+
+
 def new_model() -> Nvme:
     model = create_model("nvme", IDENTITY, BARS)
     assert isinstance(model, Nvme)
@@ -69,6 +80,7 @@ class NvmeHost:
         self.submission: dict[int, Submission] = {}
         self.completion: dict[int, Completions] = {}
         self._identifier = 0
+        self._given_back: list[int] = []
 
     @property
     def model(self) -> Nvme:
@@ -81,10 +93,49 @@ class NvmeHost:
         return bytes(self.rig.image[local.start : local.stop])
 
     def take_pages(self, count: int = 1) -> int:
-        """Return the address of pages of main memory that nothing else uses."""
+        """Return the address of pages of main memory that nothing else uses: zeros."""
+        if count == 1 and self._given_back:
+            address = self._given_back.pop()
+            self.put(address, bytes(PAGE))
+            return address
         address, self._free = self._free, self._free + count * PAGE
         assert self._free <= MAIN_ADDRESS + len(self.rig.main)
         return address
+
+    def buffer(self, length: int, offset: int = 0, list_offset: int = 0) -> Buffer:
+        """Return a buffer in scattered pages, with the place in their pages where it and its PRP list begin."""
+        pages = [self.take_pages() for _ in range(-(-(offset + length) // PAGE))][::-1]
+        found = Buffer(length, pages[0] + offset, 0xDEAD, [pages[0] + offset, *pages[1:]], pages)
+        if len(pages) == 2:
+            found.prp2 = pages[1]
+        elif len(pages) > 2:
+            found.prp2 = self._put_list(found, pages[1:], list_offset)
+        return found
+
+    def _put_list(self, buffer: Buffer, pages: list[int], offset: int) -> int:
+        place = self.take_pages() + offset
+        buffer.pages = [*buffer.pages, place - offset]
+        room = (PAGE - place % PAGE) // 8
+        if len(pages) > room:
+            pages = [*pages[: room - 1], self._put_list(buffer, pages[room - 1 :], 0)]
+        self.put(place, struct.pack(f"<{len(pages)}Q", *pages))
+        return place
+
+    def give_back(self, buffer: Buffer) -> None:
+        """Let others have a buffer's pages."""
+        self._given_back += buffer.pages
+
+    def fill(self, buffer: Buffer, data: bytes) -> None:
+        for address in buffer.pieces:
+            length = min(PAGE - address % PAGE, len(data))
+            self.put(address, data[:length])
+            data = data[length:]
+
+    def content(self, buffer: Buffer) -> bytes:
+        found = b""
+        for address in buffer.pieces:
+            found += self.get(address, min(PAGE - address % PAGE, buffer.length - len(found)))
+        return found
 
     def put(self, address: int, data: bytes) -> None:
         start = address - MAIN_ADDRESS

@@ -27,58 +27,18 @@ def data_of(length: int, seed: int = 1) -> bytes:
     return Random(seed).randbytes(length)
 
 
-def pages_for(host: NvmeHost, offset: int, length: int, list_offset: int = 0) -> tuple[int, int, list[int]]:
-    """PRP 1 and 2 for a buffer whose pages are scattered, and the pieces' addresses."""
-    count = -(-(offset + length) // PAGE)
-    pages = [host.take_pages() for _ in range(count)]
-    pages.reverse()
-    prp1 = pages[0] + offset
-    if count == 1:
-        return prp1, 0xDEAD, [prp1]
-    if count == 2:
-        return prp1, pages[1], [prp1, pages[1]]
-    rest, first_list = pages[1:], None
-    place = host.take_pages() + list_offset
-    while rest:
-        first_list = first_list or place
-        room = (PAGE - place % PAGE) // 8
-        if len(rest) <= room:
-            host.put(place, struct.pack(f"<{len(rest)}Q", *rest))
-            rest = []
-        else:
-            following = host.take_pages()
-            host.put(place, struct.pack(f"<{room}Q", *rest[: room - 1], following))
-            rest, place = rest[room - 1 :], following
-    assert first_list is not None
-    return prp1, first_list, [prp1, *pages[1:]]
-
-
-def scatter(host: NvmeHost, addresses: list[int], data: bytes) -> None:
-    for address in addresses:
-        length = min(PAGE - address % PAGE, len(data))
-        host.put(address, data[:length])
-        data = data[length:]
-
-
-def gather(host: NvmeHost, addresses: list[int], length: int) -> bytes:
-    found = b""
-    for address in addresses:
-        found += host.get(address, min(PAGE - address % PAGE, length - len(found)))
-    return found
-
-
 @pytest.mark.parametrize("list_offset", [0, 8, PAGE - 256, PAGE - 64, PAGE - 16, PAGE - 8])
 @pytest.mark.parametrize("offset", [0, 4, 512, PAGE - 4])
 @pytest.mark.parametrize("blocks", [1, 7, 8, 9, 16, 17, 24, 100, 256])
 def test_data_of_any_length_at_any_place(host: NvmeHost, blocks: int, offset: int, list_offset: int) -> None:
     data, first = data_of(blocks * BLOCK), 3
-    prp1, prp2, addresses = pages_for(host, offset, len(data), list_offset)
-    scatter(host, addresses, data)
-    assert host.io(io.WRITE, first, blocks, prp1, prp2).status == 0
+    buffer = host.buffer(len(data), offset, list_offset)
+    host.fill(buffer, data)
+    assert host.io(io.WRITE, first, blocks, buffer.prp1, buffer.prp2).status == 0
     assert host.medium == bytes(first * BLOCK) + data + bytes(NAMESPACE_BYTES - first * BLOCK - len(data))
-    prp1, prp2, addresses = pages_for(host, offset, len(data), list_offset)
-    assert host.io(io.READ, first, blocks, prp1, prp2).status == 0
-    assert gather(host, addresses, len(data)) == data
+    buffer = host.buffer(len(data), offset, list_offset)
+    assert host.io(io.READ, first, blocks, buffer.prp1, buffer.prp2).status == 0
+    assert host.content(buffer) == data
 
 
 def test_a_read_changes_no_byte_beside_its_buffer(host: NvmeHost) -> None:
@@ -140,9 +100,9 @@ def test_pointers_that_cannot_be_are_refused(host: NvmeHost, opcode: int, blocks
 
 @pytest.mark.parametrize("place", [0, 1, 30])
 def test_an_entry_of_a_list_must_be_a_page(host: NvmeHost, place: int) -> None:
-    prp1, prp2, addresses = pages_for(host, 0, 256 * BLOCK)
-    host.put(prp2 + 8 * place, struct.pack("<Q", addresses[1 + place] + 8))
-    assert host.io(io.READ, 0, 256, prp1, prp2).status == status.PRP_OFFSET_INVALID
+    buffer = host.buffer(256 * BLOCK)
+    host.put(buffer.prp2 + 8 * place, struct.pack("<Q", buffer.pieces[1 + place] + 8))
+    assert host.io(io.READ, 0, 256, buffer.prp1, buffer.prp2).status == status.PRP_OFFSET_INVALID
 
 
 def test_a_list_that_leads_to_no_page_is_refused(host: NvmeHost) -> None:
@@ -184,9 +144,11 @@ def test_deallocated_blocks_read_as_zero(host: NvmeHost, offset: int) -> None:
     host.rig.image[start : start + NAMESPACE_BYTES] = b"\xaa" * NAMESPACE_BYTES
     extents = ((0, 1), (5, 0), (10, 20), (BLOCKS, 0), (BLOCKS - 1, 1), (40, 100))
     data = ranges(*extents)
-    prp1, prp2, addresses = pages_for(host, offset, len(data))
-    scatter(host, addresses, data)
-    answer = host.command(io.DATASET_MANAGEMENT, 1, prp1=prp1, prp2=prp2, words=(len(extents) - 1, DEALLOCATE))
+    buffer = host.buffer(len(data), offset)
+    host.fill(buffer, data)
+    answer = host.command(
+        io.DATASET_MANAGEMENT, 1, prp1=buffer.prp1, prp2=buffer.prp2, words=(len(extents) - 1, DEALLOCATE)
+    )
     assert answer.status == 0
     expected = bytearray(b"\xaa" * NAMESPACE_BYTES)
     for first, blocks in extents:
@@ -308,13 +270,13 @@ def test_what_is_read_too_early_is_read_again(host: NvmeHost) -> None:
 
 def test_work_says_what_of_the_namespace_it_touches(host: NvmeHost) -> None:
     data = data_of(64 * BLOCK)
-    prp1, prp2, addresses = pages_for(host, 512, len(data))
-    scatter(host, addresses, data)
+    buffer = host.buffer(len(data), 512)
+    host.fill(buffer, data)
     for opcode in (io.WRITE, io.READ, io.WRITE_ZEROES):
-        host.submit(1, opcode, prp1=prp1, prp2=prp2, words=(5, 0, 63))
-    buffer = host.take_pages()
-    host.put(buffer, ranges((9, 30)))
-    host.submit(1, io.DATASET_MANAGEMENT, prp1=buffer, words=(0, DEALLOCATE))
+        host.submit(1, opcode, prp1=buffer.prp1, prp2=buffer.prp2, words=(5, 0, 63))
+    place = host.take_pages()
+    host.put(place, ranges((9, 30)))
+    host.submit(1, io.DATASET_MANAGEMENT, prp1=place, words=(0, DEALLOCATE))
     while True:
         host.rig.check_touches()
         if not host.rig.step():
