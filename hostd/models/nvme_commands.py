@@ -206,8 +206,8 @@ class Commands:
         prp2 = command.prp2
         if len(entries) < _pages(command.prp1, command.length) - 1 - command.listed:
             prp2 = entries.pop()
-        first = number * LIST_ENTRIES + command.listed
-        outcome.stores += [self._layout.lists.put(first + index, entry) for index, entry in enumerate(entries)]
+        place = self._layout.lists.place(number * LIST_ENTRIES + command.listed)
+        outcome.stores.append((place, data[: 8 * len(entries)]))
         return command._replace(listed=command.listed + len(entries), prp2=prp2)
 
     def _take_range(self, action: Action, data: bytes) -> Command | int:

@@ -82,6 +82,10 @@ class Table:
         """Return a row's values."""
         return self._struct.unpack_from(memory, self.start + row * self.row_bytes)
 
+    def place(self, row: int) -> int:
+        """Return where a row begins in the image."""
+        return self.start + row * self.row_bytes
+
     def put(self, row: int, *values: int) -> Store:
         """Return the store that gives a row its values."""
         return self.start + row * self.row_bytes, self._struct.pack(*values)

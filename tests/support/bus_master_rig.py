@@ -11,6 +11,7 @@ from hostd.models.base import BusMaster, DmaRead, DmaWrite, Frame, Step, Store, 
 from vfleet.limits import INTERRUPT_PAGE_ADDRESS
 
 MAX_STEP_BYTES = 12 << 10
+MAX_STEP_PARTS = 64
 NewModel = Callable[[], BusMaster]
 
 
@@ -122,9 +123,9 @@ class Rig:
 
     def _check(self, step: Step, work: Work, data: Sequence[bytes] | None) -> None:
         assert self.model.finish(self._seen(), work, data) == step
-        stored = sum(16 + len(data) for _, data in step.stores)
-        sent = sum(16 + len(send.data) for send in step.sends)
+        stored, sent = sum(len(data) for _, data in step.stores), sum(len(send.data) for send in step.sends)
         assert stored + sent <= MAX_STEP_BYTES
+        assert max(len(step.stores), len(step.sends)) <= MAX_STEP_PARTS
         local = self.model.local_memory
         for offset, data in step.stores:
             if local.start < offset + len(data) and offset < local.stop:
