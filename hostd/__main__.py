@@ -33,7 +33,18 @@ async def _serve(config: Config) -> None:
         address = f"{config.listen.rpartition(':')[0]}:{server.listen(config.listen)}"
         async with EtcdStore.open(config.etcd, clock, random) as store:
             reached_at = config.advertise or address
-            host = Host(topology, identity, reached_at, ledger, store, channels, clock, random, config.lease_ttl_s)
+            host = Host(
+                topology,
+                identity,
+                reached_at,
+                ledger,
+                store,
+                channels,
+                clock,
+                random,
+                config.lease_ttl_s,
+                allows_faults=config.allow_faults,
+            )
             add_services(host, server.grpc)
             registered = asyncio.Event()
             announcing = asyncio.create_task(_announce(server, address, registered))

@@ -26,6 +26,7 @@ from vfleet.limits import WINDOW
 from vfleet.v1.access_pb2 import Access, AccessKind
 from vfleet.v1.fabric_service_pb2 import (
     REFUSAL_UNSPECIFIED,
+    DmaWindow,
     ExchangeRequest,
     ExchangeResponse,
     ForgetDriverRequest,
@@ -73,8 +74,10 @@ class Reach:
 class AccessQueue:
     """The queue. Its entry is the one of the driver's present table; `follow` tells it of every change."""
 
-    def __init__(self, driver: str, entry: Entry, reach: Reach) -> None:
+    def __init__(self, driver: str, entry: Entry, reach: Reach, dma: DmaWindow | None = None) -> None:
+        """Take the window that the function's DMA may go to, if there is one; it is told before the first access."""
         self._driver = driver
+        self._dma = dma
         self._entry = entry
         self._reach = reach
         self._accesses: deque[Waiting] = deque()
@@ -154,7 +157,11 @@ class AccessQueue:
         self.close(error)
         entry, reach = self._entry, self._reach
         request = ForgetDriverRequest(
-            driver=self._driver, function=entry.function, generation=entry.generation, session=reach.session
+            driver=self._driver,
+            function=entry.function,
+            generation=entry.generation,
+            session=reach.session,
+            attachment=self._dma.attachment if self._dma is not None else None,
         )
         if self._entry_segment() == reach.segment:
             forget_driver(reach.functions, request)
@@ -348,6 +355,7 @@ class AccessQueue:
             function=self._entry.function,
             generation=self._entry.generation,
             session=self._reach.session,
+            dma=self._dma,
         )
         segment = self._entry_segment()
         if segment == self._reach.segment:

@@ -14,6 +14,7 @@ from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.limits import WINDOW
 from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, ACCESS_STATUS_FORGOTTEN, AccessKind
 from vfleet.v1.driver_service_pb2 import (
+    NOTIFICATION_KIND_INTERRUPT,
     NOTIFICATION_KIND_LISTENING,
     StreamAccessesRequest,
     StreamAccessesResponse,
@@ -67,16 +68,32 @@ class ClientAccess:
             await asyncio.gather(taking, return_exceptions=True)
 
     async def notifications(self, driver: str) -> AsyncGenerator[WatchNotificationsResponse, None]:
-        """Yield what the driver is told. It counts as listening meanwhile. Raise LIMIT_EXCEEDED if it falls behind."""
+        """Yield what the driver is told. It counts as listening meanwhile. Raise LIMIT_EXCEEDED if it falls behind.
+
+        Interrupts of a vector that come before the last of it was taken are one, with the later count.
+        """
         found = self._drivers.require(driver)
         told: asyncio.Queue[WatchNotificationsResponse] = asyncio.Queue()
-        found.listeners.append(told.put_nowait)
+        interrupts: dict[tuple[str, int], WatchNotificationsResponse] = {}
+
+        def tell(notification: WatchNotificationsResponse) -> None:
+            if notification.kind == NOTIFICATION_KIND_INTERRUPT:
+                waiting = interrupts.setdefault((notification.function, notification.vector), notification)
+                if waiting is not notification:
+                    waiting.interrupts = notification.interrupts
+                    return
+            told.put_nowait(notification)
+
+        found.listeners.append(tell)
         try:
             yield WatchNotificationsResponse(kind=NOTIFICATION_KIND_LISTENING)
             while told.qsize() <= MAX_NOTIFICATIONS:
-                yield await told.get()
+                notification = await told.get()
+                if notification.kind == NOTIFICATION_KIND_INTERRUPT:
+                    interrupts.pop((notification.function, notification.vector), None)
+                yield notification
         finally:
-            found.listeners.remove(told.put_nowait)
+            found.listeners.remove(tell)
         raise VfleetError(Reason.LIMIT_EXCEEDED, f"driver {driver!r} has not taken {MAX_NOTIFICATIONS} notifications")
 
     async def tables(self, driver: str) -> AsyncGenerator[list[TableEntry], None]:

@@ -21,6 +21,7 @@ class Config:
     power_cycle: bool
     lease_ttl_s: int
     log_level: str
+    allow_faults: bool
 
     def __post_init__(self) -> None:
         check_address("--listen", self.listen, least_port=0)
@@ -40,6 +41,9 @@ def parse(arguments: Sequence[str]) -> Config:
     parser.add_argument(
         "--power-cycle", action="store_true", help="begin as a machine does that was switched off: with no state"
     )
+    parser.add_argument(
+        "--allow-faults", action="store_true", help="let tests make functions fail (FunctionService.InjectFault)"
+    )
     parser.add_common_arguments()
     parser.add_argument(
         "--advertise",
@@ -58,6 +62,7 @@ def parse(arguments: Sequence[str]) -> Config:
             power_cycle=options.power_cycle,
             lease_ttl_s=options.lease_ttl_s,
             log_level=options.log_level,
+            allow_faults=options.allow_faults,
         )
     except VfleetError as error:
         parser.error(error.message)

@@ -5,27 +5,40 @@ once. Accesses of one driver to one function keep their order; a driver's main m
 """
 
 import asyncio
+import contextlib
 import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from hostd.access_queue import AccessQueue, Reach, Waiting
+from hostd.dma_receiver import DmaReceiver, Receivers
 from hostd.instance import Result
 from hostd.translation import Entry, TranslationTable
 from vfleet.address import AddressError, check_access
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.limits import MAIN_MEMORY_VIRTUAL_ADDRESS
 from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_STATUS_OK, AccessKind
-from vfleet.v1.driver_service_pb2 import DriverState, WatchNotificationsResponse
+from vfleet.v1.driver_service_pb2 import NOTIFICATION_KIND_INTERRUPT, DriverState, WatchNotificationsResponse
 from vfleet.v1.host_records_pb2 import DriverRecord
 
 Listener = Callable[[WatchNotificationsResponse], None]
 
 
 class Driver:
-    """A driver on this host. `record` is what the ledger knows of it; `changed` is set at every change of the table."""
+    """A driver on this host. `record` is what the ledger knows of it; `changed` is set at every change of the table.
 
-    def __init__(self, record: DriverRecord, memory: mmap.mmap | None, entries: Iterable[Entry], reach: Reach) -> None:
+    `receivers` are its functions' ways into its main memory, if it has any.
+    """
+
+    def __init__(
+        self,
+        record: DriverRecord,
+        memory: mmap.mmap | None,
+        entries: Iterable[Entry],
+        reach: Reach,
+        receivers: Receivers,
+    ) -> None:
         self.record = record
         self.table = TranslationTable(entries)
         self.changed = asyncio.Event()
@@ -33,12 +46,21 @@ class Driver:
         self._memory = memory
         self._reach = reach
         self._faults = 0
+        self._new_receivers = receivers
+        self.receivers: dict[str, DmaReceiver] = {}
+        for entry in self.table.entries:
+            self._open_receiver(entry)
         self._queues = {entry.function: self._new_queue(entry) for entry in self.table.entries if entry.function}
 
     @property
     def name(self) -> str:
         """The driver's name."""
         return self.record.driver
+
+    @property
+    def memory(self) -> mmap.mmap | None:
+        """Its main memory."""
+        return self._memory
 
     def swap(self, table: TranslationTable) -> None:
         """Put a new table in the place of the old one, and let every access go by it from now on."""
@@ -50,17 +72,23 @@ class Driver:
             if own is None or own.lost != entry.lost:
                 if own is not None:
                     self._queues[function].close(_lost(entry))
+                    self._end_interrupts(function, _lost(entry) if entry.lost else None)
+                else:
+                    self._open_receiver(entry)
                 self._queues[function] = self._new_queue(entry)
             else:
                 self._queues[function].follow(entry)
         for function in sorted(before.keys() - table.by_function.keys()):
-            self._queues.pop(function).detach(
-                VfleetError(
-                    Reason.TRANSLATION_FAULT,
-                    f"function {function!r} was detached from driver {self.name!r}",
-                    metadata={"driver": self.name, "function": function},
-                )
+            detached = VfleetError(
+                Reason.TRANSLATION_FAULT,
+                f"function {function!r} was detached from driver {self.name!r}",
+                metadata={"driver": self.name, "function": function},
             )
+            self._queues.pop(function).detach(detached)
+            self._end_interrupts(function, detached)
+            receiver = self.receivers.pop(function, None)
+            if receiver is not None:
+                self._new_receivers.discard(self.name, function, receiver)
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -133,13 +161,42 @@ class Driver:
 
     def close(self) -> None:
         """End all queues and unmap the main memory."""
+        stopped = VfleetError(Reason.HOST_UNAVAILABLE, f"the host of driver {self.name!r} stops")
         for queue in self._queues.values():
-            queue.close(VfleetError(Reason.HOST_UNAVAILABLE, f"the host of driver {self.name!r} stops"))
+            queue.close(stopped)
+        for receiver in self.receivers.values():
+            receiver.end(stopped)
+            receiver.close()
         if self._memory is not None:
-            self._memory.close()
+            # A workload that was cancelled may have views of it still; it goes with the last of them.
+            with contextlib.suppress(BufferError):
+                self._memory.close()
+
+    def _open_receiver(self, entry: Entry) -> None:
+        if self._memory is None or not entry.function:
+            return
+        receiver = self._new_receivers.open(self.record, self._memory, entry)
+        receiver.interrupted = partial(self._interrupted, entry.function)
+        if entry.lost:
+            receiver.end(_lost(entry))
+        self.receivers[entry.function] = receiver
+
+    def _end_interrupts(self, function: str, error: VfleetError | None) -> None:
+        receiver = self.receivers.get(function)
+        if receiver is not None:
+            receiver.end(error)
+
+    def _interrupted(self, function: str, vector: int, count: int) -> None:
+        if self.listeners:
+            self.notify(
+                WatchNotificationsResponse(
+                    kind=NOTIFICATION_KIND_INTERRUPT, function=function, vector=vector, interrupts=count
+                )
+            )
 
     def _new_queue(self, entry: Entry) -> AccessQueue:
-        queue = AccessQueue(self.name, entry, self._reach)
+        receiver = self.receivers.get(entry.function)
+        queue = AccessQueue(self.name, entry, self._reach, receiver.window if receiver is not None else None)
         if entry.lost:
             queue.close(_lost(entry))
         return queue

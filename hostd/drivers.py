@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from hostd.access_queue import Reach
+from hostd.dma_receiver import Receivers, file_of
 from hostd.driver import Driver
 from hostd.fence import Fences
 from hostd.functions import check_deadline
@@ -54,7 +55,14 @@ class Drivers:
     """All drivers of the host. `deadlines_changed` is set whenever a hold is placed or lifted."""
 
     def __init__(
-        self, host: str, memory_place: Location, ledger: Ledger, fences: Fences, clock: Clock, reach: Reach
+        self,
+        host: str,
+        memory_place: Location,
+        ledger: Ledger,
+        fences: Fences,
+        clock: Clock,
+        reach: Reach,
+        receivers: Receivers,
     ) -> None:
         self._host = host
         self._main_memory = MainMemory(host, memory_place, ledger)
@@ -62,6 +70,7 @@ class Drivers:
         self._fences = fences
         self._clock = clock
         self._reach = reach
+        self._receivers = receivers
         self._holds: dict[EntryId, Hold] = {(h.driver, h.function): h for h in ledger.all(_HOLD, Hold)}
         self._acknowledgements: dict[EntryId, asyncio.Event] = {}
         self._followed_revision = 0
@@ -77,11 +86,16 @@ class Drivers:
 
     def files(self) -> set[str]:
         """Return the names of the mapped files that drivers use."""
-        return {driver.record.file for driver in self._drivers.values() if driver.record.file}
+        memories = {driver.record.file for driver in self._drivers.values() if driver.record.file}
+        return memories | {file_of(driver.name, function) for driver in self.all() for function in driver.receivers}
 
     def all(self) -> list[Driver]:
         """Return the drivers, by name."""
         return [self._drivers[name] for name in sorted(self._drivers)]
+
+    def find(self, name: str) -> Driver | None:
+        """Return a driver, or None."""
+        return self._drivers.get(name)
 
     def require(self, name: str) -> Driver:
         """Return a driver. Raise NOT_FOUND."""
@@ -281,9 +295,9 @@ class Drivers:
     def _open(self, record: DriverRecord, entries: Iterable[Entry]) -> Driver:
         opened = self._main_memory.open(record)
         if opened is None:
-            return Driver(record, None, entries, self._reach)
+            return Driver(record, None, entries, self._reach, self._receivers)
         memory, own = opened
-        return Driver(record, memory, (own, *entries), self._reach)
+        return Driver(record, memory, (own, *entries), self._reach, self._receivers)
 
     def _find(self, identifier: EntryId) -> Entry | None:
         driver = self._drivers.get(identifier[0])

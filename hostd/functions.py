@@ -7,14 +7,16 @@ the function's home proves that the move to it was committed, and so lets a prep
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from hostd.device_state import AFTER_FAULT
+from hostd.engine_part import ENGINE_BYTES
 from hostd.fence import Fences, order_of
 from hostd.image import FunctionImage, Sequencer, image_bytes
 from hostd.instance import Instance
 from hostd.ledger import Ledger
 from hostd.models import create_model
-from hostd.models.base import DeviceModel
+from hostd.models.base import BusMaster, DeviceModel
 from hostd.segment import Segment
 from vfleet import failpoint
 from vfleet.address import bar_span, location_of
@@ -57,6 +59,7 @@ class Functions:
         self._clock = clock
         self._by_slot: dict[Slot, Instance] = {}
         self._by_function: dict[str, list[Instance]] = {}
+        self.listeners: list[Callable[[Instance], None]] = []  # told of each instance that is made
         self.deadlines_changed = asyncio.Event()
         for record in ledger.all(_KIND, InstanceRecord):
             instance = self._open(record)
@@ -219,9 +222,9 @@ class Functions:
         return instance
 
     def reset(self, request: ResetFunctionRequest) -> None:
-        """Do a function-level reset. Raise NOT_FOUND, WRONG_GENERATION, or ILLEGAL_STATE while it doesn't run."""
+        """Do a function-level reset. Raise NOT_FOUND, WRONG_GENERATION, or ILLEGAL_STATE while it is stopped."""
         instance = self.require(request.function, request.generation)
-        if not instance.is_serving:
+        if not instance.is_serving and instance.state != AFTER_FAULT:
             raise VfleetError(
                 Reason.ILLEGAL_STATE, f"function {request.function!r} does not run; a reset waits for that"
             )
@@ -229,6 +232,11 @@ class Functions:
         instance.record.is_resetting = True
         self._save(instance)
         self._finish_reset(instance)
+
+    def fail(self, instance: Instance) -> None:
+        """Let a running instance take a device fault."""
+        instance.fail()
+        self._save(instance)
 
     def run(self, instance: Instance) -> None:
         """Let an instance run: it is the function's home, by etcd's word."""
@@ -307,8 +315,12 @@ class Functions:
         about = record.instance
         bars = {bar.index: bar.size_bytes for bar in about.bars}
         model = model or create_model(about.model, about.identity, bars)
-        mapped = self._ledger.map_file(record.file, image_bytes(bar_span(bars) + model.private_bytes))
-        return Instance(record, model, FunctionImage(mapped))
+        model_bytes = bar_span(bars) + model.private_bytes
+        if not isinstance(model, BusMaster):
+            mapped = self._ledger.map_file(record.file, image_bytes(model_bytes))
+            return Instance(record, model, FunctionImage(mapped))
+        mapped = self._ledger.map_file(record.file, image_bytes(model_bytes + ENGINE_BYTES))
+        return Instance(record, model, FunctionImage(mapped, model_bytes))
 
     def _finish_reset(self, instance: Instance) -> None:
         instance.reset()
@@ -318,6 +330,8 @@ class Functions:
     def _add(self, instance: Instance) -> None:
         self._by_slot[instance.about.device, instance.about.vf_index] = instance
         self._by_function.setdefault(instance.about.function, []).append(instance)
+        for listener in self.listeners:
+            listener(instance)
 
     def _save(self, instance: Instance) -> None:
         self._ledger.put(_KIND, _key((instance.about.device, instance.about.vf_index)), instance.record)

@@ -50,7 +50,8 @@ def exchange(functions: Functions, request: ExchangeRequest) -> ExchangeResponse
 def last_sequence(functions: Functions, request: GetSequenceRequest) -> int:
     """Return the last sequence of a driver that the function applied, and refuse the driver's earlier sessions.
 
-    Raise ILLEGAL_STATE if the function isn't served here at this generation.
+    From now on a bus master's DMA goes to the window that the request names, if it names one. Raise ILLEGAL_STATE if
+    the function isn't served here at this generation, or has a driver of a later attachment.
     """
     check_name("driver", request.driver)
     check_name("function", request.function)
@@ -67,6 +68,13 @@ def last_sequence(functions: Functions, request: GetSequenceRequest) -> int:
             f"function {request.function!r} at generation {request.generation} is not served here: {why}",
             metadata={"function": request.function},
         )
+    master = admitted[0].master
+    if master is not None and request.HasField("dma") and not master.attach(request.driver, request.dma):
+        raise VfleetError(
+            Reason.ILLEGAL_STATE,
+            f"function {request.function!r} has driver {master.driver!r} since; driver {request.driver!r} was detached",
+            metadata={"function": request.function, "driver": request.driver},
+        )
     return admitted[1].last
 
 
@@ -77,6 +85,8 @@ def forget_driver(functions: Functions, request: ForgetDriverRequest) -> None:
     sequencer = known.get(request.driver)
     if instance is not None and sequencer is not None and sequencer.session <= request.session:
         instance.image.forget(request.driver)
+        if instance.master is not None:
+            instance.master.detach(request.attachment)
 
 
 def _check(field: str, access: Access) -> None:

@@ -10,7 +10,11 @@ from random import Random
 
 from hostd.access_queue import Reach
 from hostd.directory import Directory
+from hostd.dma_link import DmaLink, DmaLinks
+from hostd.dma_receiver import Receivers
+from hostd.dma_sender import DmaReach
 from hostd.drivers import Drivers
+from hostd.engine import Engines
 from hostd.fabric import Fabric, Link
 from hostd.fence import Fences
 from hostd.functions import Functions
@@ -21,6 +25,7 @@ from hostd.resolution import Resolver
 from hostd.segment import Segment
 from hostd.topology import HostTopology
 from hostd.workload import Workloads
+from hostd.workloads.kinds import new_workload
 from vfleet.clock import Clock, backoff_delays
 from vfleet.errors import VfleetError
 from vfleet.etcd.store import Store
@@ -48,6 +53,8 @@ class Host:
         clock: Clock,
         random: Random,
         lease_ttl_s: int,
+        *,
+        allows_faults: bool = False,
     ) -> None:
         segment = Segment(topology)
         fences = Fences(ledger)
@@ -58,11 +65,15 @@ class Host:
         self.fabric = Fabric(lambda number: Link(number, self.directory, channels, clock, random))
         self.functions = Functions(segment, ledger, fences, clock)
         reach = Reach(segment.number, identity.session, self.functions, self.fabric, clock, random)
-        self.drivers = Drivers(topology.name, segment.main_memory, ledger, fences, clock, reach)
-        self.workloads = Workloads(self.drivers, ledger, clock)
+        history = self.history = History(topology.name, ledger, fences, random)
+        receivers = Receivers(segment.main_memory, ledger, identity.session, lambda: history.generation)
+        self.drivers = Drivers(topology.name, segment.main_memory, ledger, fences, clock, reach, receivers)
+        self.dma_links = DmaLinks(lambda number: DmaLink(number, self.directory, channels, clock, random))
+        dma_reach = DmaReach(segment.number, self.drivers, self.dma_links, clock, random)
+        self.engines = Engines(self.functions, dma_reach, allows_faults=allows_faults)
+        self.workloads = Workloads(self.drivers, ledger, clock, new_workload)
         self._store = store
         self._random = random
-        history = self.history = History(topology.name, ledger, fences, random)
         self._resolver = Resolver(topology.name, self.functions, self.drivers, fences, history, store, clock)
         record = HostRecord(
             name=topology.name,
@@ -101,8 +112,10 @@ class Host:
     async def close(self) -> None:
         """End all work and unmap all memory; what is durable stays."""
         await self.workloads.close()
+        await self.engines.close()
         self.drivers.close()
         await self.fabric.close()
+        await self.dma_links.close()
         self.functions.close()
         self.ledger.close()
 

@@ -2,12 +2,14 @@
 
     +------------+----------------------+-------------------------------------------+
     | redo       | sequencers, one a    | memory: the BARs as they lie in the       |
-    | record     | driver               | function's window, then the model's own   |
+    | record     | driver               | function's window, then the model's own,  |
+    |            |                      | then, of a bus master, the engine's part  |
     +------------+----------------------+-------------------------------------------+
 
 An access's effect and its sequence become durable together: the redo record (what is stored where, and the answer) is
 written first, then the effect, and the sequence last. A daemon that is killed anywhere in between and comes back does
-the rest; a record that was torn fails its checksum, and then the access has had no effect and will be sent again.
+the rest; a record that was torn fails its checksum, and then the access has had no effect and will be sent again. A
+step of the engine is the same with another number: the first word of the engine's part counts the steps.
 """
 
 import mmap
@@ -26,6 +28,8 @@ _REDO_BYTES = 4 * PAGE_BYTES
 _REDO_HEAD = struct.Struct("<IIQIIII")  # CRC-32, bytes after it, sequence, sequencer, status, answer bytes, stores
 _STORE_HEAD = struct.Struct("<QI")  # offset in memory, bytes
 _NO_REDO = (1 << 64) - 1  # as the record's first word: longer than any can be
+_ENGINE = MAX_DRIVERS  # in the place of a sequencer's index
+MAX_STEP_BYTES = _REDO_BYTES - _REDO_HEAD.size  # of a step's stores, with 12 for each and 24 for each thing sent
 
 _NAME_BYTES = 64
 _ANSWERS_OFFSET = PAGE_BYTES
@@ -125,8 +129,10 @@ class Sequencer:
 class FunctionImage:
     """The image in its mapped file. Opening one finishes what a killed daemon had begun."""
 
-    def __init__(self, mapped: mmap.mmap) -> None:
+    def __init__(self, mapped: mmap.mmap, engine_start: int | None = None) -> None:
+        """Take the file; `engine_start` is where in memory a bus master's engine has its part, a multiple of 8."""
         self._mapped = mapped
+        self.engine_start = engine_start
         self._bytes = memoryview(mapped)
         self._words = self._bytes.cast("Q")
         self.memory = self._bytes[_MEMORY_OFFSET:]
@@ -186,6 +192,35 @@ class FunctionImage:
             if dirty is not None:
                 dirty.update(range(offset // PAGE_BYTES, (offset + len(data) - 1) // PAGE_BYTES + 1))
 
+    def step(self, stores: Sequence[Store]) -> None:
+        """Make a step of the engine durable, all of its stores together.
+
+        Raise LIMIT_EXCEEDED if they don't fit into the redo record; nothing has changed then.
+        """
+        assert self.engine_start is not None  # noqa: S101  # only a bus master has steps
+        body = b"".join(part for offset, data in stores for part in (_STORE_HEAD.pack(offset, len(data)), data))
+        if len(body) > MAX_STEP_BYTES:
+            raise VfleetError(
+                Reason.LIMIT_EXCEEDED,
+                f"a step of the device stores {len(body)} bytes, heads included; expected at most {MAX_STEP_BYTES}",
+            )
+        number = self.word(self.engine_start) + 1
+        record = _REDO_HEAD.pack(0, len(body), number, _ENGINE, 0, 0, len(stores))[4:] + body
+        self._bytes[: len(record) + 4] = zlib.crc32(record).to_bytes(4, "little") + record
+        self.store(stores)
+        self.put_word(self.engine_start, number)
+
+    def word(self, offset: int) -> int:
+        """Return the 64-bit word at an offset in memory, a multiple of 8."""
+        value: int = self._words[(_MEMORY_OFFSET + offset) // 8]
+        return value
+
+    def put_word(self, offset: int, value: int) -> None:
+        """Store a 64-bit word at an offset in memory, a multiple of 8: by one machine store, never seen half done."""
+        self._words[(_MEMORY_OFFSET + offset) // 8] = value
+        if self._dirty is not None:
+            self._dirty.add(offset // PAGE_BYTES)
+
     def clear(self) -> None:
         """Zero the memory and forget all drivers."""
         for start in range(0, len(self.memory), 1 << 20):
@@ -219,19 +254,24 @@ class FunctionImage:
         if found is None:
             return
         sequencer, sequence, status, data, stores = found
-        if sequencer.driver and sequence == sequencer.last + 1:
+        if sequencer is None:
+            if self.engine_start is not None and sequence == self.word(self.engine_start) + 1:
+                self.store(stores)
+                self.put_word(self.engine_start, sequence)
+        elif sequencer.driver and sequence == sequencer.last + 1:
             self.store(stores)
             sequencer.advance(sequence, status, data)
 
-    def _redo_record(self) -> tuple[Sequencer, int, AccessStatus.ValueType, bytes, list[Store]] | None:
+    def _redo_record(self) -> tuple[Sequencer | None, int, AccessStatus.ValueType, bytes, list[Store]] | None:
         crc, length, sequence, index, status, data_bytes, count = _REDO_HEAD.unpack_from(self._bytes)
         end = _REDO_HEAD.size + length
-        if end > _REDO_BYTES or index >= MAX_DRIVERS or zlib.crc32(self._bytes[4:end]) != crc:
+        if end > _REDO_BYTES or index > _ENGINE or zlib.crc32(self._bytes[4:end]) != crc:
             return None
         data_end = _REDO_HEAD.size + data_bytes
         data = bytes(self._bytes[_REDO_HEAD.size : data_end])
         stores = list(self._redo_stores(data_end, count))
-        return self._sequencers[index], sequence, AccessStatus.ValueType(status), data, stores
+        sequencer = self._sequencers[index] if index != _ENGINE else None
+        return sequencer, sequence, AccessStatus.ValueType(status), data, stores
 
     def _redo_stores(self, position: int, count: int) -> Iterator[Store]:
         for _ in range(count):

@@ -5,10 +5,12 @@ this room knows nothing of that.
 """
 
 import asyncio
+from collections.abc import Sequence
 
-from hostd.device_state import next_state, path, serves
+from hostd.device_state import AFTER_FAULT, AFTER_RESET, next_state, path, serves
+from hostd.engine_part import EnginePart
 from hostd.image import FunctionImage, Sequencer
-from hostd.models.base import DeviceModel
+from hostd.models.base import DeviceModel, Section
 from vfleet.address import window_offset
 from vfleet.v1.access_pb2 import (
     ACCESS_KIND_READ,
@@ -34,13 +36,18 @@ class SequenceGapError(Exception):
 
 
 class Instance:
-    """A function in one slot. `record` is what the ledger knows of it; `changed` is set at every change of state."""
+    """A function in one slot. `record` is what the ledger knows of it; `changed` is set at every change of state.
+
+    Of a bus master, `master` is the engine's part of the image, and `kicked` is set whenever there may be work.
+    """
 
     def __init__(self, record: InstanceRecord, model: DeviceModel, image: FunctionImage) -> None:
         self.record = record
         self.model = model
         self.image = image
         self.changed = asyncio.Event()
+        self.kicked = asyncio.Event()
+        self.master = EnginePart(image, image.engine_start) if image.engine_start is not None else None
         self.unsupported_requests = 0
         self.is_importing = False
         self.is_closed = False
@@ -65,22 +72,37 @@ class Instance:
         """Whether it is, or was, the function's home at its generation, by the proof of an access or by etcd's word."""
         return self.about.state not in (DeviceState.DEVICE_STATE_RESUMING, DeviceState.DEVICE_STATE_STOP)
 
+    @property
+    def sections(self) -> Sequence[Section]:
+        """What the image consists of: the model's sections and, of a bus master, the engine's."""
+        return (*self.model.sections, self.master.section) if self.master is not None else self.model.sections
+
     def go_to(self, wanted: DeviceState.ValueType) -> None:
         """Walk VFIO's arcs to a state. Raise ILLEGAL_STATE if there is no way."""
         state = self.state
         for step in path(state, wanted):
             state = next_state(state, step)
-        self.record.instance.state = state
-        self.changed.set()
-        self.changed = asyncio.Event()
+        self._enter(state)
+
+    def fail(self) -> None:
+        """Take a device fault: nothing is served until a reset."""
+        self._enter(AFTER_FAULT)
 
     def reset(self) -> None:
-        """Do what a function-level reset does: zero the memory and set the registers; drivers' sequences go on."""
-        memory = self.image.memory
-        for start in range(0, len(memory), 1 << 20):
-            end = min(start + (1 << 20), len(memory))
+        """Do what a function-level reset does: zero the memory and set the registers.
+
+        Drivers' sequences go on, and so do those of a bus master; what it had sent, and nobody has taken, is cancelled.
+        """
+        size = self.master.section.start if self.master is not None else len(self.image.memory)
+        for start in range(0, size, 1 << 20):
+            end = min(start + (1 << 20), size)
             self.image.store([(start, bytes(end - start))])
+        if self.master is not None:
+            self.master.writes.cancel()
         self.image.store(self.model.reset())
+        if self.state == AFTER_FAULT:
+            self._enter(AFTER_RESET)
+        self.kicked.set()
 
     def access(
         self, sequencer: Sequencer, sequence: int, kind: AccessKind.ValueType, address: int, length: int, data: bytes
@@ -104,6 +126,8 @@ class Instance:
             self.unsupported_requests += 1
             stores, status = (), ACCESS_STATUS_UNSUPPORTED_REQUEST
         self.image.apply(sequencer, sequence, status, answer, stores)
+        if stores:
+            self.kicked.set()
         return status, answer
 
     def shown(self) -> FunctionInstance:
@@ -112,10 +136,19 @@ class Instance:
         shown.CopyFrom(self.about)
         for sequencer in self.image.sequencers():
             shown.last_sequences[sequencer.driver] = sequencer.last
+        if self.master is not None:
+            shown.dma_faults = self.master.faults
         return shown
 
     def close(self) -> None:
         """Unmap the image; who waits for a change of state is told."""
         self.is_closed = True
         self.changed.set()
+        self.kicked.set()
         self.image.close()
+
+    def _enter(self, state: DeviceState.ValueType) -> None:
+        self.record.instance.state = state
+        self.changed.set()
+        self.changed = asyncio.Event()
+        self.kicked.set()

@@ -10,8 +10,11 @@ from hostd.ledger import Ledger
 from hostd.translation import Entry
 from vfleet.address import PAGE_BYTES, WINDOW_BYTES, Location, table_offset
 from vfleet.errors import Reason, VfleetError, invalid_field
-from vfleet.limits import MAIN_MEMORY_VIRTUAL_ADDRESS, MAX_MAIN_MEMORY_BYTES
+from vfleet.limits import INTERRUPT_PAGE_ADDRESS, MAIN_MEMORY_VIRTUAL_ADDRESS, MAX_MAIN_MEMORY_BYTES
 from vfleet.v1.host_records_pb2 import DriverRecord
+
+# Interrupts are writes to this page of the window: no memory lies there.
+_INTERRUPT_PAGE = DriverRecord(main_memory_offset=INTERRUPT_PAGE_ADDRESS, main_memory_bytes=PAGE_BYTES)
 
 
 class MainMemory:
@@ -59,7 +62,7 @@ class MainMemory:
 
     def _first_fit(self, size_bytes: int, others: Iterable[DriverRecord]) -> int:
         end = 0
-        for taken in sorted(others, key=lambda record: record.main_memory_offset):
+        for taken in sorted((*others, _INTERRUPT_PAGE), key=lambda record: record.main_memory_offset):
             if taken.main_memory_bytes and end + size_bytes <= taken.main_memory_offset:
                 break
             end = max(end, taken.main_memory_offset + taken.main_memory_bytes)

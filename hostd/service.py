@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 
 from hostd import home, transfer
 from hostd.client_access import ClientAccess
+from hostd.dma_receiver import exchange_dma
 from hostd.host import Host
 from vfleet.errors import invalid_field
 from vfleet.v1 import driver_service_pb2 as driver_pb2
@@ -86,6 +87,12 @@ class FunctionServicer(FunctionServiceServicer):
         self._functions.reset(request)
         return function_pb2.ResetFunctionResponse()
 
+    async def InjectFault(
+        self, request: function_pb2.InjectFaultRequest, context: _Context
+    ) -> function_pb2.InjectFaultResponse:
+        self._host.engines.inject(request)
+        return function_pb2.InjectFaultResponse()
+
 
 class HoldServicer(HoldServiceServicer):
     """HoldService of one host."""
@@ -157,6 +164,7 @@ class FabricServicer(FabricServiceServicer):
 
     def __init__(self, host: Host) -> None:
         self._functions = host.functions
+        self._drivers = host.drivers
 
     async def Exchange(
         self, request_iterator: AsyncIterator[fabric_pb2.ExchangeRequest], context: _Context
@@ -174,6 +182,12 @@ class FabricServicer(FabricServiceServicer):
     ) -> fabric_pb2.ForgetDriverResponse:
         home.forget_driver(self._functions, request)
         return fabric_pb2.ForgetDriverResponse()
+
+    async def ExchangeDma(
+        self, request_iterator: AsyncIterator[fabric_pb2.ExchangeDmaRequest], context: _Context
+    ) -> AsyncIterator[fabric_pb2.ExchangeDmaResponse]:
+        async for request in request_iterator:
+            yield exchange_dma(self._drivers, request)
 
 
 class DriverServicer(DriverServiceServicer):

@@ -37,7 +37,7 @@ from pydantic import BeforeValidator, ConfigDict, StrictInt, TypeAdapter, Valida
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from hostd.models import create_model
+from hostd.models import create_model, max_drivers
 from hostd.sriov import Sriov
 from hostd.yaml_file import FieldPath, YamlFile
 from vfleet.address import AddressError, format_routing_id, routing_id
@@ -84,6 +84,7 @@ class DeviceTopology:
             first_vf_offset=self.sriov.first_vf_offset,
             vf_stride=self.sriov.vf_stride,
             bars=[Bar(index=index, size_bytes=size) for index, size in sorted(self.bar_bytes.items())],
+            max_drivers=max_drivers(create_model(self.model, 1, self.bar_bytes)),
         )
 
 

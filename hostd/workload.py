@@ -1,7 +1,8 @@
 """Built-in workloads: drivers that verify every answer, and measure what a driver notices of a migration.
 
-A workload goes on after its daemon was killed: the function tells how far it got, and the script says what comes next.
-While it runs, the driver's accesses to the function are its alone, since their sequences number its steps.
+This one drives the checker; those of other devices are made of it (hostd/workloads). A workload goes on after its
+daemon was killed: the function tells how far it got, and the script says what comes next. While it runs, the driver's
+accesses to the function are its alone, since their sequences number its steps.
 """
 
 import asyncio
@@ -218,12 +219,17 @@ class Workload:
             self._drivers.acknowledge(self._driver.name, self.record.function, notification.attempt)
 
 
+NewWorkload = Callable[[WorkloadRecord, Drivers, Clock, Callable[[WorkloadRecord], None]], Workload]
+
+
 class Workloads:
     """All workloads of the host, running and stopped."""
 
-    def __init__(self, drivers: Drivers, ledger: Ledger, clock: Clock) -> None:
+    def __init__(self, drivers: Drivers, ledger: Ledger, clock: Clock, new_workload: NewWorkload) -> None:
+        """Take how a workload is made of its record: by the kind that its options name."""
         self._drivers = drivers
         self._ledger = ledger
+        self._new_workload = new_workload
         self._clock = clock
         self._workloads: dict[Identifier, Workload] = {}
         self._tasks: dict[Identifier, asyncio.Task[None]] = {}
@@ -234,7 +240,7 @@ class Workloads:
         for record in self._ledger.all(_KIND, WorkloadRecord):
             identifier = (record.driver, record.function)
             try:
-                self._workloads[identifier] = Workload(record, self._drivers, self._clock, self._save)
+                self._workloads[identifier] = self._new_workload(record, self._drivers, self._clock, self._save)
             except VfleetError as error:
                 _log.warning("the workload of driver %s is gone: %s", record.driver, error)
                 self._ledger.delete(_KIND, _key(identifier))
@@ -260,7 +266,7 @@ class Workloads:
                 metadata={"driver": request.driver, "function": request.function},
             )
         record = WorkloadRecord(driver=request.driver, function=request.function, options=request.options)
-        workload = Workload(record, self._drivers, self._clock, self._save)
+        workload = self._new_workload(record, self._drivers, self._clock, self._save)
         self._starting.add(identifier)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):

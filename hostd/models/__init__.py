@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Mapping
 
-from hostd.models.base import DeviceModel
+from hostd.models.accelerator import Accelerator
+from hostd.models.base import BusMaster, DeviceModel
 from hostd.models.checker import Checker
 from hostd.models.nvme import Nvme
 from vfleet.address import AddressError, bar_layout
 from vfleet.errors import invalid_field
+from vfleet.limits import MAX_DRIVERS
 
-MODELS: Mapping[str, Callable[[int, Mapping[int, int]], DeviceModel]] = {Checker.name: Checker, Nvme.name: Nvme}
+MODELS: Mapping[str, Callable[[int, Mapping[int, int]], DeviceModel]] = {
+    model.name: model for model in (Checker, Accelerator, Nvme)
+}
 
 
 def create_model(name: str, identity: int, bar_bytes: Mapping[int, int]) -> DeviceModel:
@@ -25,3 +29,8 @@ def create_model(name: str, identity: int, bar_bytes: Mapping[int, int]) -> Devi
     except AddressError as error:
         raise invalid_field("bars", dict(bar_bytes), f"BARs that can exist: {error}") from None
     return MODELS[name](identity, bar_bytes)
+
+
+def max_drivers(model: DeviceModel) -> int:
+    """Return how many drivers one function can have: a bus master's DMA goes to the main memory of one."""
+    return 1 if isinstance(model, BusMaster) else MAX_DRIVERS

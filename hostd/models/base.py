@@ -14,7 +14,7 @@ killed, goes on where the last step ended.
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 MAX_DMA_BYTES: Final = 4096
 MAX_FRAME_BYTES: Final = 1518
@@ -94,12 +94,16 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one piece of work changes and sends: durable together, sent in this order. At most 12 KiB in all."""
+    """What one piece of work changes and sends: durable together, sent in this order.
+
+    At most 12 KiB of data, in at most 64 stores and 64 sends. A longer one is a fault of the device: state ERROR.
+    """
 
     stores: Sequence[Store] = ()
     sends: Sequence[DmaWrite | Frame] = ()
 
 
+@runtime_checkable
 class BusMaster(DeviceModel, Protocol):
     """A model that has work of its own: queues, DMA, interrupts, frames.
 

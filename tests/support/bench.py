@@ -5,11 +5,15 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
+from support.fake_dma import FakeDmaLinks
 from support.fake_fabric import FakeFabric
 from support.manual_clock import ManualClock
 
 from hostd.access_queue import Reach
+from hostd.dma_receiver import Receivers
+from hostd.dma_sender import DmaReach
 from hostd.drivers import Drivers
+from hostd.engine import Engine, Engines
 from hostd.fence import Fences
 from hostd.functions import Functions
 from hostd.instance import Instance
@@ -66,8 +70,16 @@ class Bench:
     """A host whose daemon can be started anew. `session` counts the starts."""
 
     def __init__(
-        self, path: Path, host: str = "h1", clock: ManualClock | None = None, fabric: FakeFabric | None = None
+        self,
+        path: Path,
+        host: str = "h1",
+        clock: ManualClock | None = None,
+        fabric: FakeFabric | None = None,
+        dma_links: FakeDmaLinks | None = None,
+        model: str = "checker",
     ) -> None:
+        self.model = model
+        self.dma_links = dma_links or FakeDmaLinks(is_automatic=True)
         self.path = path
         self.host = host
         self.segment = segment_of(host)
@@ -82,9 +94,15 @@ class Bench:
         self.fences = Fences(self.ledger)
         self.functions = Functions(self.segment, self.ledger, self.fences, self.clock)
         self.reach = Reach(self.segment.number, self.session, self.functions, self.fabric, self.clock, Random(7))
-        self.drivers = Drivers(self.host, self.segment.main_memory, self.ledger, self.fences, self.clock, self.reach)
+        place = self.segment.main_memory
+        receivers = Receivers(place, self.ledger, self.session, lambda: 1)
+        self.drivers = Drivers(self.host, place, self.ledger, self.fences, self.clock, self.reach, receivers)
+        dma_reach = DmaReach(self.segment.number, self.drivers, self.dma_links, self.clock, Random(8))
+        self.engines = Engines(self.functions, dma_reach, allows_faults=True)
 
     def close(self) -> None:
+        for task in self.engines._tasks:
+            task.cancel()
         self.drivers.close()
         self.functions.close()
         self.ledger.close()
@@ -119,11 +137,16 @@ class Bench:
                 vf_index=vf_index,
                 bars=[Bar(index=index, size_bytes=size) for index, size in (bars or BARS).items()],
                 identity=identity,
-                model="checker",
+                model=self.model,
                 fresh=fresh,
                 resolve_after_ms=0 if fresh else RESOLVE_MS,
             )
         )
+
+    def engine(self, generation: int = 0, *, function: str = "vf1") -> Engine:
+        """Return the engine of a bus master's instance."""
+        instance = self.functions.require(function, generation)
+        return next(engine for engine in self.engines.all() if engine.instance is instance)
 
     def destroy(self, generation: int, revision: int, decision: Decision.ValueType, *, function: str = "vf1") -> None:
         self.functions.destroy(

@@ -8,9 +8,9 @@ from support.bench import IDENTITY, MEMORY_BYTES, VIRTUAL_ADDRESS, Bench, reason
 from support.driver_bench import D1, MIB, NEW, OLD, attached, new, old, read, seen, told
 from support.manual_clock import settle
 
-from vfleet.address import table_offset
+from vfleet.address import WINDOW_BYTES, table_offset, window_offset
 from vfleet.errors import Reason, VfleetError
-from vfleet.limits import MAIN_MEMORY_VIRTUAL_ADDRESS
+from vfleet.limits import INTERRUPT_PAGE_ADDRESS, MAIN_MEMORY_VIRTUAL_ADDRESS
 from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, ACCESS_STATUS_OK
 from vfleet.v1.driver_service_pb2 import (
     NOTIFICATION_KIND_ATTACHED,
@@ -60,9 +60,13 @@ async def test_main_memories_lie_side_by_side_in_the_root_complexs_window(bench:
     assert bases() == {"a": 0, "c": 3 * MIB, "e": 4 * MIB, "f": MIB}
 
 
-async def test_main_memory_ends_with_the_window(bench: Bench):
-    for number in range(4):
-        bench.drivers.recorded(f"m{number}", 1 << 30)
+async def test_main_memory_ends_with_the_window_and_leaves_the_interrupt_page_out(bench: Bench):
+    below = INTERRUPT_PAGE_ADDRESS - (3 << 30)
+    sizes = [1 << 30, 1 << 30, 1 << 30, below, WINDOW_BYTES - INTERRUPT_PAGE_ADDRESS - 4096]
+    for number, size in enumerate(sizes):
+        bench.drivers.recorded(f"m{number}", size)
+    last = bench.drivers.state(bench.drivers.require("m4"))
+    assert window_offset(last.main_memory_base) == INTERRUPT_PAGE_ADDRESS + 4096
     assert reason_of(bench.drivers.recorded, "more", 4096) is Reason.LIMIT_EXCEEDED
     assert reason_of(bench.drivers.require, "more") is Reason.NOT_FOUND
 

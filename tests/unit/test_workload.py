@@ -10,6 +10,7 @@ from support.manual_clock import settle
 
 from hostd.models import checker
 from hostd.workload import DEFAULT_WINDOW, LATENCIES_KEPT, STOP_LATENCY_S, Measurement, Workloads
+from hostd.workloads.kinds import new_workload
 from vfleet.errors import Reason, VfleetError
 from vfleet.v1.access_pb2 import ACCESS_KIND_READ
 from vfleet.v1.driver_service_pb2 import StartWorkloadRequest, WorkloadOptions, WorkloadReport
@@ -26,7 +27,7 @@ class Rig:
         self.instance = self.bench.create()
         self.bench.drivers.recorded("d1", 0)
         self.bench.drivers.attach(self.bench.message(self.instance.about.base))
-        self.workloads = Workloads(self.bench.drivers, self.bench.ledger, self.bench.clock)
+        self.workloads = Workloads(self.bench.drivers, self.bench.ledger, self.bench.clock, new_workload)
 
     async def start(self, driver: str = "d1", function: str = "vf1", **options: int) -> None:
         request = StartWorkloadRequest(driver=driver, function=function, options=WorkloadOptions(**options))
@@ -46,7 +47,7 @@ class Rig:
         await self.workloads.close()
         self.bench.restart()
         self.instance = self.bench.functions.require("vf1", 1)
-        self.workloads = Workloads(self.bench.drivers, self.bench.ledger, self.bench.clock)
+        self.workloads = Workloads(self.bench.drivers, self.bench.ledger, self.bench.clock, new_workload)
         self.workloads.resume()
 
     async def close(self) -> None:

@@ -42,6 +42,8 @@ class _NotificationKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Noti
     """A function was detached."""
     NOTIFICATION_KIND_LOST: _NotificationKind.ValueType  # 6
     """A function was lost with the machine that was its home. Accesses to it fail at once from now on."""
+    NOTIFICATION_KIND_INTERRUPT: _NotificationKind.ValueType  # 7
+    """The function has interrupted (MSI-X). Several interrupts of one vector may be told as one, with their number."""
 
 class NotificationKind(_NotificationKind, metaclass=_NotificationKindEnumTypeWrapper):
     """What a driver is told."""
@@ -60,6 +62,8 @@ NOTIFICATION_KIND_DETACHED: NotificationKind.ValueType  # 5
 """A function was detached."""
 NOTIFICATION_KIND_LOST: NotificationKind.ValueType  # 6
 """A function was lost with the machine that was its home. Accesses to it fail at once from now on."""
+NOTIFICATION_KIND_INTERRUPT: NotificationKind.ValueType  # 7
+"""The function has interrupted (MSI-X). Several interrupts of one vector may be told as one, with their number."""
 Global___NotificationKind: _TypeAlias = NotificationKind  # noqa: Y015
 
 @_typing.final
@@ -663,10 +667,16 @@ class WatchNotificationsResponse(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     FUNCTION_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    VECTOR_FIELD_NUMBER: _builtins.int
+    INTERRUPTS_FIELD_NUMBER: _builtins.int
     kind: Global___NotificationKind.ValueType
     """What happened."""
     function: _builtins.str
     """The function; empty for LISTENING."""
+    vector: _builtins.int
+    """The vector that interrupted: the data that the driver has put into its MSI-X table entry."""
+    interrupts: _builtins.int
+    """Interrupts of that vector since the driver was attached."""
     @_builtins.property
     def attempt(self) -> _types_pb2.Attempt:
         """The attempt that holds or held it."""
@@ -677,10 +687,12 @@ class WatchNotificationsResponse(_message.Message):
         kind: Global___NotificationKind.ValueType = ...,
         function: _builtins.str = ...,
         attempt: _types_pb2.Attempt | None = ...,
+        vector: _builtins.int = ...,
+        interrupts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "function", b"function", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "function", b"function", "interrupts", b"interrupts", "kind", b"kind", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -737,7 +749,7 @@ Global___AcknowledgeHoldResponse: _TypeAlias = AcknowledgeHoldResponse  # noqa: 
 
 @_typing.final
 class WorkloadOptions(_message.Message):
-    """What a built-in workload does."""
+    """What a built-in workload does. Each kind of device has a driver, which knows some of the options."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -747,6 +759,7 @@ class WorkloadOptions(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_OFFSET_BYTES_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     channel: _builtins.int
     """Which channel of the sequence checker it rings, 0 to 7. Two drivers of one function take different ones."""
     accesses_per_second: _builtins.int
@@ -759,6 +772,8 @@ class WorkloadOptions(_message.Message):
     """Where in local memory it starts. A multiple of 8."""
     seed: _builtins.int
     """Seed of the values that it writes."""
+    kind: _builtins.str
+    """The kind of device that it drives, as its model is called; empty for "checker"."""
     def __init__(
         self,
         *,
@@ -768,10 +783,11 @@ class WorkloadOptions(_message.Message):
         memory_bytes: _builtins.int = ...,
         memory_offset_bytes: _builtins.int = ...,
         seed: _builtins.int = ...,
+        kind: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accesses_per_second", b"accesses_per_second", "channel", b"channel", "memory_bytes", b"memory_bytes", "memory_offset_bytes", b"memory_offset_bytes", "seed", b"seed", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accesses_per_second", b"accesses_per_second", "channel", b"channel", "kind", b"kind", "memory_bytes", b"memory_bytes", "memory_offset_bytes", b"memory_offset_bytes", "seed", b"seed", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -178,8 +178,8 @@ class DriverServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchNotifications(self, request, context):
-        """WatchNotifications tells a driver of holds, lifts and the loss of a function. While it is open the driver counts as listening, and a hold
-        awaits its acknowledgement.
+        """WatchNotifications tells a driver of holds, lifts, interrupts and the loss of a function. While it is open the
+        driver counts as listening, and a hold awaits its acknowledgement.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

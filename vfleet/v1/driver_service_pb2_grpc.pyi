@@ -56,8 +56,8 @@ class DriverServiceStub:
     StreamAccesses: _grpc.StreamStreamMultiCallable[_driver_service_pb2.StreamAccessesRequest, _driver_service_pb2.StreamAccessesResponse]
     """StreamAccesses carries many accesses in order, many on the way at once; an answer each, in order."""
     WatchNotifications: _grpc.UnaryStreamMultiCallable[_driver_service_pb2.WatchNotificationsRequest, _driver_service_pb2.WatchNotificationsResponse]
-    """WatchNotifications tells a driver of holds, lifts and the loss of a function. While it is open the driver counts as listening, and a hold
-    awaits its acknowledgement.
+    """WatchNotifications tells a driver of holds, lifts, interrupts and the loss of a function. While it is open the
+    driver counts as listening, and a hold awaits its acknowledgement.
     """
     AcknowledgeHold: _grpc.UnaryUnaryMultiCallable[_driver_service_pb2.AcknowledgeHoldRequest, _driver_service_pb2.AcknowledgeHoldResponse]
     """AcknowledgeHold says that the driver knows of a hold."""
@@ -101,8 +101,8 @@ class DriverServiceAsyncStub(DriverServiceStub):
     StreamAccesses: _aio.StreamStreamMultiCallable[_driver_service_pb2.StreamAccessesRequest, _driver_service_pb2.StreamAccessesResponse]  # type: ignore[assignment]
     """StreamAccesses carries many accesses in order, many on the way at once; an answer each, in order."""
     WatchNotifications: _aio.UnaryStreamMultiCallable[_driver_service_pb2.WatchNotificationsRequest, _driver_service_pb2.WatchNotificationsResponse]  # type: ignore[assignment]
-    """WatchNotifications tells a driver of holds, lifts and the loss of a function. While it is open the driver counts as listening, and a hold
-    awaits its acknowledgement.
+    """WatchNotifications tells a driver of holds, lifts, interrupts and the loss of a function. While it is open the
+    driver counts as listening, and a hold awaits its acknowledgement.
     """
     AcknowledgeHold: _aio.UnaryUnaryMultiCallable[_driver_service_pb2.AcknowledgeHoldRequest, _driver_service_pb2.AcknowledgeHoldResponse]  # type: ignore[assignment]
     """AcknowledgeHold says that the driver knows of a hold."""
@@ -203,8 +203,8 @@ class DriverServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _driver_service_pb2.WatchNotificationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_driver_service_pb2.WatchNotificationsResponse], _abc.AsyncIterator[_driver_service_pb2.WatchNotificationsResponse]]:
-        """WatchNotifications tells a driver of holds, lifts and the loss of a function. While it is open the driver counts as listening, and a hold
-        awaits its acknowledgement.
+        """WatchNotifications tells a driver of holds, lifts, interrupts and the loss of a function. While it is open the
+        driver counts as listening, and a hold awaits its acknowledgement.
         """
 
     @_abc_1.abstractmethod

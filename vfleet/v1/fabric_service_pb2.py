@@ -25,27 +25,41 @@ _sym_db = _symbol_database.Default()
 from vfleet.v1 import access_pb2 as vfleet_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evfleet/v1/fabric_service.proto\x12\tvfleet.v1\x1a\x16vfleet/v1/access.proto\"\x9c\x01\n\x0f\x45xchangeRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x04 \x01(\x04\x12#\n\x08\x61\x63\x63\x65sses\x18\x05 \x03(\x0b\x32\x11.vfleet.v1.Access\x12\x0f\n\x07session\x18\x06 \x01(\x04\"\xac\x01\n\x10\x45xchangeResponse\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\"\n\x07\x61nswers\x18\x04 \x03(\x0b\x32\x11.vfleet.v1.Answer\x12#\n\x07refusal\x18\x05 \x01(\x0e\x32\x12.vfleet.v1.Refusal\x12\x19\n\x11\x65xpected_sequence\x18\x06 \x01(\x04\"[\n\x12GetSequenceRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07session\x18\x04 \x01(\x04\",\n\x13GetSequenceResponse\x12\x15\n\rlast_sequence\x18\x01 \x01(\x04\"\\\n\x13\x46orgetDriverRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07session\x18\x04 \x01(\x04\"\x16\n\x14\x46orgetDriverResponse*p\n\x07Refusal\x12\x17\n\x13REFUSAL_UNSPECIFIED\x10\x00\x12\x17\n\x13REFUSAL_NOT_SERVING\x10\x01\x12\x18\n\x14REFUSAL_SEQUENCE_GAP\x10\x02\x12\x19\n\x15REFUSAL_STALE_SESSION\x10\x03\x32\xf7\x01\n\rFabricService\x12G\n\x08\x45xchange\x12\x1a.vfleet.v1.ExchangeRequest\x1a\x1b.vfleet.v1.ExchangeResponse(\x01\x30\x01\x12L\n\x0bGetSequence\x12\x1d.vfleet.v1.GetSequenceRequest\x1a\x1e.vfleet.v1.GetSequenceResponse\x12O\n\x0c\x46orgetDriver\x12\x1e.vfleet.v1.ForgetDriverRequest\x1a\x1f.vfleet.v1.ForgetDriverResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evfleet/v1/fabric_service.proto\x12\tvfleet.v1\x1a\x16vfleet/v1/access.proto\"\x9c\x01\n\x0f\x45xchangeRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x04 \x01(\x04\x12#\n\x08\x61\x63\x63\x65sses\x18\x05 \x03(\x0b\x32\x11.vfleet.v1.Access\x12\x0f\n\x07session\x18\x06 \x01(\x04\"\xac\x01\n\x10\x45xchangeResponse\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\"\n\x07\x61nswers\x18\x04 \x03(\x0b\x32\x11.vfleet.v1.Answer\x12#\n\x07refusal\x18\x05 \x01(\x0e\x32\x12.vfleet.v1.Refusal\x12\x19\n\x11\x65xpected_sequence\x18\x06 \x01(\x04\"~\n\x12GetSequenceRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07session\x18\x04 \x01(\x04\x12!\n\x03\x64ma\x18\x05 \x01(\x0b\x32\x14.vfleet.v1.DmaWindow\",\n\x13GetSequenceResponse\x12\x15\n\rlast_sequence\x18\x01 \x01(\x04\"\x8a\x01\n\x13\x46orgetDriverRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0f\n\x07session\x18\x04 \x01(\x04\x12,\n\nattachment\x18\x05 \x01(\x0b\x32\x18.vfleet.v1.DmaAttachment\"\x16\n\x14\x46orgetDriverResponse\"L\n\rDmaAttachment\x12\x18\n\x10\x66leet_generation\x18\x01 \x01(\x04\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x0f\n\x07session\x18\x03 \x01(\x04\"]\n\tDmaWindow\x12,\n\nattachment\x18\x01 \x01(\x0b\x32\x18.vfleet.v1.DmaAttachment\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x06\x12\x14\n\x0clength_bytes\x18\x03 \x01(\x04\")\n\x08\x44maWrite\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x06\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"0\n\x07\x44maRead\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x06\x12\x14\n\x0clength_bytes\x18\x02 \x01(\r\"\x85\x02\n\x12\x45xchangeDmaRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12,\n\nattachment\x18\x04 \x01(\x0b\x32\x18.vfleet.v1.DmaAttachment\x12\x16\n\x0e\x66irst_sequence\x18\x05 \x01(\x04\x12#\n\x06writes\x18\x06 \x03(\x0b\x32\x13.vfleet.v1.DmaWrite\x12!\n\x05reads\x18\x07 \x03(\x0b\x32\x12.vfleet.v1.DmaRead\x12\x13\n\x0bread_number\x18\x08 \x01(\x04\x12\x16\n\x0e\x61\x66ter_sequence\x18\t \x01(\x04\"\xdb\x01\n\x13\x45xchangeDmaResponse\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12,\n\nattachment\x18\x04 \x01(\x0b\x32\x18.vfleet.v1.DmaAttachment\x12\x15\n\rlast_sequence\x18\x05 \x01(\x04\x12&\n\x07refusal\x18\x06 \x01(\x0e\x32\x15.vfleet.v1.DmaRefusal\x12\x13\n\x0bread_number\x18\x07 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x08 \x03(\x0c*p\n\x07Refusal\x12\x17\n\x13REFUSAL_UNSPECIFIED\x10\x00\x12\x17\n\x13REFUSAL_NOT_SERVING\x10\x01\x12\x18\n\x14REFUSAL_SEQUENCE_GAP\x10\x02\x12\x19\n\x15REFUSAL_STALE_SESSION\x10\x03*\x87\x01\n\nDmaRefusal\x12\x1b\n\x17\x44MA_REFUSAL_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44MA_REFUSAL_NOT_ATTACHED\x10\x01\x12 \n\x1c\x44MA_REFUSAL_WRONG_GENERATION\x10\x02\x12\x1c\n\x18\x44MA_REFUSAL_SEQUENCE_GAP\x10\x03\x32\xc9\x02\n\rFabricService\x12G\n\x08\x45xchange\x12\x1a.vfleet.v1.ExchangeRequest\x1a\x1b.vfleet.v1.ExchangeResponse(\x01\x30\x01\x12L\n\x0bGetSequence\x12\x1d.vfleet.v1.GetSequenceRequest\x1a\x1e.vfleet.v1.GetSequenceResponse\x12O\n\x0c\x46orgetDriver\x12\x1e.vfleet.v1.ForgetDriverRequest\x1a\x1f.vfleet.v1.ForgetDriverResponse\x12P\n\x0b\x45xchangeDma\x12\x1d.vfleet.v1.ExchangeDmaRequest\x1a\x1e.vfleet.v1.ExchangeDmaResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vfleet.v1.fabric_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REFUSAL']._serialized_start=660
-  _globals['_REFUSAL']._serialized_end=772
+  _globals['_REFUSAL']._serialized_start=1494
+  _globals['_REFUSAL']._serialized_end=1606
+  _globals['_DMAREFUSAL']._serialized_start=1609
+  _globals['_DMAREFUSAL']._serialized_end=1744
   _globals['_EXCHANGEREQUEST']._serialized_start=70
   _globals['_EXCHANGEREQUEST']._serialized_end=226
   _globals['_EXCHANGERESPONSE']._serialized_start=229
   _globals['_EXCHANGERESPONSE']._serialized_end=401
   _globals['_GETSEQUENCEREQUEST']._serialized_start=403
-  _globals['_GETSEQUENCEREQUEST']._serialized_end=494
-  _globals['_GETSEQUENCERESPONSE']._serialized_start=496
-  _globals['_GETSEQUENCERESPONSE']._serialized_end=540
-  _globals['_FORGETDRIVERREQUEST']._serialized_start=542
-  _globals['_FORGETDRIVERREQUEST']._serialized_end=634
-  _globals['_FORGETDRIVERRESPONSE']._serialized_start=636
-  _globals['_FORGETDRIVERRESPONSE']._serialized_end=658
-  _globals['_FABRICSERVICE']._serialized_start=775
-  _globals['_FABRICSERVICE']._serialized_end=1022
+  _globals['_GETSEQUENCEREQUEST']._serialized_end=529
+  _globals['_GETSEQUENCERESPONSE']._serialized_start=531
+  _globals['_GETSEQUENCERESPONSE']._serialized_end=575
+  _globals['_FORGETDRIVERREQUEST']._serialized_start=578
+  _globals['_FORGETDRIVERREQUEST']._serialized_end=716
+  _globals['_FORGETDRIVERRESPONSE']._serialized_start=718
+  _globals['_FORGETDRIVERRESPONSE']._serialized_end=740
+  _globals['_DMAATTACHMENT']._serialized_start=742
+  _globals['_DMAATTACHMENT']._serialized_end=818
+  _globals['_DMAWINDOW']._serialized_start=820
+  _globals['_DMAWINDOW']._serialized_end=913
+  _globals['_DMAWRITE']._serialized_start=915
+  _globals['_DMAWRITE']._serialized_end=956
+  _globals['_DMAREAD']._serialized_start=958
+  _globals['_DMAREAD']._serialized_end=1006
+  _globals['_EXCHANGEDMAREQUEST']._serialized_start=1009
+  _globals['_EXCHANGEDMAREQUEST']._serialized_end=1270
+  _globals['_EXCHANGEDMARESPONSE']._serialized_start=1273
+  _globals['_EXCHANGEDMARESPONSE']._serialized_end=1492
+  _globals['_FABRICSERVICE']._serialized_start=1747
+  _globals['_FABRICSERVICE']._serialized_end=2076
 # @@protoc_insertion_point(module_scope)

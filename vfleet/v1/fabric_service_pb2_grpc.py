@@ -50,6 +50,11 @@ class FabricServiceStub:
                 request_serializer=vfleet_dot_v1_dot_fabric__service__pb2.ForgetDriverRequest.SerializeToString,
                 response_deserializer=vfleet_dot_v1_dot_fabric__service__pb2.ForgetDriverResponse.FromString,
                 _registered_method=True)
+        self.ExchangeDma = channel.stream_stream(
+                '/vfleet.v1.FabricService/ExchangeDma',
+                request_serializer=vfleet_dot_v1_dot_fabric__service__pb2.ExchangeDmaRequest.SerializeToString,
+                response_deserializer=vfleet_dot_v1_dot_fabric__service__pb2.ExchangeDmaResponse.FromString,
+                _registered_method=True)
 
 
 class FabricServiceServicer:
@@ -78,6 +83,15 @@ class FabricServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExchangeDma(self, request_iterator, context):
+        """ExchangeDma carries what functions write to, and read from, the main memory of drivers on the answering host, and
+        their interrupts. A host opens one stream to each host that its functions' drivers are on. What is sent of one
+        function is taken in order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FabricServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +109,11 @@ def add_FabricServiceServicer_to_server(servicer, server):
                     servicer.ForgetDriver,
                     request_deserializer=vfleet_dot_v1_dot_fabric__service__pb2.ForgetDriverRequest.FromString,
                     response_serializer=vfleet_dot_v1_dot_fabric__service__pb2.ForgetDriverResponse.SerializeToString,
+            ),
+            'ExchangeDma': grpc.stream_stream_rpc_method_handler(
+                    servicer.ExchangeDma,
+                    request_deserializer=vfleet_dot_v1_dot_fabric__service__pb2.ExchangeDmaRequest.FromString,
+                    response_serializer=vfleet_dot_v1_dot_fabric__service__pb2.ExchangeDmaResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +198,33 @@ class FabricService:
             '/vfleet.v1.FabricService/ForgetDriver',
             vfleet_dot_v1_dot_fabric__service__pb2.ForgetDriverRequest.SerializeToString,
             vfleet_dot_v1_dot_fabric__service__pb2.ForgetDriverResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExchangeDma(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/vfleet.v1.FabricService/ExchangeDma',
+            vfleet_dot_v1_dot_fabric__service__pb2.ExchangeDmaRequest.SerializeToString,
+            vfleet_dot_v1_dot_fabric__service__pb2.ExchangeDmaResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from vfleet.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +19,42 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _FaultKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FaultKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FaultKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FAULT_KIND_UNSPECIFIED: _FaultKind.ValueType  # 0
+    """Not set."""
+    FAULT_KIND_DMA_READ: _FaultKind.ValueType  # 1
+    """The next `count` pieces of work that read main memory find a DMA fault."""
+    FAULT_KIND_DMA_WRITE: _FaultKind.ValueType  # 2
+    """The next `count` DMA writes go nowhere, interrupts among them."""
+    FAULT_KIND_DMA_DELAY: _FaultKind.ValueType  # 3
+    """The next `count` pieces of work that read main memory wait for their data for `delay_ms` longer."""
+    FAULT_KIND_DEVICE: _FaultKind.ValueType  # 4
+    """The function goes to the state ERROR, which only a reset leaves."""
+    FAULT_KIND_MODEL: _FaultKind.ValueType  # 5
+    """A fault of the model's own, by its `name`; the model says what `count` means."""
+
+class FaultKind(_FaultKind, metaclass=_FaultKindEnumTypeWrapper):
+    """What can be made to go wrong."""
+
+FAULT_KIND_UNSPECIFIED: FaultKind.ValueType  # 0
+"""Not set."""
+FAULT_KIND_DMA_READ: FaultKind.ValueType  # 1
+"""The next `count` pieces of work that read main memory find a DMA fault."""
+FAULT_KIND_DMA_WRITE: FaultKind.ValueType  # 2
+"""The next `count` DMA writes go nowhere, interrupts among them."""
+FAULT_KIND_DMA_DELAY: FaultKind.ValueType  # 3
+"""The next `count` pieces of work that read main memory wait for their data for `delay_ms` longer."""
+FAULT_KIND_DEVICE: FaultKind.ValueType  # 4
+"""The function goes to the state ERROR, which only a reset leaves."""
+FAULT_KIND_MODEL: FaultKind.ValueType  # 5
+"""A fault of the model's own, by its `name`; the model says what `count` means."""
+Global___FaultKind: _TypeAlias = FaultKind  # noqa: Y015
 
 @_typing.final
 class FunctionInstance(_message.Message):
@@ -59,6 +96,7 @@ class FunctionInstance(_message.Message):
     IDENTITY_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCES_FIELD_NUMBER: _builtins.int
+    DMA_FAULTS_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     """The function."""
     generation: _builtins.int
@@ -79,6 +117,8 @@ class FunctionInstance(_message.Message):
     """Its identity."""
     model: _builtins.str
     """Its simulated device model."""
+    dma_faults: _builtins.int
+    """DMA reads and writes that its DMA table did not map, for a function that masters the bus."""
     @_builtins.property
     def attempt(self) -> _types_pb2.Attempt:
         """The attempt that made it."""
@@ -112,10 +152,11 @@ class FunctionInstance(_message.Message):
         identity: _builtins.int = ...,
         model: _builtins.str = ...,
         last_sequences: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        dma_faults: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "stopped_by", b"stopped_by"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bars", b"bars", "base", b"base", "complete", b"complete", "device", b"device", "function", b"function", "generation", b"generation", "identity", b"identity", "last_sequences", b"last_sequences", "migration", b"migration", "model", b"model", "state", b"state", "stopped_by", b"stopped_by", "vf_index", b"vf_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bars", b"bars", "base", b"base", "complete", b"complete", "device", b"device", "dma_faults", b"dma_faults", "function", b"function", "generation", b"generation", "identity", b"identity", "last_sequences", b"last_sequences", "migration", b"migration", "model", b"model", "state", b"state", "stopped_by", b"stopped_by", "vf_index", b"vf_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -467,3 +508,62 @@ class ResetFunctionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResetFunctionResponse: _TypeAlias = ResetFunctionResponse  # noqa: Y015
+
+@_typing.final
+class InjectFaultRequest(_message.Message):
+    """Request of InjectFault."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    DELAY_MS_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    """The function."""
+    generation: _builtins.int
+    """Generation of the instance."""
+    kind: Global___FaultKind.ValueType
+    """What goes wrong."""
+    count: _builtins.int
+    """How often. From 1, but for DEVICE."""
+    delay_ms: _builtins.int
+    """For DMA_DELAY: how much longer, from 1 ms."""
+    name: _builtins.str
+    """For MODEL: which of its faults, as docs/device-model.md calls it."""
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        kind: Global___FaultKind.ValueType = ...,
+        count: _builtins.int = ...,
+        delay_ms: _builtins.int = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "delay_ms", b"delay_ms", "function", b"function", "generation", b"generation", "kind", b"kind", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InjectFaultRequest: _TypeAlias = InjectFaultRequest  # noqa: Y015
+
+@_typing.final
+class InjectFaultResponse(_message.Message):
+    """Response of InjectFault."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InjectFaultResponse: _TypeAlias = InjectFaultResponse  # noqa: Y015

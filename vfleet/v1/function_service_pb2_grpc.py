@@ -69,6 +69,11 @@ class FunctionServiceStub:
                 request_serializer=vfleet_dot_v1_dot_function__service__pb2.ResetFunctionRequest.SerializeToString,
                 response_deserializer=vfleet_dot_v1_dot_function__service__pb2.ResetFunctionResponse.FromString,
                 _registered_method=True)
+        self.InjectFault = channel.unary_unary(
+                '/vfleet.v1.FunctionService/InjectFault',
+                request_serializer=vfleet_dot_v1_dot_function__service__pb2.InjectFaultRequest.SerializeToString,
+                response_deserializer=vfleet_dot_v1_dot_function__service__pb2.InjectFaultResponse.FromString,
+                _registered_method=True)
 
 
 class FunctionServiceServicer:
@@ -123,8 +128,16 @@ class FunctionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResetFunction(self, request, context):
-        """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, state RUNNING. The
-        sequences of the drivers go on.
+        """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, state RUNNING, also
+        after a device fault. The sequences of the drivers go on; DMA writes that were not sent yet are cancelled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InjectFault(self, request, context):
+        """InjectFault lets a running function that masters the bus fail, for tests. FAILED_PRECONDITION, ILLEGAL_STATE unless
+        hostd was started for that (--allow-faults). What was injected is forgotten when hostd ends or the function moves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -162,6 +175,11 @@ def add_FunctionServiceServicer_to_server(servicer, server):
                     servicer.ResetFunction,
                     request_deserializer=vfleet_dot_v1_dot_function__service__pb2.ResetFunctionRequest.FromString,
                     response_serializer=vfleet_dot_v1_dot_function__service__pb2.ResetFunctionResponse.SerializeToString,
+            ),
+            'InjectFault': grpc.unary_unary_rpc_method_handler(
+                    servicer.InjectFault,
+                    request_deserializer=vfleet_dot_v1_dot_function__service__pb2.InjectFaultRequest.FromString,
+                    response_serializer=vfleet_dot_v1_dot_function__service__pb2.InjectFaultResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -331,6 +349,33 @@ class FunctionService:
             '/vfleet.v1.FunctionService/ResetFunction',
             vfleet_dot_v1_dot_function__service__pb2.ResetFunctionRequest.SerializeToString,
             vfleet_dot_v1_dot_function__service__pb2.ResetFunctionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InjectFault(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vfleet.v1.FunctionService/InjectFault',
+            vfleet_dot_v1_dot_function__service__pb2.InjectFaultRequest.SerializeToString,
+            vfleet_dot_v1_dot_function__service__pb2.InjectFaultResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,8 +60,12 @@ class FunctionServiceStub:
     to act upon: it was restored from a backup.
     """
     ResetFunction: _grpc.UnaryUnaryMultiCallable[_function_service_pb2.ResetFunctionRequest, _function_service_pb2.ResetFunctionResponse]
-    """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, state RUNNING. The
-    sequences of the drivers go on.
+    """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, state RUNNING, also
+    after a device fault. The sequences of the drivers go on; DMA writes that were not sent yet are cancelled.
+    """
+    InjectFault: _grpc.UnaryUnaryMultiCallable[_function_service_pb2.InjectFaultRequest, _function_service_pb2.InjectFaultResponse]
+    """InjectFault lets a running function that masters the bus fail, for tests. FAILED_PRECONDITION, ILLEGAL_STATE unless
+    hostd was started for that (--allow-faults). What was injected is forgotten when hostd ends or the function moves.
     """
 
 @_typing.type_check_only
@@ -96,8 +100,12 @@ class FunctionServiceAsyncStub(FunctionServiceStub):
     to act upon: it was restored from a backup.
     """
     ResetFunction: _aio.UnaryUnaryMultiCallable[_function_service_pb2.ResetFunctionRequest, _function_service_pb2.ResetFunctionResponse]  # type: ignore[assignment]
-    """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, state RUNNING. The
-    sequences of the drivers go on.
+    """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, state RUNNING, also
+    after a device fault. The sequences of the drivers go on; DMA writes that were not sent yet are cancelled.
+    """
+    InjectFault: _aio.UnaryUnaryMultiCallable[_function_service_pb2.InjectFaultRequest, _function_service_pb2.InjectFaultResponse]  # type: ignore[assignment]
+    """InjectFault lets a running function that masters the bus fail, for tests. FAILED_PRECONDITION, ILLEGAL_STATE unless
+    hostd was started for that (--allow-faults). What was injected is forgotten when hostd ends or the function moves.
     """
 
 class FunctionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -165,8 +173,18 @@ class FunctionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _function_service_pb2.ResetFunctionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_function_service_pb2.ResetFunctionResponse, _abc.Awaitable[_function_service_pb2.ResetFunctionResponse]]:
-        """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, state RUNNING. The
-        sequences of the drivers go on.
+        """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, state RUNNING, also
+        after a device fault. The sequences of the drivers go on; DMA writes that were not sent yet are cancelled.
+        """
+
+    @_abc_1.abstractmethod
+    def InjectFault(
+        self,
+        request: _function_service_pb2.InjectFaultRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_function_service_pb2.InjectFaultResponse, _abc.Awaitable[_function_service_pb2.InjectFaultResponse]]:
+        """InjectFault lets a running function that masters the bus fail, for tests. FAILED_PRECONDITION, ILLEGAL_STATE unless
+        hostd was started for that (--allow-faults). What was injected is forgotten when hostd ends or the function moves.
         """
 
 def add_FunctionServiceServicer_to_server(servicer: FunctionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

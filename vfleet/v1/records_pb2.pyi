@@ -165,6 +165,7 @@ class Device(_message.Message):
     FIRST_VF_OFFSET_FIELD_NUMBER: _builtins.int
     VF_STRIDE_FIELD_NUMBER: _builtins.int
     BARS_FIELD_NUMBER: _builtins.int
+    MAX_DRIVERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """HOST/DEVICE, for example "h1/nic0"."""
     host: _builtins.str
@@ -189,6 +190,10 @@ class Device(_message.Message):
     """First VF Offset of the SR-IOV capability."""
     vf_stride: _builtins.int
     """VF Stride of the SR-IOV capability."""
+    max_drivers: _builtins.int
+    """Drivers that one of its functions can have: 1 for a function that masters the bus, whose DMA goes to one driver's
+    main memory.
+    """
     @_builtins.property
     def manufacturer(self) -> _types_pb2.Manufacturer:
         """Vendor and device ID."""
@@ -219,10 +224,11 @@ class Device(_message.Message):
         first_vf_offset: _builtins.int = ...,
         vf_stride: _builtins.int = ...,
         bars: _abc.Iterable[_types_pb2.Bar] | None = ...,
+        max_drivers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manufacturer", b"manufacturer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "bars", b"bars", "bridge", b"bridge", "first_vf_offset", b"first_vf_offset", "host", b"host", "io_type", b"io_type", "manufacturer", b"manufacturer", "model", b"model", "name", b"name", "parent_bridge", b"parent_bridge", "physical_adapter", b"physical_adapter", "power_domain", b"power_domain", "routing_id", b"routing_id", "total_vfs", b"total_vfs", "vf_stride", b"vf_stride"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "bars", b"bars", "bridge", b"bridge", "first_vf_offset", b"first_vf_offset", "host", b"host", "io_type", b"io_type", "manufacturer", b"manufacturer", "max_drivers", b"max_drivers", "model", b"model", "name", b"name", "parent_bridge", b"parent_bridge", "physical_adapter", b"physical_adapter", "power_domain", b"power_domain", "routing_id", b"routing_id", "total_vfs", b"total_vfs", "vf_stride", b"vf_stride"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

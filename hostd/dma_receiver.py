@@ -1,0 +1,268 @@
+"""A driver's host's side of DMA: what a function writes to the driver's main memory, and its interrupts. Durable.
+
+    file of an attachment:  | attachment, last sequence, interrupts by vector | redo record |
+
+The function numbers its writes, and each takes effect once: the redo record (what goes where) is written first, then
+the effect, and the sequence last. A daemon that is killed in between and comes back does the rest before anybody can
+look into the memory; so the driver never sees a write that is applied again later, over something of its own.
+"""
+
+import asyncio
+import mmap
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+from hostd.ledger import Ledger
+from hostd.models.base import MAX_DMA_BYTES
+from hostd.models.msix import MAX_VECTORS
+from hostd.translation import Entry
+from vfleet.address import PAGE_BYTES, Location
+from vfleet.errors import VfleetError, invalid_field
+from vfleet.limits import INTERRUPT_PAGE_ADDRESS
+from vfleet.names import check_name
+from vfleet.v1.fabric_service_pb2 import (
+    DMA_REFUSAL_NOT_ATTACHED,
+    DMA_REFUSAL_SEQUENCE_GAP,
+    DMA_REFUSAL_UNSPECIFIED,
+    DMA_REFUSAL_WRONG_GENERATION,
+    DmaAttachment,
+    DmaRead,
+    DmaRefusal,
+    DmaWindow,
+    ExchangeDmaRequest,
+    ExchangeDmaResponse,
+)
+from vfleet.v1.host_records_pb2 import DriverRecord
+
+if TYPE_CHECKING:
+    from hostd.drivers import Drivers
+
+_LAST = 3
+_COUNTS = 256
+_REDO_BYTES = 2 * PAGE_BYTES
+_FILE_BYTES: Final = PAGE_BYTES + _REDO_BYTES
+_REDO_HEAD = struct.Struct("<IIQII")  # CRC-32, bytes of data, sequence, what, where
+_MEMORY, _INTERRUPT = 1, 2
+
+Interrupted = Callable[[int, int], None]
+"""Called with the vector and how many of it there were."""
+
+
+class DmaReceiver:
+    """What one attachment of a driver to a function has received. Opening it finishes what a kill left begun."""
+
+    def __init__(self, mapped: mmap.mmap, memory: mmap.mmap, window: DmaWindow, new_attachment: DmaAttachment) -> None:
+        """Take the attachment's file, and the driver's main memory, which is at `window.base`.
+
+        A file that is new gets `new_attachment`; else the attachment is the one that it was made with.
+        """
+        self.interrupted: Interrupted | None = None
+        self.faults = 0
+        self._ended: VfleetError | None = None
+        self._mapped = mapped
+        self._bytes = memoryview(mapped)
+        self._words = self._bytes.cast("Q")
+        self._memory = memory
+        self._came: dict[int, asyncio.Event] = {}
+        if not self._words[1]:
+            # The revision, which is never 0, says that the rest is there.
+            self._words[0], self._words[2] = new_attachment.fleet_generation, new_attachment.session
+            self._words[1] = new_attachment.revision
+        self.attachment: Final = DmaAttachment(
+            fleet_generation=self._words[0], revision=self._words[1], session=self._words[2]
+        )
+        self.window: Final = DmaWindow(attachment=self.attachment, base=window.base, length_bytes=window.length_bytes)
+        self._base = window.base
+        self._interrupt_page = window.base >> 32 << 32 | INTERRUPT_PAGE_ADDRESS
+        self._redo()
+
+    @property
+    def last(self) -> int:
+        """The last sequence that has taken effect; 0 for none."""
+        value: int = self._words[_LAST]
+        return value
+
+    def interrupts(self, vector: int) -> int:
+        """Return how many interrupts of a vector, 0 to 255, came so far."""
+        value: int = self._words[_COUNTS + vector]
+        return value
+
+    def all_interrupts(self) -> list[int]:
+        """Return how many interrupts came so far, by vector."""
+        return list(self._words[_COUNTS : _COUNTS + MAX_VECTORS])
+
+    async def interrupted_since(self, vector: int, seen: int) -> int:
+        """Wait until more interrupts of a vector came than `seen`, and return how many came so far.
+
+        Raise what no more will come for, once `end` has said so.
+        """
+        while self._ended is None and self.interrupts(vector) <= seen:
+            await self._came.setdefault(vector, asyncio.Event()).wait()
+        if self._ended is not None:
+            raise self._ended
+        return self.interrupts(vector)
+
+    def end(self, error: VfleetError | None) -> None:
+        """Let nobody wait for interrupts that won't come; None: they may come again."""
+        self._ended = error
+        for came in self._came.values():
+            came.set()
+        self._came.clear()
+
+    def write(self, sequence: int, address: int, data: bytes) -> None:
+        """Apply the write with the next sequence. One that goes nowhere is counted, and done."""
+        offset = address - self._base
+        if not data:
+            pass
+        elif 0 <= offset <= len(self._memory) - len(data):
+            self._record(sequence, _MEMORY, offset, data)
+            self._memory[offset : offset + len(data)] = data
+        elif self._is_interrupt(address, data):
+            vector = int.from_bytes(data, "little")
+            count = self.interrupts(vector) + 1
+            self._record(sequence, _INTERRUPT, vector, count.to_bytes(8, "little"))
+            self._words[_COUNTS + vector] = count
+            self._words[_LAST] = sequence
+            self._tell(vector, count)
+            return
+        else:
+            self.faults += 1
+        self._words[_LAST] = sequence
+
+    def read(self, reads: Sequence[DmaRead]) -> list[bytes] | None:
+        """Return what is in main memory; None, a DMA fault, if one of the reads isn't within it."""
+        found: list[bytes] = []
+        for read in reads:
+            offset = read.address - self._base
+            if not 0 <= offset <= len(self._memory) - read.length_bytes:
+                return None
+            found.append(self._memory[offset : offset + read.length_bytes])
+        return found
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._words.release()
+        self._bytes.release()
+        self._mapped.close()
+
+    def _is_interrupt(self, address: int, data: bytes) -> bool:
+        page = self._interrupt_page
+        return page <= address < page + PAGE_BYTES and len(data) == 4 and int.from_bytes(data, "little") < MAX_VECTORS
+
+    def _tell(self, vector: int, count: int) -> None:
+        came = self._came.pop(vector, None)
+        if came is not None:
+            came.set()
+        if self.interrupted is not None:
+            self.interrupted(vector, count)
+
+    def _record(self, sequence: int, what: int, where: int, data: bytes) -> None:
+        record = _REDO_HEAD.pack(0, len(data), sequence, what, where)[4:] + data
+        self._bytes[PAGE_BYTES : PAGE_BYTES + len(record) + 4] = zlib.crc32(record).to_bytes(4, "little") + record
+
+    def _redo(self) -> None:
+        crc, length, sequence, what, where = _REDO_HEAD.unpack_from(self._bytes, PAGE_BYTES)
+        start = PAGE_BYTES + _REDO_HEAD.size
+        if length > MAX_DMA_BYTES or zlib.crc32(self._bytes[PAGE_BYTES + 4 : start + length]) != crc:
+            return
+        if sequence != self.last + 1:
+            return
+        data = bytes(self._bytes[start : start + length])
+        if what == _MEMORY:
+            self._memory[where : where + length] = data
+        else:
+            self._words[_COUNTS + where] = int.from_bytes(data, "little")
+        self._words[_LAST] = sequence
+
+
+class Receivers:
+    """Opens the files of attachments. A driver without main memory has none: nothing is to be read or written there."""
+
+    def __init__(self, place: Location, ledger: Ledger, session: int, fleet_generation: Callable[[], int]) -> None:
+        self._place = place
+        self._ledger = ledger
+        self._session = session
+        self._fleet_generation = fleet_generation
+
+    def open(self, record: DriverRecord, memory: mmap.mmap, entry: Entry) -> DmaReceiver:
+        """Open the file of a driver's attachment by an entry, or make it."""
+        attachment = DmaAttachment(
+            fleet_generation=self._fleet_generation(), revision=max(entry.revision, 1), session=self._session
+        )
+        window = DmaWindow(base=self._place.base + record.main_memory_offset, length_bytes=record.main_memory_bytes)
+        mapped = self._ledger.map_file(file_of(record.driver, entry.function), _FILE_BYTES)
+        return DmaReceiver(mapped, memory, window, attachment)
+
+    def discard(self, driver: str, function: str, receiver: DmaReceiver) -> None:
+        """End an attachment."""
+        receiver.close()
+        self._ledger.delete_file(file_of(driver, function))
+
+
+def file_of(driver: str, function: str) -> str:
+    """Return the name of an attachment's file; no name of a driver or a function has a dot."""
+    return f"{driver}.{function}.dma"
+
+
+def admit(
+    drivers: "Drivers", driver: str, function: str, generation: int, attachment: DmaAttachment
+) -> DmaReceiver | DmaRefusal.ValueType:
+    """Find where a function's DMA goes, or say why it is refused.
+
+    Only the generation that the driver's entry names may write or read: one that is over is cut off, though it may
+    not know. That the entry is held changes nothing: until the commit its generation is the home's.
+    """
+    found = drivers.find(driver)
+    entry = found.table.by_function.get(function) if found is not None else None
+    receiver = found.receivers.get(function) if found is not None else None
+    if entry is None or receiver is None or entry.lost or receiver.attachment != attachment:
+        return DMA_REFUSAL_NOT_ATTACHED
+    if entry.generation != generation:
+        return DMA_REFUSAL_WRONG_GENERATION
+    return receiver
+
+
+def exchange_dma(drivers: "Drivers", request: ExchangeDmaRequest) -> ExchangeDmaResponse:
+    """Carry out a batch from the fabric. Raise INVALID_FIELD for what no hostd sends; nothing was done then."""
+    _check(request)
+    response = ExchangeDmaResponse(
+        driver=request.driver,
+        function=request.function,
+        generation=request.generation,
+        attachment=request.attachment,
+        read_number=request.read_number,
+    )
+    receiver = admit(drivers, request.driver, request.function, request.generation, request.attachment)
+    if not isinstance(receiver, DmaReceiver):
+        response.refusal = receiver
+        return response
+    for sequence, write in enumerate(request.writes, request.first_sequence):
+        if sequence > receiver.last + 1:
+            response.refusal = DMA_REFUSAL_SEQUENCE_GAP
+            break
+        if sequence == receiver.last + 1:
+            receiver.write(sequence, write.address, write.data)
+    response.last_sequence = receiver.last
+    if request.read_number and response.refusal == DMA_REFUSAL_UNSPECIFIED:
+        if receiver.last < request.after_sequence:
+            response.refusal = DMA_REFUSAL_SEQUENCE_GAP
+        else:
+            response.data.extend(receiver.read(request.reads) or ())
+    return response
+
+
+def _check(request: ExchangeDmaRequest) -> None:
+    check_name("driver", request.driver)
+    check_name("function", request.function)
+    if request.writes and not request.first_sequence:
+        raise invalid_field("first_sequence", 0, "from 1 on")
+    for index, write in enumerate(request.writes):
+        if len(write.data) > MAX_DMA_BYTES:
+            raise invalid_field(f"writes[{index}].data", f"{len(write.data)} bytes", f"at most {MAX_DMA_BYTES}")
+    for index, read in enumerate(request.reads):
+        if not 1 <= read.length_bytes <= MAX_DMA_BYTES:
+            raise invalid_field(f"reads[{index}].length_bytes", read.length_bytes, f"1 to {MAX_DMA_BYTES}")
+    if bool(request.reads) != bool(request.read_number):
+        raise invalid_field("read_number", request.read_number, "from 1 on with reads, 0 without")
