@@ -28,8 +28,9 @@ from vfleet.v1.driver_service_pb2 import WorkloadOptions
 DEFAULT_WINDOW: Final = 16
 READY_WAIT_S: Final = 0.01
 READY_WAITS_MAX: Final = 2000
-ADMIN_PATIENCE_S: Final = 30.0
-"""How long an admin command, or an I/O command without an answer, may take before it counts as lost: as in Linux."""
+PATIENCE_S: Final = 30.0
+"""How long a command may take before it counts as lost: as long as in Linux."""
+RATE_WAIT_MIN_S: Final = 0.001
 RATE_WAIT_MAX_S: Final = 0.1
 
 _ADMIN_ENTRIES: Final = 16
@@ -125,7 +126,7 @@ class NvmeDriver:
                 return
             else:
                 ahead_s = began + given / self._options.accesses_per_second - now
-                await self._port.pause(min(max(ahead_s, 0.0), RATE_WAIT_MAX_S))
+                await self._port.pause(min(max(ahead_s, RATE_WAIT_MIN_S), RATE_WAIT_MAX_S))
 
     # What is remembered.
 
@@ -232,10 +233,10 @@ class NvmeDriver:
 
     async def _await_completions(self) -> None:
         """Wait for an interrupt. If none comes, and the function answers, then something was lost."""
-        if await self._port.interrupt(_INTERRUPT_IO, ADMIN_PATIENCE_S):
+        if await self._port.interrupt(_INTERRUPT_IO, PATIENCE_S):
             return
         await self._status()
-        if await self._port.interrupt(_INTERRUPT_IO, ADMIN_PATIENCE_S):
+        if await self._port.interrupt(_INTERRUPT_IO, PATIENCE_S):
             return
         if self._is_new(_COMPLETION, self._taken(), _ENTRIES):
             self._tally.lost("an interrupt")
@@ -333,7 +334,7 @@ class NvmeDriver:
         )
         self._write(registers.DOORBELLS, (number + 1) % _ADMIN_ENTRIES)
         while not self._is_new(_ADMIN_COMPLETION, number, _ADMIN_ENTRIES):
-            if not await self._port.interrupt(_INTERRUPT_ADMIN, ADMIN_PATIENCE_S):
+            if not await self._port.interrupt(_INTERRUPT_ADMIN, PATIENCE_S):
                 raise _broken(f"does not complete admin command {opcode:#x}")
         place = _ADMIN_COMPLETION * PAGE_BYTES + number % _ADMIN_ENTRIES * COMPLETION_BYTES
         *_, identifier, status = _COMPLETION_ENTRY.unpack_from(memory, place)

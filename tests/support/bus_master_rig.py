@@ -65,9 +65,9 @@ class Rig:
             return False
         step = self.model.finish(self._seen(), work, data)
         self._check(step, work, data)
-        before = bytes(self.image)
+        changes = any(self.image[offset : offset + len(data)] != data for offset, data in step.stores)
+        assert changes, f"{work} would come again for ever"
         self._apply(step.stores)
-        assert self.image != before, f"{work} would come again for ever"
         for send in step.sends:
             if isinstance(send, Frame):
                 self.frames.append(send.data)
