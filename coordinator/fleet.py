@@ -112,7 +112,8 @@ class Fleet:
         """Attach a driver, made on `host` if it isn't there, at `virtual_address` or, with 0, the first place free.
 
         Raise NOT_FOUND, INVALID_FIELD, HOST_UNAVAILABLE, what `movable` raises, ALREADY_EXISTS for a driver or an
-        attachment that is there and differs, LIMIT_EXCEEDED for a 17th driver, or what the host answers with.
+        attachment that is there and differs, LIMIT_EXCEEDED for more drivers than the device allows, or what the host
+        answers with.
         """
         for _ in range(TRIES):
             async with self._planning:
@@ -123,12 +124,7 @@ class Fleet:
                 existing = snapshot.entries_of(driver_name).get(function_name)
                 if existing is None:
                     function = movable(snapshot, function_name)
-                    if len(function.drivers) >= MAX_DRIVERS:
-                        raise VfleetError(
-                            Reason.LIMIT_EXCEEDED,
-                            f"function {function_name!r} has {MAX_DRIVERS} drivers; expected fewer",
-                            metadata={"function": function_name},
-                        )
+                    _check_has_room(snapshot, function)
                     registered_incarnation(snapshot, driver.host)
                     entry = _entry(snapshot, function, driver, virtual_address)
                     function_revision = snapshot.functions[function_name].mod_revision
@@ -305,6 +301,18 @@ def _driver(snapshot: Snapshot, name: str, host: str, main_memory_bytes: int) ->
             metadata={"driver": name, "host": driver.host},
         )
     return driver, stored.mod_revision
+
+
+def _check_has_room(snapshot: Snapshot, function: Function) -> None:
+    """Raise LIMIT_EXCEEDED if the function has as many drivers as its device lets it have."""
+    limit = find_device(snapshot, function.device).max_drivers or MAX_DRIVERS
+    if len(function.drivers) >= limit:
+        raise VfleetError(
+            Reason.LIMIT_EXCEEDED,
+            f"function {function.name!r} is attached to {', '.join(function.drivers)}; expected no more than {limit},"
+            f" the most drivers that a function of model {function.model!r} can have",
+            metadata={"function": function.name},
+        )
 
 
 def _entry(snapshot: Snapshot, function: Function, driver: Driver, virtual_address: int) -> TableEntry:

@@ -88,6 +88,7 @@ class AccessQueue:
         self._link: Link | None = None
         self._home: tuple[Instance, Sequencer] | None = None
         self._repair: asyncio.Task[None] | None = None
+        self._proof: asyncio.Task[None] | None = None
         self._delays = self._new_delays()
         self._synchronized = asyncio.Event()
         self._closed: VfleetError | None = None
@@ -140,17 +141,23 @@ class AccessQueue:
 
     def follow(self, entry: Entry) -> None:
         """Go by another entry: after the lift, what has no answer is sent again, to the home that it names."""
+        is_moved = entry.generation != self._entry.generation
         self._entry = entry
         self._home = None
         self._sent = 0
         self._delays = self._new_delays()
+        if self._proof is not None and is_moved:
+            self._proof.cancel()
+            self._proof = None
         if self._repair is not None:
             self._repair.cancel()
             self._repair = None
-        if self._next_sequence:
-            self._pump()
-        else:
+        if not self._next_sequence:
             self._start_repair()
+            return
+        self._pump()
+        if is_moved and self._dma is not None and not self._closed:
+            self._proof = asyncio.create_task(self._run_proof(), name=f"prove {self._entry.function}")
 
     def detach(self, error: VfleetError) -> None:
         """End the queue, and let the function forget the driver. What has no answer fails with `error`."""
@@ -172,8 +179,9 @@ class AccessQueue:
         """End the queue. What has no answer fails with `error`."""
         self._closed = error
         self._synchronized.set()
-        if self._repair is not None:
-            self._repair.cancel()
+        for task in (self._repair, self._proof):
+            if task is not None:
+                task.cancel()
         if self._link is not None:
             self._link.leave(self._driver, self._entry.function)
         for access in (*self._accesses, *self._repeats.values()):
@@ -348,6 +356,17 @@ class AccessQueue:
         self._home = None
         self._sent = 0
         self._pump()
+
+    async def _run_proof(self) -> None:
+        """Let the new home know that it is one: a bus master has work also when its driver has no access to make."""
+        delays = self._new_delays()
+        while True:
+            try:
+                await self._ask_sequence()
+            except VfleetError:
+                await self._reach.clock.sleep(next(delays))
+            else:
+                return
 
     async def _ask_sequence(self) -> int:
         request = GetSequenceRequest(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ from support.bench import (
     attempt,
     reason_of,
 )
+from support.fake_dma import FakeDmaLinks
 from support.fake_fabric import FakeFabric, FakeLink
 from support.fake_transfer import Network
 from support.manual_clock import ManualClock, settle
@@ -36,6 +38,7 @@ from hostd.access_queue import Waiting
 from hostd.checker_script import WORD_BYTES, CheckerScript, Step
 from hostd.instance import Instance
 from hostd.models import create_model
+from vfleet.address import bar_span
 from vfleet.errors import Reason, VfleetError
 from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_STATUS_OK
 from vfleet.v1.driver_service_pb2 import WorkloadOptions
@@ -83,11 +86,18 @@ class Move:
 class World:
     """Three hosts, a driver, a function, and one who moves it. Each event is a method."""
 
+    model = "checker"
+    bars: ClassVar[dict[int, int]] = BARS
+    main_memory_bytes = 0
+
     def __init__(self, path: Path, random: Random) -> None:
         self.random = random
         self.clock = ManualClock()
         self.fabric = FakeFabric()
-        self.hosts = {name: Bench(path / name, name, self.clock, self.fabric) for name in SEGMENTS}
+        self.dma_links = FakeDmaLinks()
+        self.hosts = {
+            name: Bench(path / name, name, self.clock, self.fabric, self.dma_links, self.model) for name in SEGMENTS
+        }
         self.driver_host = self.hosts["h1"]
         self.home, self.generation = random.choice(sorted(SEGMENTS)), 1
         self.revision = 10
@@ -96,10 +106,10 @@ class World:
         self.past: list[Request] = []
         self.next = 0  # sequence of the next access; 0 until the queue tells it
         self.submitted: list[tuple[Step, Waiting]] = []
-        first = self.hosts[self.home].create()
+        first = self.hosts[self.home].create(bars=self.bars)
         self.connect()
-        self.driver_host.drivers.recorded("d1", 0)
-        self.driver_host.drivers.attach(self.driver_host.message(first.about.base))
+        self.driver_host.drivers.recorded("d1", self.main_memory_bytes)
+        self.driver_host.drivers.attach(self.driver_host.message(first.about.base, length=bar_span(self.bars)))
 
     def connect(self) -> None:
         """Join the hosts' daemons by the fabric, as they are now."""
@@ -171,12 +181,14 @@ class World:
             for link in self.fabric.links.values():
                 link.break_off()
                 link.senders.clear()
+            for link in self.dma_links.links.values():
+                link.break_off()
             self.next = 0
         elif SEGMENTS[name] in self.fabric.links:
             self.fabric.links[SEGMENTS[name]].break_off()
         self.hosts[name].restart()
         self.connect()
-        for link in self.fabric.links.values():
+        for link in (*self.fabric.links.values(), *self.dma_links.links.values()):
             link.come_back()
 
     # Migrations
@@ -209,7 +221,9 @@ class World:
         await settle()
         if "create" not in move.prepared:
             if self.ask(
-                lambda: target.create("vf1", move.generation, move.revision, fresh=False, vf_index=move.vf_index)
+                lambda: target.create(
+                    "vf1", move.generation, move.revision, fresh=False, vf_index=move.vf_index, bars=self.bars
+                )
             ):
                 move.prepared.add("create")
             else:
@@ -256,7 +270,8 @@ class World:
             self.revision += 1
             self.home, self.generation = move.target, move.generation
             base = target.segment.place(f"{move.target}/nic0", move.vf_index).base
-            entry = h1.message(base, generation=move.generation, revision=self.revision)
+            length = bar_span(self.bars)
+            entry = h1.message(base, generation=move.generation, revision=self.revision, length=length)
             revision = self.revision
             move.left = {
                 "update": lambda: h1.update(move.revision, entry, lift=True),

@@ -222,7 +222,7 @@ def test_counts_wrap_at_64_bits(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("name", "identity", "bars", "message"),
     [
-        ("nvme", 1, {0: 4096}, "model is 'nvme'; expected one of checker"),
+        ("toaster", 1, {0: 4096}, "model is 'toaster'; expected one of accelerator"),
         ("checker", 0, {0: 4096}, "identity is 0; expected 1 to"),
         ("checker", 1 << 64, {0: 4096}, "identity is 18446744073709551616; expected 1 to"),
         ("checker", 1, {}, "bars is {}; expected BAR 0 for registers"),

@@ -149,7 +149,7 @@ REPLACEMENTS = [
     ("total_vfs: 4", "total_vfs: 0", 22, f"{NIC1}.total_vfs is 0; expected an integer from 1"),
     ("first_vf_offset: 8", "first_vf_offset: 0", 23, f"{NIC1}.first_vf_offset is 0; expected an integer from 1"),
     ("vf_stride: 2", "vf_stride: 0", 24, f"{NIC1}.vf_stride is 0; expected an integer from 1"),
-    ("checker", "nvme", 16, f"{NIC1}.model is 'nvme'; expected one of checker"),
+    ("checker", "toaster", 16, f"{NIC1}.model is 'toaster'; expected one of accelerator"),
     # BARs.
     ("1MiB", "1MB", 25, f"{NIC1}.bars[2] is '1MB'; expected a number of bytes, or one of KiB, MiB or GiB"),
     ("1MiB", "[1]", 25, f"{NIC1}.bars[2] is [1]; expected a number of bytes"),
