@@ -14,8 +14,8 @@ from typing import Final
 from hostd.models.base import DmaRead, Section, Step, Store, Work
 from hostd.models.msix import Msix
 from hostd.models.nvme_admin import ADMIN_QUEUE, Admin
-from hostd.models.nvme_commands import Action, Commands, parse, reads
-from hostd.models.nvme_completion import DATA_TRANSFER_ERROR, Outcome, room
+from hostd.models.nvme_commands import READ, WRITE, Action, Commands, parse, reads
+from hostd.models.nvme_completion import DATA_TRANSFER_ERROR, UNRECOVERED_READ_ERROR, WRITE_FAULT, Outcome, room
 from hostd.models.nvme_layout import (
     CC,
     CC_SHUTDOWN,
@@ -32,6 +32,7 @@ from hostd.models.nvme_layout import (
     QUEUES,
     REGISTER_BYTES,
     VECTORS,
+    Command,
     Core,
     Entry,
     Layout,
@@ -41,6 +42,7 @@ from vfleet.address import PAGE_BYTES, bar_layout, bar_span
 from vfleet.errors import invalid_field
 
 _ALL: Final = Struct(f"<{QUEUES}H")
+_MEDIA_ERRORS: Final = {READ: UNRECOVERED_READ_ERROR, WRITE: WRITE_FAULT}
 _ENTRIES_A_PAGE: Final = PAGE_BYTES // ENTRY_BYTES
 
 
@@ -138,6 +140,16 @@ class Nvme:
         del memory, frame
         return Step()
 
+    def inject(self, memory: memoryview, name: str, count: int) -> Sequence[Store] | None:
+        """Return the stores that let something go wrong; None if it isn't known.
+
+        "media": the next `count` reads and writes fail, or as many as come before the controller is reset.
+        """
+        if name != "media":
+            return None
+        core = Core(*self.layout.core.get(memory))
+        return (self.layout.core.put(0, *core._replace(media_errors=min(core.media_errors + count, 0xFFFF))),)
+
     def _next_fetch(
         self, memory: memoryview, core: Core, heads: tuple[int, ...], tails: tuple[int, ...]
     ) -> Work | None:
@@ -177,6 +189,9 @@ class Nvme:
         busy = core.busy
         for entry in entries:
             command = parse(queue, entry, len(self.local_memory))
+            if core.media_errors and entry.opcode in _MEDIA_ERRORS and isinstance(command, Command):
+                command = _MEDIA_ERRORS[entry.opcode]
+                core = core._replace(media_errors=core.media_errors - 1)
             if isinstance(command, int):
                 outcome.complete(queue, head, entry.identifier, command)
                 continue

@@ -29,6 +29,8 @@ INVALID_INTERRUPT_VECTOR: Final = 0x108 | _DO_NOT_RETRY
 INVALID_LOG_PAGE: Final = 0x109 | _DO_NOT_RETRY
 INVALID_QUEUE_DELETION: Final = 0x10C | _DO_NOT_RETRY
 FEATURE_NOT_SAVEABLE: Final = 0x10D | _DO_NOT_RETRY
+WRITE_FAULT: Final = 0x280
+UNRECOVERED_READ_ERROR: Final = 0x281
 
 _COMPLETION: Final = Struct("<IIHHHH")  # result, reserved, SQ head, SQ identifier, command identifier, status and phase
 

@@ -137,6 +137,8 @@ class Core(NamedTuple):
     """A bit for each event that happened and was not told yet."""
     masked: int
     """1: no event is told until the error log has been read."""
+    media_errors: int
+    """Reads and writes that the medium fails, from the next one on: it was injected."""
 
 
 class CompletionQueue(NamedTuple):
@@ -174,7 +176,7 @@ class Command(NamedTuple):
     """The second page, or where the list goes on."""
 
 
-_CORE: Final = "IIBBBBBB"
+_CORE: Final = "IIBBBBBBH"
 _COMPLETION_QUEUE: Final = "QHHHHBB"
 _COMMAND: Final = "BHHHHHQIIQQ"
 

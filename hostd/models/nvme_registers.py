@@ -140,7 +140,7 @@ class Registers:
         return (
             (CSTS, _WORD.pack(0)),
             (INTMS, bytes(8)),  # and INTMC
-            layout.core.put(0, core.epoch + 1 & 0xFFFFFFFF, 0, 0, 0, 0, 0, 0, 0),
+            layout.core.put(0, core.epoch + 1 & 0xFFFFFFFF, 0, 0, 0, 0, 0, 0, 0, 0),
             (layout.core.end, bytes(layout.commands.start - layout.core.end)),
             *self._default_features(),
         )

@@ -294,3 +294,36 @@ def test_commands_beyond_those_in_flight_wait(host: NvmeHost) -> None:
         most = max(most, host.model.layout.core.get(memoryview(host.rig.image))[1].bit_count())
     assert most == layout.COMMANDS
     assert len(host.poll(2)) == 100
+
+
+def inject(host: NvmeHost, name: str, count: int) -> bool:
+    stores = host.model.inject(memoryview(host.rig.image), name, count)
+    host.rig._apply(stores or ())
+    return stores is not None
+
+
+def test_an_injected_media_error_ends_reads_and_writes(host: NvmeHost) -> None:
+    buffer = host.take_pages()
+    host.put(buffer, data_of(BLOCK))
+    assert inject(host, "media", 2)
+    assert inject(host, "media", 1)
+    assert host.io(io.FLUSH, 0, 1).status == 0
+    assert host.io(io.READ, BLOCKS, 1, buffer).status == status.LBA_OUT_OF_RANGE
+    assert host.io(io.WRITE, 0, 1, buffer).status == status.WRITE_FAULT
+    host.rig.move()
+    assert host.io(io.READ, 0, 1, buffer).status == status.UNRECOVERED_READ_ERROR
+    assert host.io(io.WRITE, 0, 1, buffer).status == status.WRITE_FAULT
+    assert host.medium == bytes(NAMESPACE_BYTES)
+    assert host.io(io.WRITE, 0, 1, buffer).status == 0
+
+
+def test_injected_errors_end_with_a_reset(host: NvmeHost) -> None:
+    assert inject(host, "media", 1 << 16)
+    host.disable()
+    host.enable()
+    host.create_queues()
+    assert host.io(io.READ, 0, 1, host.take_pages()).status == 0
+
+
+def test_what_it_cannot_inject_is_refused(host: NvmeHost) -> None:
+    assert not inject(host, "completion", 1)

@@ -148,7 +148,7 @@ def test_a_reset_ends_queues_commands_and_features(enabled: NvmeHost) -> None:
     assert enabled.register(layout.CSTS) == 0
     assert not enabled.rig.run()
     state = enabled.model.layout
-    assert state.core.get(memoryview(enabled.rig.image)) == (1, 0, 0, 0, 0, 0, 0, 0)
+    assert state.core.get(memoryview(enabled.rig.image)) == (1, 0, 0, 0, 0, 0, 0, 0, 0)
     assert enabled.register(layout.MSIX_TABLE) != 0, "the vectors are the function's, not the controller's"
     enabled.enable()
     assert enabled.command(admin.GET_FEATURES, words=(admin.VOLATILE_WRITE_CACHE,)).result == 1
