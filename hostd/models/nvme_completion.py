@@ -57,12 +57,13 @@ class Outcome:
         found = self._queues.get(number)
         if found is None:
             found = CompletionQueue(*self._layout.completion.get(self._memory, number))
-        entry = _COMPLETION.pack(result, 0, head, queue, identifier, status << 1 | found.phase)
-        self.sends.append(DmaWrite(found.base + found.tail * COMPLETION_BYTES, entry))
-        if found.tail + 1 == found.entries:
-            self._queues[number] = found._replace(tail=0, phase=found.phase ^ 1)
-        else:
-            self._queues[number] = found._replace(tail=found.tail + 1)
+        base, entries, vector, first, tail, phase, interrupts = found
+        entry = _COMPLETION.pack(result, 0, head, queue, identifier, status << 1 | phase)
+        self.sends.append(DmaWrite(base + tail * COMPLETION_BYTES, entry))
+        tail += 1
+        if tail == entries:
+            tail, phase = 0, phase ^ 1
+        self._queues[number] = CompletionQueue(base, entries, vector, first, tail, phase, interrupts)
 
     def complete_command(self, command: Command, status: int) -> None:
         """Complete a command in flight."""
