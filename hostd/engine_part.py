@@ -25,11 +25,10 @@ MAX_SENDERS: Final = PAGE_BYTES // 16
 
 # Offsets in the part. The image counts the steps in its first word.
 _ATTACHMENT = 8  # fleet generation, revision, session, window's base, window's bytes
-_NAME_LENGTH = 48
-_NAME = 56
-_FAULTS = 120
-_WRITES = 128
-_FRAMES = 152
+_NAME = 48
+_FAULTS = 112
+_WRITES = 120
+_FRAMES = 144
 _SENDERS = PAGE_BYTES
 _WRITE_RING = 2 * PAGE_BYTES
 _FRAME_RING = _WRITE_RING + RING_BYTES
@@ -147,24 +146,23 @@ class EnginePart:
         self.writes: Final = Fifo(image, start + _WRITES, start + _WRITE_RING)
         self.frames: Final = Fifo(image, start + _FRAMES, start + _FRAME_RING)
         self.section: Final = Section("engine", start, ENGINE_BYTES)
+        self._known = (b"", "", DmaAttachment(), 0, 0)  # the words, and what they say
         self._sender_indices: dict[int, int] = {}  # where each was found last, to be looked at first
 
     @property
     def driver(self) -> str:
         """The driver whose main memory the DMA table leads to; empty if there is none."""
-        start = self._start + _NAME
-        return bytes(self._image.memory[start : start + self._image.word(self._start + _NAME_LENGTH)]).decode()
+        return self._decoded()[1]
 
     @property
     def attachment(self) -> DmaAttachment:
         """The attachment that the DMA table is of; zeros if there is none."""
-        generation, revision, session, _, _ = self._attachment()
-        return DmaAttachment(fleet_generation=generation, revision=revision, session=session)
+        return self._decoded()[2]
 
     @property
     def window_base(self) -> int:
         """The fabric address of the driver's main memory."""
-        return self._attachment()[3]
+        return self._decoded()[3]
 
     @property
     def faults(self) -> int:
@@ -177,7 +175,7 @@ class EnginePart:
         It has two entries: main memory, from the virtual address on at which the driver sees it, and the interrupt
         page, which is at the same offset in the window of every host's root complex.
         """
-        _, _, _, base, size = self._attachment()
+        _, _, _, base, size = self._decoded()
         if size and MAIN_MEMORY_VIRTUAL_ADDRESS <= address <= MAIN_MEMORY_VIRTUAL_ADDRESS + size - length:
             return base + address - MAIN_MEMORY_VIRTUAL_ADDRESS
         if size and INTERRUPT_PAGE_ADDRESS <= address <= INTERRUPT_PAGE_ADDRESS + PAGE_BYTES - length:
@@ -190,7 +188,7 @@ class EnginePart:
         if came > own:
             name = driver.encode().ljust(_NAME_BYTES, b"\0")
             attachment = _WORDS_5.pack(*came, window.base, window.length_bytes)
-            self._begin(attachment + _WORD.pack(len(driver)) + name)
+            self._begin(attachment + name)
         return came >= own
 
     def detach(self, attachment: DmaAttachment) -> None:
@@ -232,9 +230,15 @@ class EnginePart:
             self._sender_indices[sender] = found
         return found
 
-    def _attachment(self) -> tuple[int, int, int, int, int]:
-        first, second, third, fourth, fifth = _WORDS_5.unpack_from(self._image.memory, self._start + _ATTACHMENT)
-        return first, second, third, fourth, fifth
+    def _decoded(self) -> tuple[bytes, str, DmaAttachment, int, int]:
+        """Return the words of the attachment, and what they say: driver, attachment, base and bytes of the window."""
+        words = bytes(self._image.memory[self._start + _ATTACHMENT : self._start + _FAULTS])
+        if words != self._known[0]:
+            generation, revision, session, base, size = _WORDS_5.unpack_from(words)
+            name = words[_NAME - _ATTACHMENT :].rstrip(b"\0").decode()
+            attachment = DmaAttachment(fleet_generation=generation, revision=revision, session=session)
+            self._known = (words, name, attachment, base, size)
+        return self._known
 
     def _begin(self, attachment: bytes) -> None:
         # What was sent and not acknowledged was for another, which is no more.

@@ -217,8 +217,6 @@ class AcceleratorDriver:
     def _is_right(self, number: int, checksum: int) -> bool:
         index, part = divmod(number, ROUND)
         memory, lane = self._port.memory, self._lane(index)
-        if part == 0:
-            return bytes(memory[lane + _DESTINATION : lane + _LANE_BYTES]) == bytes(_LANE_BYTES - _DESTINATION)
         if part in (3, 4):
             expected = zlib.crc32(self._pattern(index if part == 3 else self._oldest(index)))
             at = lane + _SUMS + (0 if part == 3 else 8)

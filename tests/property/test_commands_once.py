@@ -15,12 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from property.test_exactly_once import EVENTS, OFTEN, World
 from support.bench import SEGMENTS
-from support.fake_dma import FakeDmaLink, FakeDmaLinks
+from support.fake_dma import FakeDmaLink
 from support.manual_clock import settle
 
 from hostd.workload import Workloads
 from hostd.workloads.kinds import new_workload
-from vfleet.address import bar_span
 from vfleet.v1.driver_service_pb2 import StartWorkloadRequest, WorkloadOptions, WorkloadReport
 
 BARS = {0: 8192, 2: 1 << 19}
@@ -137,6 +136,7 @@ class DmaWorld(World):
 DMA_EVENTS = EVENTS | {
     name: getattr(DmaWorld, method)
     for name, method in {
+        "submit": "submit",
         "kill a daemon": "kill",
         "carry a DMA request": "carry_dma_request",
         "carry a DMA response": "carry_dma_response",

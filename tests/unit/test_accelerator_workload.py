@@ -8,7 +8,7 @@ import pytest
 from support.bench import Bench
 from support.fake_dma import FakeDmaLinks
 from support.fake_fabric import FakeFabric
-from support.manual_clock import ManualClock
+from support.manual_clock import ManualClock, settle
 
 from hostd.workload import Workloads
 from hostd.workloads.kinds import new_workload
@@ -59,7 +59,7 @@ class Rig:
         async with asyncio.timeout(20):
             while self.report().operations < operations:
                 assert not self.report().failure, self.report().failure
-                await asyncio.sleep(0)
+                await settle()
 
     async def close(self) -> None:
         await self.workloads.close()

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from types import FrameType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import kills
 
 import hostd.image
 from hostd.image import FunctionImage, Sequencer, image_bytes
@@ -200,40 +200,8 @@ def content_of(image: FunctionImage) -> bytes:
 
 
 def snapshots_during(image: FunctionImage, work: Callable[[], object]) -> list[bytes]:
-    """Return the file as it is between any two of the interpreter's instructions in `work`, each state once."""
-    found = [content_of(image)]
-
-    def trace(frame: FrameType, event: str, argument: object):
-        if frame.f_code.co_filename != hostd.image.__file__:
-            return None
-        frame.f_trace_opcodes = True
-        content = content_of(image)
-        if content != found[-1]:
-            found.append(content)
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        work()
-    finally:
-        sys.settrace(before)
-    return [*found, content_of(image)]
-
-
-def torn(before: bytes, after: bytes, random: Random) -> Iterator[bytes]:
-    """Yield what a kill in the middle of one copy of bytes may leave. A store of one aligned word is never torn."""
-    changed = [index for index in range(0, len(before), 8) if before[index : index + 8] != after[index : index + 8]]
-    if len(changed) < 2:
-        return
-    cuts = {1, len(changed) // 2, len(changed) - 1}
-    orders = [changed, changed[::-1], random.sample(changed, len(changed))]
-    for order in orders:
-        for cut in sorted(cuts):
-            content = bytearray(before)
-            for index in order[:cut]:
-                content[index : index + 8] = after[index : index + 8]
-            yield bytes(content)
+    """Return the file as it is between any two of the image's instructions in `work`, each state once."""
+    return kills.snapshots_during(hostd.image.__file__, lambda: content_of(image), work)
 
 
 EFFECTS: list[Effect] = [
@@ -256,7 +224,7 @@ def test_a_kill_at_any_instruction_leaves_an_access_done_or_not_begun(image: Fun
     steps = snapshots_during(image, lambda: apply(image, "d1", effect))
     assert len(steps) > 3
     memory_after = bytes(image.memory)
-    torn_steps = [content for a, b in pairwise(steps) for content in torn(a, b, random)]
+    torn_steps = [content for a, b in pairwise(steps) for content in kills.torn(a, b, random)]
     done = set()
     for content in [*steps, *torn_steps]:
         again = new_image(content)
@@ -300,6 +268,77 @@ def test_the_last_store_of_a_forgotten_driver_is_never_anothers(image: FunctionI
     assert again.sequencer("d2").last == reads
     assert bytes(again.memory[64:69]) == b"newer"
     again.close()
+
+
+# Steps of an engine
+
+ENGINE = 4096
+
+
+def with_engine(content: bytes = b"") -> FunctionImage:
+    mapped = mmap.mmap(-1, image_bytes(MEMORY_BYTES))
+    mapped[: len(content)] = content
+    return FunctionImage(mapped, ENGINE)
+
+
+STEPS: list[Sequence[Store]] = [
+    [(0, b"\x11" * 8)],
+    [(100, b"\x22" * 3000), (5000, b"\x33" * 24), (104, b"\x44" * 8)],
+    [],
+]
+
+
+@pytest.mark.parametrize("stores", STEPS)
+def test_a_kill_at_any_instruction_leaves_a_step_done_or_not_begun(stores: Sequence[Store]):
+    image, random = with_engine(), Random(2)
+    apply(image, "d1", write(0, b"access"))
+    image.step([(4200, b"before"), (0, b"\xaa" * 16)])
+    before = bytes(image.memory)
+    steps = snapshots_during(image, lambda: image.step(stores))
+    after = bytes(image.memory)
+    torn_steps = [content for a, b in pairwise(steps) for content in kills.torn(a, b, random)]
+    done = set()
+    for content in [*steps, *torn_steps]:
+        again = with_engine(content)
+        done.add(again.word(ENGINE))
+        assert again.memory == (before if again.word(ENGINE) == 1 else after)
+        assert again.sequencer("d1").last == 1
+        if again.word(ENGINE) == 1:
+            again.step(stores)
+        assert again.memory == after
+        again.close()
+    assert done == {1, 2}
+    image.close()
+
+
+def test_a_step_that_is_done_is_not_done_again_over_what_came_since():
+    image = with_engine()
+    image.step([(0, b"step")])
+    image.store([(0, b"later")])
+    again = with_engine(content_of(image))
+    assert bytes(again.memory[:5]) == b"later"
+    for each in (image, again):
+        each.close()
+
+
+def test_a_step_is_tracked_with_its_number():
+    image = with_engine()
+    dirty = image.track()
+    image.step([(8, b"x")])
+    assert dirty == {0, 1}
+    image.put_word(ENGINE + 8, 5)
+    assert (dirty, image.word(ENGINE + 8)) == ({0, 1}, 5)
+    image.close()
+
+
+def test_a_step_that_is_too_long_changes_nothing():
+    image = with_engine()
+    before = content_of(image)
+    with pytest.raises(VfleetError) as caught:
+        image.step([(0, bytes(MEMORY_BYTES)), (0, bytes(MEMORY_BYTES))])
+    assert caught.value.reason is Reason.LIMIT_EXCEEDED
+    assert content_of(image) == before
+    image.close()
 
 
 KILLED = """
