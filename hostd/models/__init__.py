@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping
 from hostd.models.accelerator import Accelerator
 from hostd.models.base import BusMaster, DeviceModel
 from hostd.models.checker import Checker
+from hostd.models.nvme import Nvme
 from hostd.models.virtio_net import VirtioNet
 from vfleet.address import AddressError, bar_layout
 from vfleet.errors import invalid_field
 from vfleet.limits import MAX_DRIVERS
 
 MODELS: Mapping[str, Callable[[int, Mapping[int, int]], DeviceModel]] = {
-    model.name: model for model in (Checker, Accelerator, VirtioNet)
+    model.name: model for model in (Checker, Accelerator, Nvme, VirtioNet)
 }
 
 # Those that send frames to each other, and take them.

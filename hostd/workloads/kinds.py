@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 from hostd.drivers import Drivers
 from hostd.models.accelerator import Accelerator
 from hostd.models.checker import Checker
+from hostd.models.nvme import Nvme
 from hostd.models.virtio_net import VirtioNet
 from hostd.workload import Workload
 from hostd.workloads.accelerator import AcceleratorDriver
 from hostd.workloads.device_workload import DeviceWorkload
+from hostd.workloads.nvme import NvmeDriver
 from hostd.workloads.port import NewDriver
 from hostd.workloads.virtio_net import VirtioNetDriver
 from vfleet.clock import Clock
@@ -17,6 +19,7 @@ from vfleet.v1.host_records_pb2 import WorkloadRecord
 
 DRIVERS: Mapping[str, NewDriver] = {
     Accelerator.name: AcceleratorDriver,
+    Nvme.name: NvmeDriver,
     VirtioNet.name: VirtioNetDriver,
 }
 
