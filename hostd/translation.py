@@ -100,7 +100,7 @@ class TranslationTable:
         for entry, following in pairwise(self.entries):
             if entry.virtual_address + entry.length_bytes > following.virtual_address:
                 raise _overlap(entry, following)
-        # An address with an odd number of bounds up to it lies in an entry. Packed, since large tables strain the caches.
+        # An address with an odd number of bounds up to it lies in an entry. Packed: large tables strain the caches.
         bounds = [bound for e in self.entries for bound in (e.virtual_address, e.virtual_address + e.length_bytes)]
         self._bounds: Final = array("Q", bounds) if not bounds or bounds[-1] < ADDRESS_SPACE else bounds
         # Buckets of 2**shift addresses, about as many as bounds; ranks[k] bounds lie up to the start of bucket k.

@@ -1,0 +1,74 @@
+"""What benchmarks of several processes run on: a real cluster with a real etcd, and bare hosts for the floors."""
+
+import json
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import yaml
+from benchmarks.bare import OPTIONS
+from support.local_cluster import DEMO, Cluster, running
+
+from vfleet.process import ChildProcess
+
+READY_S = 30.0
+LEASE_TTL_S = 10
+TESTS = Path(__file__).parents[1]
+
+
+@dataclass
+class Bench:
+    """A cluster, and the addresses of bare hosts. All end with the block that made them."""
+
+    cluster: Cluster
+    bare: list[str]
+    channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
+
+    def channel(self, number: int) -> grpc.aio.Channel:
+        """Return the channel to a bare host."""
+        address = self.bare[number]
+        if address not in self.channels:
+            self.channels[address] = grpc.aio.insecure_channel(address, options=OPTIONS)
+        return self.channels[address]
+
+
+@asynccontextmanager
+async def bench(bare: int = 1, bars: Mapping[int, str] | None = None) -> AsyncIterator[Bench]:
+    """Start the demo's fleet, its devices with `bars` if given, and so many bare hosts."""
+    async with AsyncExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        cluster = await stack.enter_async_context(
+            running(path, topology=_topology(path, bars) if bars else DEMO, lease_ttl_s=LEASE_TTL_S)
+        )
+        addresses = []
+        for number in range(bare):
+            command = [sys.executable, "-m", "benchmarks.bare"]
+            environment = {"PYTHONPATH": str(TESTS)}
+            process = await ChildProcess.start("bare", command, log=path / f"bare{number}.log", environment=environment)
+            stack.push_async_callback(process.kill)
+            addresses.append(json.loads(await process.first_line(READY_S))["address"])
+        made = Bench(cluster, addresses)
+        yield made
+        for channel in made.channels.values():
+            await channel.close()
+
+
+def _topology(path: Path, bars: Mapping[int, str]) -> Path:
+    """Write the demo's topology with other BARs."""
+    content = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+
+    def change(bridge: dict) -> None:
+        for device in bridge.get("devices", ()):
+            device["bars"] = dict(bars)
+        for below in bridge.get("bridges", ()):
+            change(below)
+
+    for host in content["hosts"]:
+        change(host)
+    changed = path / "topology.yaml"
+    changed.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return changed
