@@ -2,7 +2,7 @@
 
 A `Link` is one stream to one host, opened again whenever it breaks. It promises nothing but order while it lasts: what
 has no answer when it breaks is sent again by the queue that it came from, and the function's sequences see to it that
-it takes effect once.
+it takes effect once. Batches that wait for their turn on the stream are joined.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ import grpc
 from hostd.directory import Directory
 from vfleet.clock import Clock, backoff_delays
 from vfleet.errors import Reason, VfleetError, from_rpc_error
+from vfleet.limits import WINDOW
 from vfleet.rpc import Channels, call, meant_for
 from vfleet.v1.fabric_service_pb2 import ExchangeRequest, ExchangeResponse, ForgetDriverRequest, GetSequenceRequest
 from vfleet.v1.fabric_service_pb2_grpc import FabricServiceStub
@@ -24,6 +25,7 @@ CALL_TIMEOUT_S = 2.0
 CONNECT_TIMEOUT_S = 2.0
 RECONNECT_FIRST_S = 0.02
 RECONNECT_LONGEST_S = 0.5
+MAX_JOINED = WINDOW // 2
 
 _log = logging.getLogger(__name__)
 
@@ -151,13 +153,41 @@ class Link:
 
     async def _send_all(self, stream: "grpc.aio.StreamStreamCall[ExchangeRequest, ExchangeResponse]") -> None:
         outbox = self._outbox
+        request = await outbox.get()
         while True:
-            await stream.write(await outbox.get())
+            following = None
+            while following is None and not outbox.empty():
+                following = outbox.get_nowait()
+                if _can_join(request, following):
+                    _join(request, following)
+                    following = None
+            await stream.write(request)
+            request = following if following is not None else await outbox.get()
 
     def _dispatch(self, response: ExchangeResponse) -> None:
         sender = self._senders.get((response.driver, response.function))
         if sender is not None:
             sender.answered(response)
+
+
+def _can_join(request: ExchangeRequest, following: ExchangeRequest) -> bool:
+    """Return whether two batches may go as one: of one sender, in order, and not more than half of a window.
+
+    Two halves are on their way at once, so that one end of the link works while the other does.
+    """
+    return (
+        request.driver == following.driver
+        and request.function == following.function
+        and request.generation == following.generation
+        and request.session == following.session
+        and len(request.accesses) + len(following.accesses) <= MAX_JOINED
+        and request.accesses[-1].sequence < following.accesses[0].sequence
+    )
+
+
+def _join(request: ExchangeRequest, following: ExchangeRequest) -> None:
+    request.accesses.extend(following.accesses)
+    request.acknowledged_sequence = following.acknowledged_sequence
 
 
 class Fabric:

@@ -5,7 +5,7 @@ What is refused has had no effect and changes nothing; the sender sends it again
 
 from hostd.functions import Functions
 from hostd.instance import SequenceGapError
-from vfleet.address import AddressError, check_access
+from vfleet.address import WINDOW_SHIFT, AddressError, check_access
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.names import check_name
 from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, Access, Answer
@@ -26,15 +26,19 @@ def exchange(functions: Functions, request: ExchangeRequest) -> ExchangeResponse
     for index, access in enumerate(request.accesses):
         _check(f"accesses[{index}]", access)
     response = ExchangeResponse(driver=request.driver, function=request.function, generation=request.generation)
+    window = -1
     for access in request.accesses:
-        admitted = functions.admit(
-            request.driver, request.function, request.generation, request.session, access.address
-        )
-        if not isinstance(admitted, tuple):
-            response.refusal = admitted
-            break
-        instance, sequencer = admitted
-        sequencer.acknowledged = max(sequencer.acknowledged, request.acknowledged_sequence)
+        # Nothing comes between two accesses of a batch: what leads to the same window is the same home still.
+        if access.address >> WINDOW_SHIFT != window:
+            window = access.address >> WINDOW_SHIFT
+            admitted = functions.admit(
+                request.driver, request.function, request.generation, request.session, access.address
+            )
+            if not isinstance(admitted, tuple):
+                response.refusal = admitted
+                break
+            instance, sequencer = admitted
+            sequencer.acknowledged = max(sequencer.acknowledged, request.acknowledged_sequence)
         try:
             status, data = instance.access(
                 sequencer, access.sequence, access.kind, access.address, access.length_bytes, access.data

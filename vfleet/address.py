@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 ADDRESS_SPACE = 1 << 64
-WINDOW_BYTES = 1 << 32
+WINDOW_SHIFT = 32
+WINDOW_BYTES = 1 << WINDOW_SHIFT
 PAGE_BYTES = 4096
 MAX_ACCESS_BYTES = 4096
 BAR_INDICES = (0, 2, 4)

@@ -1,7 +1,8 @@
 """Accesses a second to a function on another host, over the messages alone on a bare bidirectional stream.
 
-Ours: a driver's queue and link in this process, and a real hostd as the function's home. Half of the accesses write, half
-read, 8 bytes each; as many as a driver may have without an answer (64) are on their way, and the rest waits in the queue.
+Ours: a driver's queue and link in this process, and a real hostd as the function's home. Half of the accesses write,
+half read, 8 bytes each; as many as a driver may have without an answer (64) are on their way, the rest waits in the
+queue.
 
 Floor: the same ExchangeRequests on one stream of grpc.aio to another process, which answers each access with a message
 of the same size. Both ends make the messages anew each time, access by access, and read every answer; two messages of
@@ -55,7 +56,7 @@ async def run(size: Size) -> list[Figure]:
         assert location_of(function.base).segment == host.segment
         # A segment that isn't the function's: so the way leads through the fabric.
         queue = AccessQueue("d1", entry, Reach(host.segment + 1, 1, None, fabric, clock, random))
-        count = size.of(4096, 128)
+        count = size.of(1024, 128)
         try:
             await queue.synchronized()
             floor = Stream(rig, function.base)
