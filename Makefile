@@ -8,7 +8,7 @@ SERVICES = $(wildcard protos/vfleet/v1/*_service.proto)
 GENERATE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos kill-matrix model simulate simulate-bugs mutation lint proto clean
+.PHONY: help demo test bench chaos kill-matrix model simulate simulate-bugs mutation lint proto clean
 .DELETE_ON_ERROR:
 
 help: ## Show this
@@ -19,6 +19,9 @@ demo: $(VENV)/installed ## Show a function move twice under a driver at work
 
 test: $(VENV)/installed-dev ## Run the tests
 	$(BIN)/pytest -n auto --dist worksteal
+
+bench: $(VENV)/installed-dev ## Measure against bare programs, all or NAMES="a b", print a table and write JSON=bench.json
+	PYTHONPATH=tests $(BIN)/python -m benchmarks $(NAMES) --json $(or $(JSON),bench.json)
 
 chaos: $(VENV)/installed-dev ## Let everything fail for DURATION=300 seconds, by SEED=n, and check what is left
 	PYTHONPATH=tests $(BIN)/python -m fault.chaos --duration $(or $(DURATION),300) $(if $(SEED),--seed $(SEED))

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import yaml
 from benchmarks.bare import OPTIONS
+from etcd3 import etcdrpc
 from support.local_cluster import DEMO, Cluster, running
 
 from vfleet.process import ChildProcess
@@ -35,10 +36,17 @@ class Bench:
             self.channels[address] = grpc.aio.insecure_channel(address, options=OPTIONS)
         return self.channels[address]
 
+    def etcd(self) -> etcdrpc.KVStub:
+        """Return a bare stub of the cluster's etcd."""
+        address = self.cluster.local.etcd[0]
+        if address not in self.channels:
+            self.channels[address] = grpc.aio.insecure_channel(address)
+        return etcdrpc.KVStub(self.channels[address])
+
 
 @asynccontextmanager
 async def bench(bare: int = 1, bars: Mapping[int, str] | None = None) -> AsyncIterator[Bench]:
-    """Start the demo's fleet, its devices with `bars` if given, and so many bare hosts."""
+    """Start the demo's fleet, each host's nic0 with `bars` if given, and so many bare hosts."""
     async with AsyncExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         cluster = await stack.enter_async_context(
@@ -58,12 +66,13 @@ async def bench(bare: int = 1, bars: Mapping[int, str] | None = None) -> AsyncIt
 
 
 def _topology(path: Path, bars: Mapping[int, str]) -> Path:
-    """Write the demo's topology with other BARs."""
+    """Write the demo's topology with other BARs for each nic0."""
     content = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
 
     def change(bridge: dict) -> None:
         for device in bridge.get("devices", ()):
-            device["bars"] = dict(bars)
+            if device["name"] == "nic0":
+                device["bars"] = dict(bars)
         for below in bridge.get("bridges", ()):
             change(below)
 
