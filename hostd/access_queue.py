@@ -9,12 +9,12 @@ been made (also by a restart of the daemon) asks the function first how far it g
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
 from hostd.direct import Grant
-from hostd.fabric import Fabric, Link
+from hostd.fabric import MAX_JOINED, Fabric, Link
 from hostd.functions import Functions
 from hostd.home import forget_driver, last_sequence
 from hostd.image import Sequencer
@@ -77,6 +77,7 @@ class AccessQueue:
     def __init__(self, driver: str, entry: Entry, reach: Reach) -> None:
         self._driver = driver
         self._entry = entry
+        self._segment = _segment_of(entry)
         self._reach = reach
         self._accesses: deque[Waiting] = deque()
         self._repeats: dict[int, Waiting] = {}
@@ -114,18 +115,21 @@ class AccessQueue:
         Raise LIMIT_EXCEEDED if the queue is full, SEQUENCE_GAP if the access has a sequence that is not its turn's, and
         what the queue was ended with.
         """
-        if self._closed is not None:
-            raise self._closed
-        if len(self._accesses) + len(self._repeats) >= MAX_WAITING:
-            raise VfleetError(
-                Reason.LIMIT_EXCEEDED,
-                f"driver {self._driver!r} has {MAX_WAITING} accesses to function {self._entry.function!r} without an"
-                " answer; expected fewer",
-            )
+        self._check_room(1)
         self._count_direct()
         if access.sequence and not self._take_sequence(access):
             return
         self._accesses.append(access)
+        self._pump()
+
+    def submit_many(self, accesses: Sequence[Waiting]) -> None:
+        """Put accesses without a sequence of their own at the end of the queue: all, or if it raises, none.
+
+        On their way to another host they share messages. Raise as `submit` does.
+        """
+        self._check_room(len(accesses))
+        self._count_direct()
+        self._accesses.extend(accesses)
         self._pump()
 
     def grant(self) -> Grant | None:
@@ -167,6 +171,7 @@ class AccessQueue:
         """Go by another entry: after the lift, what has no answer is sent again, to the home that it names."""
         self._revoke()
         self._entry = entry
+        self._segment = _segment_of(entry)
         self._home = None
         self._sent = 0
         self._delays = self._new_delays()
@@ -185,10 +190,10 @@ class AccessQueue:
         request = ForgetDriverRequest(
             driver=self._driver, function=entry.function, generation=entry.generation, session=reach.session
         )
-        if self._entry_segment() == reach.segment:
+        if self._segment == reach.segment:
             forget_driver(reach.functions, request)
         else:
-            reach.fabric.to(self._entry_segment()).forget_driver(request)
+            reach.fabric.to(self._segment).forget_driver(request)
 
     def close(self, error: VfleetError) -> None:
         """End the queue. What has no answer fails with `error`."""
@@ -226,6 +231,16 @@ class AccessQueue:
         """Send again what has no answer: the link is new (as the link's sender)."""
         self._sent = 0
         self._pump()
+
+    def _check_room(self, count: int) -> None:
+        if self._closed is not None:
+            raise self._closed
+        if len(self._accesses) + len(self._repeats) + count > MAX_WAITING:
+            raise VfleetError(
+                Reason.LIMIT_EXCEEDED,
+                f"driver {self._driver!r} has {MAX_WAITING} accesses to function {self._entry.function!r} without an"
+                " answer; expected fewer",
+            )
 
     def _take_sequence(self, access: Waiting) -> bool:
         """Check a client's own sequence. Return False if the access is a repeated one, and is dealt with."""
@@ -272,13 +287,10 @@ class AccessQueue:
             self._start_repair()
         elif self._repair is not None and not self._repair.done():
             return
-        elif self._entry_segment() == self._reach.segment:
+        elif self._segment == self._reach.segment:
             self._pump_local()
         else:
             self._pump_remote()
-
-    def _entry_segment(self) -> int:
-        return location_of(translate(self._entry.virtual_address, self._entry.offset)).segment
 
     def _is_idle(self) -> bool:
         """Whether the function is here, and an access may be carried out before anything else happens."""
@@ -289,7 +301,7 @@ class AccessQueue:
             or self._entry.held
             or not self._next_sequence
             or (self._repair is not None and not self._repair.done())
-            or self._entry_segment() != self._reach.segment
+            or self._segment != self._reach.segment
         )
 
     def _admit(self) -> bool:
@@ -347,37 +359,42 @@ class AccessQueue:
         return instance.access(sequencer, sequence, kind, translate(virtual_address, self._entry.offset), length, data)
 
     def _pump_remote(self) -> None:
-        end = min(len(self._accesses), WINDOW)
-        batch = list(self._repeats.values())
-        while self._sent < end:
-            access = self._accesses[self._sent]
-            self._give_sequence(access)
-            batch.append(access)
-            self._sent += 1
-        if not batch:
+        if self._sent >= min(len(self._accesses), WINDOW) and not self._repeats:
             return
-        link = self._reach.fabric.to(self._entry_segment())
+        link = self._reach.fabric.to(self._segment)
         if self._link is not None and self._link is not link:
             self._link.leave(self._driver, self._entry.function)
         self._link = link
-        request = ExchangeRequest(
-            driver=self._driver,
-            function=self._entry.function,
-            generation=self._entry.generation,
-            acknowledged_sequence=self._acknowledged,
-            accesses=[self._message(access) for access in batch],
-            session=self._reach.session,
-        )
-        if not link.send(request, self):
-            self._sent = 0
+        batch = list(self._repeats.values())
+        while batch or self._sent < min(len(self._accesses), WINDOW):
+            while self._sent < min(len(self._accesses), WINDOW) and len(batch) < MAX_JOINED:
+                access = self._accesses[self._sent]
+                self._give_sequence(access)
+                batch.append(access)
+                self._sent += 1
+            if not link.send(self._request(batch), self):
+                self._sent = 0
+                return
+            batch = []
 
-    def _message(self, access: Waiting) -> Access:
-        return Access(
-            sequence=access.sequence,
-            kind=access.kind,
-            address=translate(access.virtual_address, self._entry.offset),
-            length_bytes=access.length,
-            data=access.data,
+    def _request(self, batch: list[Waiting]) -> ExchangeRequest:
+        entry, offset = self._entry, self._entry.offset
+        return ExchangeRequest(
+            driver=self._driver,
+            function=entry.function,
+            generation=entry.generation,
+            acknowledged_sequence=self._acknowledged,
+            accesses=[
+                Access(
+                    sequence=access.sequence,
+                    kind=access.kind,
+                    address=translate(access.virtual_address, offset),
+                    length_bytes=access.length,
+                    data=access.data,
+                )
+                for access in batch
+            ],
+            session=self._reach.session,
         )
 
     def _start_repair(self) -> None:
@@ -413,10 +430,13 @@ class AccessQueue:
             generation=self._entry.generation,
             session=self._reach.session,
         )
-        segment = self._entry_segment()
-        if segment == self._reach.segment:
+        if self._segment == self._reach.segment:
             return last_sequence(self._reach.functions, request)
-        return await self._reach.fabric.to(segment).get_sequence(request)
+        return await self._reach.fabric.to(self._segment).get_sequence(request)
+
+
+def _segment_of(entry: Entry) -> int:
+    return location_of(translate(entry.virtual_address, entry.offset)).segment
 
 
 def _copy(answer: "asyncio.Future[Result]", access: Waiting) -> None:

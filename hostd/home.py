@@ -24,7 +24,9 @@ def exchange(functions: Functions, request: ExchangeRequest) -> ExchangeResponse
     check_name("driver", request.driver)
     check_name("function", request.function)
     for index, access in enumerate(request.accesses):
-        _check(f"accesses[{index}]", access)
+        if (wrong := _wrong(access)) is not None:
+            field, found, expected = wrong
+            raise invalid_field(f"accesses[{index}]{field}", found, expected)
     response = ExchangeResponse(driver=request.driver, function=request.function, generation=request.generation)
     window = -1
     for access in request.accesses:
@@ -83,14 +85,16 @@ def forget_driver(functions: Functions, request: ForgetDriverRequest) -> None:
         instance.image.forget(request.driver)
 
 
-def _check(field: str, access: Access) -> None:
+def _wrong(access: Access) -> tuple[str, object, str] | None:
+    """Return which field of an access can't be (empty: the address), what it is and what was expected; or None."""
     try:
         check_access(access.address, access.length_bytes)
     except AddressError as error:
-        raise invalid_field(field, f"{access.address:#x}+{access.length_bytes}", str(error)) from None
+        return "", f"{access.address:#x}+{access.length_bytes}", str(error)
     if access.kind not in (ACCESS_KIND_READ, ACCESS_KIND_WRITE):
-        raise invalid_field(f"{field}.kind", access.kind, "1 (READ) or 2 (WRITE)")
+        return ".kind", access.kind, "1 (READ) or 2 (WRITE)"
     if len(access.data) != (access.length_bytes if access.kind == ACCESS_KIND_WRITE else 0):
-        raise invalid_field(f"{field}.data", f"{len(access.data)} bytes", "length_bytes for a write, none for a read")
+        return ".data", f"{len(access.data)} bytes", "length_bytes for a write, none for a read"
     if not access.sequence:
-        raise invalid_field(f"{field}.sequence", 0, "from 1 on")
+        return ".sequence", 0, "from 1 on"
+    return None

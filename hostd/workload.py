@@ -152,12 +152,11 @@ class Workload:
         window = self.record.options.window or DEFAULT_WINDOW
         while not self.record.stopping:
             steps = [script.step(number + index) for index in range(window)]
-            batch: list[tuple[Step, Waiting, float]] = []
-            for step in steps[self._do_at_once(steps, queue) :]:
-                access = _waiting(self._entry(), step)
-                batch.append((step, access, self._clock.monotonic()))
-                queue.submit(access)
-            for step, access, submitted in batch:
+            left = steps[self._do_at_once(steps, queue) :]
+            accesses = [_waiting(self._entry(), step) for step in left]
+            submitted = self._clock.monotonic()
+            queue.submit_many(accesses)
+            for step, access in zip(left, accesses, strict=True):
                 result = await access.answer
                 self.measurement.answered(submitted, self._clock.monotonic())
                 self._verify(step, result)

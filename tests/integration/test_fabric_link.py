@@ -13,6 +13,7 @@ from support.cluster import eventually
 from hostd.directory import Directory, Peer
 from hostd.fabric import Link
 from vfleet.clock import SystemClock
+from vfleet.limits import WINDOW
 from vfleet.rpc import Channels, Server
 from vfleet.v1.access_pb2 import Access, Answer
 from vfleet.v1.fabric_service_pb2 import (
@@ -47,6 +48,8 @@ class FarHost(FabricServiceServicer):
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.batches: list[list[int]] = []
+        self.acknowledged: list[int] = []
         self.may_forget = asyncio.Event()
         self.server = Server([])
         add_FabricServiceServicer_to_server(self, self.server.grpc)
@@ -54,6 +57,8 @@ class FarHost(FabricServiceServicer):
 
     async def Exchange(self, request_iterator, context) -> AsyncIterator[ExchangeResponse]:
         async for request in request_iterator:
+            self.batches.append([access.sequence for access in request.accesses])
+            self.acknowledged.append(request.acknowledged_sequence)
             answers = [Answer(sequence=access.sequence) for access in request.accesses]
             yield ExchangeResponse(driver=request.driver, function=request.function, answers=answers)
 
@@ -146,3 +151,50 @@ async def test_a_driver_that_is_attached_again_asks_after_it_was_forgotten(rig: 
     host.may_forget.set()
     assert await asking == 5
     assert host.calls == ["forget", "get"]
+
+
+def batch(first: int, count: int = 1, *, driver: str = "d1", generation: int = 1) -> ExchangeRequest:
+    accesses = [Access(sequence=first + number) for number in range(count)]
+    return ExchangeRequest(
+        driver=driver, function="vf1", generation=generation, acknowledged_sequence=first - 1, accesses=accesses
+    )
+
+
+async def test_batches_that_wait_are_joined_up_to_half_a_window(rig: Rig):
+    sender = Sender(rig.link)
+    sender.send()
+    host = await rig.start_host()
+    await eventually(lambda: bool(sender.answered_by))
+    host.batches.clear()
+    for sequence in range(2, 102):
+        assert rig.link.send(batch(sequence), sender)
+    await eventually(lambda: sum(map(len, host.batches)) == 100)
+    assert [sequence for own in host.batches for sequence in own] == list(range(2, 102))
+    assert [len(own) for own in host.batches] == [WINDOW // 2] * 3 + [4]
+    # What is acknowledged is what the driver knew when it sent the last of them.
+    assert host.acknowledged[-4:] == [own[-1] - 1 for own in host.batches]
+
+
+@pytest.mark.parametrize(
+    "following",
+    [
+        batch(5, driver="d2"),  # of another sender
+        batch(5, generation=2),  # for another home
+        batch(4),  # sent again
+        batch(3, 2),
+        batch(5, WINDOW // 2),  # too much
+    ],
+)
+async def test_batches_that_do_not_belong_together_stay_apart(rig: Rig, following: ExchangeRequest):
+    sequences = [access.sequence for access in following.accesses]
+    sender = Sender(rig.link)
+    sender.send()
+    host = await rig.start_host()
+    await eventually(lambda: bool(sender.answered_by))
+    host.batches.clear()
+    rig.link.send(batch(1, 4), sender)
+    rig.link.send(following, sender)
+    rig.link.send(batch(100), sender)
+    await eventually(lambda: sum(map(len, host.batches)) == 5 + len(sequences))
+    assert host.batches[0] == [1, 2, 3, 4]
+    assert [sequence for own in host.batches[1:] for sequence in own] == [*sequences, 100]

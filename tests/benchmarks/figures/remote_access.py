@@ -75,7 +75,7 @@ async def run(size: Size) -> list[Figure]:
 
 
 async def accesses(queue: AccessQueue, count: int) -> None:
-    """Submit so many accesses, and check the last answers."""
+    """Submit so many accesses at once, and check the last answer."""
     waiting = []
     for number in range(count):
         address = VIRTUAL_ADDRESS + LOCAL_MEMORY + number // 2 * WORD
@@ -83,8 +83,8 @@ async def accesses(queue: AccessQueue, count: int) -> None:
             access = Waiting(ACCESS_KIND_READ, address, WORD, b"")
         else:
             access = Waiting(ACCESS_KIND_WRITE, address, WORD, number.to_bytes(WORD, "little"))
-        queue.submit(access)
         waiting.append(access)
+    queue.submit_many(waiting)
     await waiting[-1].answer
     assert waiting[-1].answer.result() == (ACCESS_STATUS_OK, (count - 2).to_bytes(WORD, "little"))
 
