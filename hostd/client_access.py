@@ -4,7 +4,7 @@ A stream's accesses are on their way together, up to a window, and answered in t
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 from hostd.driver import Submitted
 from hostd.drivers import Drivers
@@ -15,6 +15,8 @@ from vfleet.limits import WINDOW
 from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, ACCESS_STATUS_FORGOTTEN, AccessKind
 from vfleet.v1.driver_service_pb2 import (
     NOTIFICATION_KIND_LISTENING,
+    BatchedAccess,
+    BatchedAnswer,
     StreamAccessesRequest,
     StreamAccessesResponse,
     WatchNotificationsResponse,
@@ -48,6 +50,23 @@ class ClientAccess:
         """
         submitted = await self._submit(driver, kind, virtual_address, length, data, sequence)
         return await _result(submitted)
+
+    async def access_many(self, driver: str, accesses: Sequence[BatchedAccess]) -> list[BatchedAnswer]:
+        """Do up to 64 accesses in order; return the answers to those before the first that fails.
+
+        Raise as `access` does if that is the first of all; INVALID_FIELD for another number of accesses.
+        """
+        if not 1 <= len(accesses) <= WINDOW:
+            raise invalid_field("accesses", f"{len(accesses)} accesses", f"1 to {WINDOW}")
+        answers: list[BatchedAnswer] = []
+        try:
+            for submitted in await self._submit_while_possible(driver, accesses):
+                (status, data), sequence = await _result(submitted)
+                answers.append(BatchedAnswer(status=status, data=data, sequence=sequence))
+        except VfleetError:
+            if not answers:
+                raise
+        return answers
 
     async def stream(
         self, requests: AsyncIterator[StreamAccessesRequest]
@@ -98,22 +117,30 @@ class ClientAccess:
                 driver = driver or request.driver
                 if request.driver != driver:
                     raise invalid_field("driver", request.driver, f"{driver!r}, as in the stream's first message")
-                if request.kind not in (ACCESS_KIND_READ, ACCESS_KIND_WRITE):
-                    raise invalid_field("kind", request.kind, "1 (READ) or 2 (WRITE)")
-                is_read = request.kind == ACCESS_KIND_READ
-                if (is_read and request.data) or (not is_read and request.length_bytes):
-                    raise invalid_field(
-                        "data", request.data, "length_bytes for a read, data for a write, not the other"
-                    )
-                length = request.length_bytes if is_read else len(request.data)
-                submitted = await self._submit(
-                    driver, request.kind, request.virtual_address, length, request.data, request.sequence
-                )
-                await taken.put((request.tag, submitted))
+                await taken.put((request.tag, await self._submit_message(driver, request)))
         except VfleetError as error:
             await taken.put(error)
         else:
             await taken.put(None)
+
+    async def _submit_while_possible(self, driver: str, accesses: Sequence[BatchedAccess]) -> list[Submitted]:
+        submitted: list[Submitted] = []
+        try:
+            for access in accesses:
+                submitted.append(await self._submit_message(driver, access))  # noqa: PERF401  # kept if a later one fails
+        except VfleetError:
+            if not submitted:
+                raise
+        return submitted
+
+    async def _submit_message(self, driver: str, access: StreamAccessesRequest | BatchedAccess) -> Submitted:
+        if access.kind not in (ACCESS_KIND_READ, ACCESS_KIND_WRITE):
+            raise invalid_field("kind", access.kind, "1 (READ) or 2 (WRITE)")
+        is_read = access.kind == ACCESS_KIND_READ
+        if (is_read and access.data) or (not is_read and access.length_bytes):
+            raise invalid_field("data", access.data, "length_bytes for a read, data for a write, not the other")
+        length = access.length_bytes if is_read else len(access.data)
+        return await self._submit(driver, access.kind, access.virtual_address, length, access.data, access.sequence)
 
     async def _submit(
         self,

@@ -233,6 +233,11 @@ class DriverServicer(DriverServiceServicer):
         )
         return driver_pb2.WriteResponse(status=status, sequence=sequence)
 
+    async def AccessMany(
+        self, request: driver_pb2.AccessManyRequest, context: _Context
+    ) -> driver_pb2.AccessManyResponse:
+        return driver_pb2.AccessManyResponse(answers=await self._client.access_many(request.driver, request.accesses))
+
     async def StreamAccesses(
         self, request_iterator: AsyncIterator[driver_pb2.StreamAccessesRequest], context: _Context
     ) -> AsyncIterator[driver_pb2.StreamAccessesResponse]:

@@ -77,6 +77,7 @@ class FakeHost(DriverServiceServicer):
     last_sequence: int = 5
     done: list[int] = field(default_factory=list)
     acknowledged: list[str] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
 
     async def access(self, request, data: bytes, context) -> bytes:
         if self.refuse is not None:
@@ -110,6 +111,14 @@ class FakeHost(DriverServiceServicer):
     async def Write(self, request, context):
         await self.access(request, request.data, context)
         return driver_pb2.WriteResponse(sequence=request.sequence)
+
+    async def AccessMany(self, request, context):
+        self.batches.append(len(request.accesses))
+        answers = []
+        for access in request.accesses:
+            data = await self.access(access, access.data, context)
+            answers.append(driver_pb2.BatchedAnswer(data=data, sequence=access.sequence))
+        return driver_pb2.AccessManyResponse(answers=answers)
 
     async def StreamAccesses(self, requests, context):
         async for request in requests:
@@ -330,6 +339,26 @@ async def test_a_stream_that_breaks_does_each_access_once(serve: Serve) -> None:
     assert [answer.tag for answer in answers] == list(range(201))
     assert fake.done == list(range(6, 207))
     assert answers[-1].data == b"\x07"
+
+
+async def test_a_batch_whose_answers_are_lost_does_each_access_once(serve: Serve) -> None:
+    fake = FakeHost(silences=3)
+    accesses = [Write(VIRTUAL_ADDRESS + n, bytes([n])) for n in range(150)] + [Read(VIRTUAL_ADDRESS + 7, 1)]
+    async with HostClient(await serve(fake)) as host:
+        driver = DriverClient(host, "d1")
+        answers = await driver.access_many(accesses)
+        assert await driver.access_many([]) == []
+    assert len(answers) == 151
+    assert answers[-1] == b"\x07"
+    assert fake.done == list(range(6, 157))
+    assert max(fake.batches) == 64
+
+
+async def test_a_batch_ends_with_the_refusal(serve: Serve) -> None:
+    fake = FakeHost(refuse=VfleetError(Reason.TRANSLATION_FAULT, "nothing is mapped at 0x30000000"))
+    async with HostClient(await serve(fake)) as host:
+        with pytest.raises(VfleetError, match="nothing is mapped"):
+            await DriverClient(host, "d1").access_many([Read(0x3000_0000, 4)])
 
 
 async def test_a_stream_that_is_left_early_leaves_no_gap(serve: Serve) -> None:

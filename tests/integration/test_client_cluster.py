@@ -97,3 +97,48 @@ async def test_a_frozen_coordinator_is_passed(tmp_path: Path) -> None:
             assert fleet.caller.address != asked_first
         finally:
             frozen.resume()
+
+
+async def test_batches_take_effect_once_in_order_while_the_function_moves(
+    cluster: LocalCluster, host: HostClient
+) -> None:
+    driver = DriverClient(host, "d1")
+    words = [MEMORY + 8 * number for number in range(20)]
+    rounds = 0
+
+    async def work() -> None:
+        nonlocal rounds
+        while True:
+            value = (rounds + 1).to_bytes(8, "little")
+            before = rounds.to_bytes(8, "little")
+            batch = [access for word in words for access in (Read(word, 8), Write(word, value), Read(word, 8))]
+            assert await driver.access_many(batch) == [before, b"", value] * len(words)
+            rounds += 1
+
+    working = asyncio.create_task(work())
+    async with cluster.fleet() as fleet:
+        for target in ("h1/nic0", "h3/nic1", "h1/nic1"):
+            reached = rounds
+            begun = await fleet.create_migration([move_request("vf1", target)])
+            assert (await fleet.wait_migration(begun.name)).phase == Phase.PHASE_DONE
+            async with asyncio.timeout(20):
+                while rounds < reached + 3:
+                    assert not working.done(), working.exception()
+                    await asyncio.sleep(0.01)
+    working.cancel()
+    await asyncio.wait([working])
+    assert working.cancelled()
+
+
+async def test_a_batch_ends_at_what_fails(host: HostClient) -> None:
+    driver = DriverClient(host, "d1")
+    with pytest.raises(VfleetError) as caught:
+        await driver.access_many(
+            [Write(MEMORY, b"done"), Read(MEMORY, 4), Read(0x3000_0000, 4), Write(MEMORY, b"lost")]
+        )
+    assert caught.value.reason is Reason.TRANSLATION_FAULT
+    assert await driver.access_many([Read(MEMORY, 4), Write(MEMORY, b"next"), Read(MEMORY, 4)]) == [
+        b"done",
+        b"",
+        b"next",
+    ]

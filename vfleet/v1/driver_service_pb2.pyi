@@ -633,6 +633,126 @@ class StreamAccessesResponse(_message.Message):
 Global___StreamAccessesResponse: _TypeAlias = StreamAccessesResponse  # noqa: Y015
 
 @_typing.final
+class BatchedAccess(_message.Message):
+    """One of the accesses of AccessMany."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    VIRTUAL_ADDRESS_FIELD_NUMBER: _builtins.int
+    LENGTH_BYTES_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    kind: _access_pb2.AccessKind.ValueType
+    """Read or write."""
+    virtual_address: _builtins.int
+    """Virtual address, aligned to the length."""
+    length_bytes: _builtins.int
+    """Bytes of a read: a power of two from 1 to 4096. 0 for a write."""
+    data: _builtins.bytes
+    """What a write writes."""
+    sequence: _builtins.int
+    """The access's sequence; 0 to let the host give the next."""
+    def __init__(
+        self,
+        *,
+        kind: _access_pb2.AccessKind.ValueType = ...,
+        virtual_address: _builtins.int = ...,
+        length_bytes: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "length_bytes", b"length_bytes", "sequence", b"sequence", "virtual_address", b"virtual_address"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchedAccess: _TypeAlias = BatchedAccess  # noqa: Y015
+
+@_typing.final
+class AccessManyRequest(_message.Message):
+    """Request of AccessMany."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRIVER_FIELD_NUMBER: _builtins.int
+    ACCESSES_FIELD_NUMBER: _builtins.int
+    driver: _builtins.str
+    """The driver."""
+    @_builtins.property
+    def accesses(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchedAccess]:
+        """The accesses, in their order: 1 to 64."""
+
+    def __init__(
+        self,
+        *,
+        driver: _builtins.str = ...,
+        accesses: _abc.Iterable[Global___BatchedAccess] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accesses", b"accesses", "driver", b"driver"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccessManyRequest: _TypeAlias = AccessManyRequest  # noqa: Y015
+
+@_typing.final
+class BatchedAnswer(_message.Message):
+    """The answer to one of the accesses of AccessMany."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    status: _access_pb2.AccessStatus.ValueType
+    """How it ended."""
+    data: _builtins.bytes
+    """What a read returned."""
+    sequence: _builtins.int
+    """Its sequence; 0 for main memory."""
+    def __init__(
+        self,
+        *,
+        status: _access_pb2.AccessStatus.ValueType = ...,
+        data: _builtins.bytes = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "sequence", b"sequence", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchedAnswer: _TypeAlias = BatchedAnswer  # noqa: Y015
+
+@_typing.final
+class AccessManyResponse(_message.Message):
+    """Response of AccessMany."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchedAnswer]:
+        """Answers, in the order of the accesses: to all, or to those before the first that failed."""
+
+    def __init__(
+        self,
+        *,
+        answers: _abc.Iterable[Global___BatchedAnswer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccessManyResponse: _TypeAlias = AccessManyResponse  # noqa: Y015
+
+@_typing.final
 class WatchNotificationsRequest(_message.Message):
     """Request of WatchNotifications."""
 

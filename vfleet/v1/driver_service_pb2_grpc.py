@@ -81,6 +81,11 @@ class DriverServiceStub:
                 request_serializer=vfleet_dot_v1_dot_driver__service__pb2.StreamAccessesRequest.SerializeToString,
                 response_deserializer=vfleet_dot_v1_dot_driver__service__pb2.StreamAccessesResponse.FromString,
                 _registered_method=True)
+        self.AccessMany = channel.unary_unary(
+                '/vfleet.v1.DriverService/AccessMany',
+                request_serializer=vfleet_dot_v1_dot_driver__service__pb2.AccessManyRequest.SerializeToString,
+                response_deserializer=vfleet_dot_v1_dot_driver__service__pb2.AccessManyResponse.FromString,
+                _registered_method=True)
         self.WatchNotifications = channel.unary_stream(
                 '/vfleet.v1.DriverService/WatchNotifications',
                 request_serializer=vfleet_dot_v1_dot_driver__service__pb2.WatchNotificationsRequest.SerializeToString,
@@ -177,6 +182,15 @@ class DriverServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AccessMany(self, request, context):
+        """AccessMany carries out up to 64 accesses in order, in one message each way. It answers those before the first that
+        fails; if that is the first of all, it fails as that one. What follows a failed one may have taken effect all the
+        same: whoever asks again gives the same sequences. Cheaper than StreamAccesses for accesses that are known together.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchNotifications(self, request, context):
         """WatchNotifications tells a driver of holds, lifts and the loss of a function. While it is open the driver counts as listening, and a hold
         awaits its acknowledgement.
@@ -263,6 +277,11 @@ def add_DriverServiceServicer_to_server(servicer, server):
                     servicer.StreamAccesses,
                     request_deserializer=vfleet_dot_v1_dot_driver__service__pb2.StreamAccessesRequest.FromString,
                     response_serializer=vfleet_dot_v1_dot_driver__service__pb2.StreamAccessesResponse.SerializeToString,
+            ),
+            'AccessMany': grpc.unary_unary_rpc_method_handler(
+                    servicer.AccessMany,
+                    request_deserializer=vfleet_dot_v1_dot_driver__service__pb2.AccessManyRequest.FromString,
+                    response_serializer=vfleet_dot_v1_dot_driver__service__pb2.AccessManyResponse.SerializeToString,
             ),
             'WatchNotifications': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchNotifications,
@@ -535,6 +554,33 @@ class DriverService:
             '/vfleet.v1.DriverService/StreamAccesses',
             vfleet_dot_v1_dot_driver__service__pb2.StreamAccessesRequest.SerializeToString,
             vfleet_dot_v1_dot_driver__service__pb2.StreamAccessesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AccessMany(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vfleet.v1.DriverService/AccessMany',
+            vfleet_dot_v1_dot_driver__service__pb2.AccessManyRequest.SerializeToString,
+            vfleet_dot_v1_dot_driver__service__pb2.AccessManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,6 +55,11 @@ class DriverServiceStub:
     """Write writes to the driver's virtual address space; the response says that it has taken effect. As Read."""
     StreamAccesses: _grpc.StreamStreamMultiCallable[_driver_service_pb2.StreamAccessesRequest, _driver_service_pb2.StreamAccessesResponse]
     """StreamAccesses carries many accesses in order, many on the way at once; an answer each, in order."""
+    AccessMany: _grpc.UnaryUnaryMultiCallable[_driver_service_pb2.AccessManyRequest, _driver_service_pb2.AccessManyResponse]
+    """AccessMany carries out up to 64 accesses in order, in one message each way. It answers those before the first that
+    fails; if that is the first of all, it fails as that one. What follows a failed one may have taken effect all the
+    same: whoever asks again gives the same sequences. Cheaper than StreamAccesses for accesses that are known together.
+    """
     WatchNotifications: _grpc.UnaryStreamMultiCallable[_driver_service_pb2.WatchNotificationsRequest, _driver_service_pb2.WatchNotificationsResponse]
     """WatchNotifications tells a driver of holds, lifts and the loss of a function. While it is open the driver counts as listening, and a hold
     awaits its acknowledgement.
@@ -100,6 +105,11 @@ class DriverServiceAsyncStub(DriverServiceStub):
     """Write writes to the driver's virtual address space; the response says that it has taken effect. As Read."""
     StreamAccesses: _aio.StreamStreamMultiCallable[_driver_service_pb2.StreamAccessesRequest, _driver_service_pb2.StreamAccessesResponse]  # type: ignore[assignment]
     """StreamAccesses carries many accesses in order, many on the way at once; an answer each, in order."""
+    AccessMany: _aio.UnaryUnaryMultiCallable[_driver_service_pb2.AccessManyRequest, _driver_service_pb2.AccessManyResponse]  # type: ignore[assignment]
+    """AccessMany carries out up to 64 accesses in order, in one message each way. It answers those before the first that
+    fails; if that is the first of all, it fails as that one. What follows a failed one may have taken effect all the
+    same: whoever asks again gives the same sequences. Cheaper than StreamAccesses for accesses that are known together.
+    """
     WatchNotifications: _aio.UnaryStreamMultiCallable[_driver_service_pb2.WatchNotificationsRequest, _driver_service_pb2.WatchNotificationsResponse]  # type: ignore[assignment]
     """WatchNotifications tells a driver of holds, lifts and the loss of a function. While it is open the driver counts as listening, and a hold
     awaits its acknowledgement.
@@ -196,6 +206,17 @@ class DriverServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_driver_service_pb2.StreamAccessesResponse], _abc.AsyncIterator[_driver_service_pb2.StreamAccessesResponse]]:
         """StreamAccesses carries many accesses in order, many on the way at once; an answer each, in order."""
+
+    @_abc_1.abstractmethod
+    def AccessMany(
+        self,
+        request: _driver_service_pb2.AccessManyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_driver_service_pb2.AccessManyResponse, _abc.Awaitable[_driver_service_pb2.AccessManyResponse]]:
+        """AccessMany carries out up to 64 accesses in order, in one message each way. It answers those before the first that
+        fails; if that is the first of all, it fails as that one. What follows a failed one may have taken effect all the
+        same: whoever asks again gives the same sequences. Cheaper than StreamAccesses for accesses that are known together.
+        """
 
     @_abc_1.abstractmethod
     def WatchNotifications(
