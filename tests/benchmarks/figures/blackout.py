@@ -32,7 +32,7 @@ COMMIT_VALUES = (1000, 200, 100)  # bytes of the records that COMMIT writes: mig
 async def run(size: Size) -> list[Figure]:
     async with bench(bare=2) as rig:
         driver = await Watched.start(rig, "vf1", "nic0", "d1")
-        measured = await alternate_async(size.of(60, 2), driver.blackout, Floor(rig).once)
+        measured = await alternate_async(size.of(40, 2), driver.blackout, Floor(rig).once)
         await rig.cluster.stop_workloads()
     return [
         measured.quantile("blackout p50 / floor, small state", "ms", at_most(1.5), 0.5),

@@ -60,7 +60,7 @@ async def run(size: Size) -> list[Figure]:
             return spent / count * 1e3
 
         floor = Floor(rig)
-        measured = await alternate_async(size.of(10, 1), ours, lambda: floor.run(count))
+        measured = await alternate_async(size.of(6, 1), ours, lambda: floor.run(count))
     return [measured.speed("migrations, 64 at once / bare calls and transactions", "ms a migration", at_least(0.6))]
 
 

@@ -51,7 +51,7 @@ async def run(size: Size) -> list[Figure]:
                 assert response.received_bytes == mebibytes * MEBIBYTE
             return (time.perf_counter() - began) / mebibytes * 1e3
 
-        measured = await alternate_async(size.of(8, 1), ours, floor)
+        measured = await alternate_async(size.of(5, 1), ours, floor)
     return [measured.speed("state transfer rate / bare stream", "ms a MiB", at_least(0.8))]
 
 
