@@ -8,7 +8,7 @@ from hostd.instance import SequenceGapError
 from vfleet.address import WINDOW_SHIFT, AddressError, check_access
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.names import check_name
-from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, Access, Answer
+from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, Access, AccessKind
 from vfleet.v1.fabric_service_pb2 import (
     REFUSAL_SEQUENCE_GAP,
     ExchangeRequest,
@@ -23,33 +23,27 @@ def exchange(functions: Functions, request: ExchangeRequest) -> ExchangeResponse
     """Carry out a batch from the fabric. Raise INVALID_FIELD for what no hostd sends; nothing was done then."""
     check_name("driver", request.driver)
     check_name("function", request.function)
-    for index, access in enumerate(request.accesses):
-        if (wrong := _wrong(access)) is not None:
-            field, found, expected = wrong
-            raise invalid_field(f"accesses[{index}]{field}", found, expected)
+    accesses = [_checked(index, access) for index, access in enumerate(request.accesses)]
     response = ExchangeResponse(driver=request.driver, function=request.function, generation=request.generation)
+    answers = response.answers
     window = -1
-    for access in request.accesses:
+    for sequence, kind, address, length, data in accesses:
         # Nothing comes between two accesses of a batch: what leads to the same window is the same home still.
-        if access.address >> WINDOW_SHIFT != window:
-            window = access.address >> WINDOW_SHIFT
-            admitted = functions.admit(
-                request.driver, request.function, request.generation, request.session, access.address
-            )
+        if address >> WINDOW_SHIFT != window:
+            window = address >> WINDOW_SHIFT
+            admitted = functions.admit(request.driver, request.function, request.generation, request.session, address)
             if not isinstance(admitted, tuple):
                 response.refusal = admitted
                 break
             instance, sequencer = admitted
             sequencer.acknowledged = max(sequencer.acknowledged, request.acknowledged_sequence)
         try:
-            status, data = instance.access(
-                sequencer, access.sequence, access.kind, access.address, access.length_bytes, access.data
-            )
+            status, answer = instance.access(sequencer, sequence, kind, address, length, data)
         except SequenceGapError as gap:
             response.refusal = REFUSAL_SEQUENCE_GAP
             response.expected_sequence = gap.expected
             break
-        response.answers.append(Answer(sequence=access.sequence, status=status, data=data))
+        answers.add(sequence=sequence, status=status, data=answer)
     return response
 
 
@@ -85,16 +79,24 @@ def forget_driver(functions: Functions, request: ForgetDriverRequest) -> None:
         instance.image.forget(request.driver)
 
 
-def _wrong(access: Access) -> tuple[str, object, str] | None:
-    """Return which field of an access can't be (empty: the address), what it is and what was expected; or None."""
+def _checked(index: int, access: Access) -> tuple[int, AccessKind.ValueType, int, int, bytes]:
+    """Return an access as sequence, kind, address, length and data."""
+    sequence, kind, address, length, data = (
+        access.sequence,
+        access.kind,
+        access.address,
+        access.length_bytes,
+        access.data,
+    )
     try:
-        check_access(access.address, access.length_bytes)
+        check_access(address, length)
     except AddressError as error:
-        return "", f"{access.address:#x}+{access.length_bytes}", str(error)
-    if access.kind not in (ACCESS_KIND_READ, ACCESS_KIND_WRITE):
-        return ".kind", access.kind, "1 (READ) or 2 (WRITE)"
-    if len(access.data) != (access.length_bytes if access.kind == ACCESS_KIND_WRITE else 0):
-        return ".data", f"{len(access.data)} bytes", "length_bytes for a write, none for a read"
-    if not access.sequence:
-        return ".sequence", 0, "from 1 on"
-    return None
+        raise invalid_field(f"accesses[{index}]", f"{address:#x}+{length}", str(error)) from None
+    if kind not in (ACCESS_KIND_READ, ACCESS_KIND_WRITE):
+        raise invalid_field(f"accesses[{index}].kind", kind, "1 (READ) or 2 (WRITE)")
+    if len(data) != (length if kind == ACCESS_KIND_WRITE else 0):
+        expected = "length_bytes for a write, none for a read"
+        raise invalid_field(f"accesses[{index}].data", f"{len(data)} bytes", expected)
+    if not sequence:
+        raise invalid_field(f"accesses[{index}].sequence", 0, "from 1 on")
+    return sequence, kind, address, length, data
