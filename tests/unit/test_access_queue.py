@@ -5,15 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.bench import IDENTITY, reason_of
+from support.bench import IDENTITY, VIRTUAL_ADDRESS, reason_of
 from support.manual_clock import settle
 from support.queue_rig import ENDED, Rig, all_rung, done
 
-from hostd.access_queue import MAX_WAITING
+from hostd.access_queue import MAX_WAITING, Waiting
+from hostd.fabric import MAX_JOINED
 from hostd.models import checker
 from vfleet.errors import Reason
 from vfleet.limits import WINDOW
 from vfleet.v1.access_pb2 import (
+    ACCESS_KIND_WRITE,
     ACCESS_STATUS_OK,
     ACCESS_STATUS_UNSUPPORTED_REQUEST,
 )
@@ -62,6 +64,47 @@ async def test_at_most_a_window_is_on_its_way(remote: Rig):
     remote.link.carry_request()
     assert sum(len(batch.accesses) for batch in remote.link.batches) == WINDOW
     await all_rung(remote, accesses)
+
+
+def rings(count: int) -> list[Waiting]:
+    """Return accesses that ring the doorbell with 1, 2, and so on."""
+    address = VIRTUAL_ADDRESS + checker.channel_offset(0)
+    return [Waiting(ACCESS_KIND_WRITE, address, 8, number.to_bytes(8, "little")) for number in range(1, count + 1)]
+
+
+async def test_accesses_that_are_submitted_together_share_messages(remote: Rig):
+    accesses = rings(100)
+    remote.queue.submit_many(accesses)
+    assert [len(batch.accesses) for batch in remote.link.batches] == [MAX_JOINED] * (WINDOW // MAX_JOINED)
+    await all_rung(remote, accesses)
+
+
+@pytest.mark.parametrize("answered", [0, 1, 2])
+async def test_a_hold_in_the_middle_of_a_batch_repeats_nothing(remote: Rig, answered: int):
+    accesses = rings(100)
+    remote.queue.submit_many(accesses)
+    for _ in range(answered):
+        remote.link.carry_request()
+        remote.link.carry_response()
+    remote.link.carry_request()
+    remote.hold()
+    assert sum(done(accesses)) == answered * MAX_JOINED
+    remote.link.break_off()
+    remote.link.come_back()
+    remote.hold(held=False)
+    await all_rung(remote, accesses)
+
+
+async def test_a_batch_is_submitted_whole_or_not_at_all(rig: Rig):
+    rig.hold()
+    accesses = rings(MAX_WAITING - 1)
+    rig.queue.submit_many(accesses)
+    assert reason_of(rig.queue.submit_many, rings(2)) is Reason.LIMIT_EXCEEDED
+    assert rig.queue.unanswered == MAX_WAITING - 1
+    rig.hold(held=False)
+    await all_rung(rig, accesses)
+    rig.queue.close(ENDED)
+    assert reason_of(rig.queue.submit_many, rings(2)) is ENDED.reason
 
 
 async def test_a_full_queue_refuses_and_goes_on(rig: Rig):

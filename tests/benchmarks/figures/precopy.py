@@ -7,7 +7,6 @@ access on its way at a time, up to 5,000 a second; a sample is its longest wait 
 """
 
 import asyncio
-from contextlib import aclosing
 
 from benchmarks.figures.blackout import Watched
 from benchmarks.figures.transfer_rate import MEBIBYTE, OPTIONS, copy_seconds, fill
@@ -17,7 +16,6 @@ from benchmarks.rig import bench
 from vfleet.address import PAGE_BYTES
 from vfleet.clock import SystemClock
 from vfleet.driver import DriverClient, Write
-from vfleet.v1.access_pb2 import ACCESS_STATUS_OK
 
 WRITE_SHARE = 0.1
 PAGES_AT_ONCE = 16
@@ -50,8 +48,6 @@ async def write(driver: DriverClient, start: int, pages: int, pages_a_second: fl
     while True:
         offsets = [(1 + (written + number) % (pages - 1)) * PAGE_BYTES for number in range(PAGES_AT_ONCE)]
         content = written.to_bytes(8, "little") * (PAGE_BYTES // 8)
-        async with aclosing(driver.stream([Write(start + offset, content) for offset in offsets])) as answers:
-            async for answer in answers:
-                assert answer.status == ACCESS_STATUS_OK
+        await driver.access_many([Write(start + offset, content) for offset in offsets])
         written += PAGES_AT_ONCE
         await clock.sleep(max(0.0, began + written / pages_a_second - clock.monotonic()))

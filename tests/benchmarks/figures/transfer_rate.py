@@ -8,7 +8,6 @@ takes the length of each. No chunk is read from memory, checked or stored.
 """
 
 import time
-from contextlib import aclosing
 
 from benchmarks.measure import Figure, Size, alternate_async, at_least
 from benchmarks.rig import Bench, bench
@@ -16,14 +15,12 @@ from benchmarks.rig import Bench, bench
 from hostd.transfer import CHUNK_PAGES
 from vfleet.address import PAGE_BYTES
 from vfleet.driver import DriverClient, Write
-from vfleet.v1.access_pb2 import ACCESS_STATUS_OK
 from vfleet.v1.records_pb2 import Phase, Step
 from vfleet.v1.transfer_service_pb2 import ImportStateRequest
 from vfleet.v1.transfer_service_pb2_grpc import TransferServiceStub
 
 CHUNK_BYTES = CHUNK_PAGES * PAGE_BYTES
 MEBIBYTE = 1 << 20
-WRITES_AT_ONCE = 256
 OPTIONS = {"prepare_timeout_ms": 120_000}
 
 
@@ -62,10 +59,7 @@ async def fill(rig: Bench, function: str, driver: str, mebibytes: int) -> int:
     client = DriverClient(rig.cluster.hosts["h1"], driver)
     page = bytes(range(256)) * (PAGE_BYTES // 256)
     writes = [Write(start + offset, page) for offset in range(PAGE_BYTES, mebibytes * MEBIBYTE, PAGE_BYTES)]
-    for first in range(0, len(writes), WRITES_AT_ONCE):
-        async with aclosing(client.stream(writes[first : first + WRITES_AT_ONCE])) as answers:
-            async for answer in answers:
-                assert answer.status == ACCESS_STATUS_OK
+    await client.access_many(writes)
     return start
 
 
