@@ -13,6 +13,8 @@ from simulation.vopr.world import simulate
 REPOSITORY = Path(__file__).parents[2]
 SEEDS = 240
 SEEDS_A_TEST = 20
+ACCELERATED_SEEDS = 40
+ACCELERATED_SEEDS_A_TEST = 10
 SEEDS_A_BUG = 500
 
 
@@ -20,6 +22,16 @@ SEEDS_A_BUG = 500
 def test_all_invariants_hold_whatever_fails(first):
     for seed in range(first, first + SEEDS_A_TEST):
         assert simulate(seed).violations == (), f"make simulate SEED={seed}"
+
+
+@pytest.mark.parametrize("first", range(1, ACCELERATED_SEEDS + 1, ACCELERATED_SEEDS_A_TEST))
+def test_every_command_of_an_accelerator_completes_once_whatever_fails(first):
+    commands = 0
+    for seed in range(first, first + ACCELERATED_SEEDS_A_TEST):
+        outcome = simulate(seed, accelerated=True)
+        assert outcome.violations == (), f"seed {seed}"
+        commands += outcome.hits.get("commands", 0)
+    assert commands > 50 * ACCELERATED_SEEDS_A_TEST
 
 
 @pytest.mark.timeout(600)

@@ -3,6 +3,7 @@
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from simulation.vopr import accelerator
 from simulation.vopr.drivers import DriverClient, UnnumberedClient
 
 from vfleet.errors import Reason, VfleetError
@@ -72,7 +73,10 @@ async def set_up(world: "World") -> None:
     asker = Asker(world)
     while len(world.etcd.state.list("/vfleet/registrations/").items) < len(world.hosts):
         await asyncio.sleep(0.05)
-    for function, device in FUNCTIONS.items():
+    functions = dict(FUNCTIONS)
+    if world.is_accelerated:
+        functions[accelerator.FUNCTION] = accelerator.ACCELERATORS[0]
+    for function, device in functions.items():
         request = FleetServiceCreateFunctionRequest(function=function, device=device)
         while True:
             try:
@@ -93,6 +97,15 @@ async def set_up(world: "World") -> None:
             world.drivers.append(UnnumberedClient(world, driver, host, number, own[UNNUMBERED[driver]]))
         else:
             world.drivers.append(DriverClient(world, driver, host, number, own))
+    if world.is_accelerated:
+        request = AttachDriverRequest(
+            function=accelerator.FUNCTION,
+            driver=accelerator.DRIVER,
+            host=accelerator.HOST,
+            main_memory_bytes=accelerator.MAIN_MEMORY_BYTES,
+        )
+        await asker.ask(FleetServiceStub, "AttachDriver", request)
+        world.drivers.append(accelerator.AcceleratorClient(world))
 
 
 class Operator:
@@ -149,7 +162,8 @@ class Operator:
     def _target(self, function: str) -> str:
         """Return a device, mostly another than the function's home."""
         home = self._world.history.functions[function].device
-        return self._world.random.choice([device for device in DEVICES if device != home])
+        devices = accelerator.ACCELERATORS if function == accelerator.FUNCTION else DEVICES
+        return self._world.random.choice([device for device in devices if device != home])
 
 
 async def cancel(world: "World", name: str) -> None:

@@ -18,6 +18,7 @@ from random import Random
 from typing import Any
 from unittest import mock
 
+from simulation.vopr.accelerator import AcceleratorClient
 from simulation.vopr.drivers import DriverClient, UnnumberedClient
 from simulation.vopr.etcd import EtcdServer
 from simulation.vopr.faults import ACTIONS, CALM, Profile, do_faults, draw_profile
@@ -58,7 +59,7 @@ class Outcome:
 class World:
     """Everything in a run."""
 
-    def __init__(self, seed: int, *, verbose: bool) -> None:
+    def __init__(self, seed: int, *, verbose: bool, accelerated: bool = False) -> None:
         self.random = Random(seed)
         self.loop = SimulatedLoop()
         self.profile: Profile = CALM
@@ -74,7 +75,8 @@ class World:
         self.hosts = {name: HostProcess(self, name) for name in ("h1", "h2", "h3")}
         self.coordinators = {name: CoordinatorProcess(self, name) for name in ("c1", "c2")}
         self.client = Life("client")
-        self.drivers: list[DriverClient | UnnumberedClient] = []
+        self.is_accelerated = accelerated
+        self.drivers: list[DriverClient | UnnumberedClient | AcceleratorClient] = []
         self._power_cycles: dict[str, float] = {}
         self.etcd.observers.append(self.history.etcd_changed)
         self.network.observe = self.history.answered
@@ -343,14 +345,14 @@ def _observed(world: World) -> Iterator[None]:
         yield
 
 
-def simulate(seed: int, *, verbose: bool = False) -> Outcome:
-    """Do the run of a seed."""
+def simulate(seed: int, *, verbose: bool = False, accelerated: bool = False) -> Outcome:
+    """Do the run of a seed; with an accelerator at work beside the checkers, if so asked."""
     logging.disable(logging.CRITICAL)
     gc.disable()
     # What is there already is not this run's to sweep.
     gc.freeze()
     try:
-        return _run(World(seed, verbose=verbose), seed)
+        return _run(World(seed, verbose=verbose, accelerated=accelerated), seed)
     finally:
         _sweep()
         logging.disable(logging.NOTSET)
