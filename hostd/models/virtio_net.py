@@ -42,7 +42,9 @@ BAR_BYTES: Final = 0x8000
 
 BACKLOG_FRAMES: Final = 64
 FRAMES_A_STEP: Final = 4
-"""So many of the largest, in as many writes as can be, are less than 12 KiB."""
+"""So many of the largest, with all that goes with them, are less than 12 KiB."""
+MAX_PIECES: Final = 56
+"""Writes of frames in one step: with the used ring's and an interrupt, less than 64."""
 
 SEND: Final = "send"
 DELIVER: Final = "deliver"
@@ -233,8 +235,11 @@ class VirtioNet:
         used: list[tuple[Chain, int]] = []
         for chain in _first(virtqueue.chains(memory, queue))[: state.waiting]:
             packet = HEADER + self._frame(memory, state.first)
-            if chain.length >= len(packet):
-                writes += _scattered(packet, chain.segments)
+            pieces = _scattered(packet, chain.segments) if chain.length >= len(packet) else ()
+            if used and len(writes) + len(pieces) > MAX_PIECES:
+                break
+            if 0 < len(pieces) <= MAX_PIECES:
+                writes += pieces
                 used.append((chain, len(packet)))
             else:
                 # The buffer goes back empty, so that the driver learns of it.

@@ -147,9 +147,9 @@ class Rig:
             self.image[offset : offset + len(data)] = data
 
     def _check_size(self, stores: Sequence[Store], sends: Sequence[DmaWrite | Frame]) -> None:
-        # Each store and send has a head of at most 16 bytes in the redo record.
-        size = sum(16 + len(data) for _, data in stores) + sum(16 + len(send.data) for send in sends)
-        assert size <= STEP_BYTES
+        assert len(stores) <= 64
+        assert len(sends) <= 64
+        assert sum(len(data) for _, data in stores) + sum(len(send.data) for send in sends) <= STEP_BYTES
 
     def _chance(self, probability: float) -> bool:
         return self._random is not None and self._random.random() < probability

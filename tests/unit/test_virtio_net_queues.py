@@ -130,6 +130,24 @@ def test_a_buffer_that_is_too_small_goes_back_empty(bench: Bench, length: int) -
     assert dropped(bench) == (1, 0)
 
 
+@pytest.mark.parametrize(("pieces", "written"), [(56, 72), (57, 0)])
+def test_a_frame_in_more_than_56_pieces_is_dropped(pieces: int, written: int) -> None:
+    bench = Bench(Rig("virtio-net", BARS), size=64).bind()
+    for index in range(pieces):
+        last = index == pieces - 1
+        length = 72 - index if last else 1
+        bench.receive.describe(index, at(0x80000 + index), length, WRITE | (0 if last else NEXT), index + 1)
+    bench.receive.give(0)
+    bench.receive.describe(60, at(0x90000), 72, WRITE)
+    bench.receive.give(60)
+    for number in (1, 2):
+        bench.rig.receive(frame(number))
+    bench.rig.run()
+    assert bench.receive.take() == [(0, written), (60, 72)]
+    assert bench.rig.memory[0x90000:0x90048] == HEADER + frame(2)
+    assert dropped(bench) == (int(not written), 0)
+
+
 @pytest.mark.parametrize("length", [0, 11, 12, 25, 12 + 1519, 0x40000, 0xFFFF_FFFF])
 def test_a_chain_without_a_frame_in_it_goes_back_unsent(bench: Bench, length: int) -> None:
     bench.transmit.describe(0, at(0x40000), length)
