@@ -106,7 +106,6 @@ class Engine:
             while not instance.is_closed:
                 instance.kicked.clear()
                 if instance.is_serving:
-                    self._sender.pump()
                     if not was_running:
                         self.frames.on_frames()
                     if await self._advance():
@@ -176,6 +175,7 @@ class Engine:
     async def _advance(self) -> bool:
         """Do the next piece of work. Return False if there is none, or it has to wait for something."""
         try:
+            self._sender.pump()
             if not self._has_room:
                 return False
             memory = self.instance.image.memory

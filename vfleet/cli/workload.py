@@ -6,7 +6,7 @@ import typer
 
 from vfleet.cli.fleet import DriverArgument, FunctionArgument
 from vfleet.cli.output import Output, OutputOption, hex64, milliseconds, print_fields, print_message
-from vfleet.cli.session import CoordinatorOption, EtcdOption, driver_host, run
+from vfleet.cli.session import CoordinatorOption, EtcdOption, driver_host, fleet_client, run
 from vfleet.v1.driver_service_pb2 import WorkloadOptions, WorkloadReport
 
 app = typer.Typer()
@@ -31,6 +31,9 @@ def start(
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=(1 << 64) - 1, help="Seed of the values that it writes.")
     ] = 0,
+    kind: Annotated[
+        str, typer.Option("--kind", metavar="MODEL", help="Device it drives; by default what the function is.")
+    ] = "",
     coordinator: CoordinatorOption = None,
     etcd: EtcdOption = None,
 ) -> None:
@@ -39,10 +42,13 @@ def start(
     Example: vfleet workload start d1 vf1 --rate 5000
     """
     options = WorkloadOptions(
-        accesses_per_second=rate, window=window, channel=channel, memory_bytes=memory_bytes, seed=seed
+        accesses_per_second=rate, window=window, channel=channel, memory_bytes=memory_bytes, seed=seed, kind=kind
     )
 
     async def command() -> None:
+        if not kind:
+            async with fleet_client(coordinator, etcd) as fleet:
+                options.kind = (await fleet.get_function(function)).model
         async with driver_host(coordinator, etcd, driver) as host:
             await host.start_workload(driver, function, options)
         typer.echo(f"{driver} works on {function}")
