@@ -51,7 +51,8 @@ class Recorder:
 
     name = "recorder"
     private_bytes = 9 * 4096
-    local_memory = range(0)
+    version = 1
+    local_memory = plain_memory = range(0)
     sections = (Section("all", 0, 10 * 4096),)
 
     def __init__(self, identity, bars) -> None:

@@ -52,7 +52,8 @@ class Counter:
     name = "counter"
     private_bytes = 0
     sections = (Section("registers", 0, 4096),)
-    local_memory = range(0)
+    version = 1
+    local_memory = plain_memory = range(0)
 
     def __init__(self, identity: int, bar_bytes: dict[int, int]) -> None:
         """Take anything."""
