@@ -56,7 +56,7 @@ async def up(vfleet: Vfleet, tmp_path: Path) -> AsyncIterator[Up]:
     )
     assert process.stdout is not None
     lines = []
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(60):
         while (lines or [b""])[-1] != b"Ctrl-C ends it.\n":
             lines.append(await process.stdout.readline())
             assert lines[-1], lines
