@@ -14,7 +14,7 @@ GENERATE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/installed ## Show a function move twice under a driver at work
+demo: $(VENV)/installed ## Show functions move twice under a driver at work
 	$(BIN)/vfleet demo
 
 test: $(VENV)/installed-dev ## Run the tests

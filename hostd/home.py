@@ -25,9 +25,9 @@ ARRIVAL_WAIT_S = 0.005
 
 
 async def let_arrive(functions: Functions, request: ExchangeRequest) -> None:
-    """Wait a moment for pages that a batch touches and that are still at their source (post-copy).
+    """Ask for all that a batch touches and that is still at its source (post-copy), and wait for its first access's.
 
-    Others' batches wait behind it, so it is no more than a moment; then the batch is refused, and sent again.
+    Others' batches wait behind it, so it is for a moment only; then the batch is refused, and sent again.
     """
     instance = functions.find(request.function, request.generation) if request.generation else None
     if instance is None or instance.arrival is None:
@@ -38,9 +38,10 @@ async def let_arrive(functions: Functions, request: ExchangeRequest) -> None:
         for access in request.accesses
         if access.length_bytes <= MAX_ACCESS_BYTES
     ]
+    instance.arrival.ask(ranges)
     try:
         async with asyncio.timeout(ARRIVAL_WAIT_S):
-            await instance.arrival.arrived(ranges)
+            await instance.arrival.arrived(ranges[:1])
     except TimeoutError:
         return
 

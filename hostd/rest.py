@@ -43,6 +43,7 @@ SILENCE_S = 5.0  # of the stream of all others; at 1 MiB/s a chunk takes 0.25 s
 RETRY_FIRST_S = 0.01
 RETRY_LONGEST_S = 1.0
 MAX_FETCHES = 8
+PUSH_AFTER_S = 0.05  # the accesses that waited during the hold come first
 TELL_S = 0.1
 
 # What the source's own host answers when it has no such instance any more.
@@ -102,6 +103,7 @@ class Rest:
 
     async def _push(self, instance: Instance, arrival: Arrival) -> None:
         """Take everything that is missing, in one stream, begun again whenever it breaks."""
+        await self._clock.sleep(PUSH_AFTER_S)
         delays = self._delays()
         pages = arrival.pages
         while not arrival.is_over:

@@ -273,8 +273,10 @@ async def import_state(
             f"function {request.function!r} is being imported already",
             metadata={"function": request.function},
         )
+    # In post-copy it is little, and what accesses wait for comes by the connection that it has opened.
+    is_bulk = options.mode != TRANSFER_MODE_POST_COPY
     export = stream(
-        TransferServiceStub(channels.to(request.source_address, bulk=True)).ExportState,
+        TransferServiceStub(channels.to(request.source_address, bulk=is_bulk)).ExportState,
         ExportStateRequest(
             attempt=request.attempt,
             function=request.function,

@@ -161,6 +161,7 @@ async def test_a_bad_topology_is_bad_input(vfleet: Vfleet, tmp_path: Path) -> No
     assert (result.code, result.out, len(result.err.splitlines())) == (2, "", 1)
 
 
+@pytest.mark.timeout(300)
 async def test_the_demo_shows_what_it_promises(vfleet: Vfleet) -> None:
     result = await vfleet("demo")
     assert result.code == 0, result.err
@@ -198,6 +199,7 @@ async def test_a_demo_that_is_interrupted_leaves_no_process(
     assert pids_using(tmp_path / "data") == []
 
 
+@pytest.mark.timeout(300)
 async def test_the_demo_runs_twice_on_an_etcd_of_the_users(vfleet: Vfleet, etcd: EtcdServer) -> None:
     for _ in range(2):
         result = await vfleet("demo", "--etcd", etcd.endpoint)

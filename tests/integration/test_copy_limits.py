@@ -1,4 +1,4 @@
-"""Limits on a copy, on real processes: what can't be met is said, and what slows a driver down ends with the copy."""
+"""Limits on a copy, on real processes: what can't be met is said, before anybody is held."""
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -40,15 +40,16 @@ async def test_a_limit_that_no_copy_can_meet_aborts_before_any_driver_is_held(cl
     await assert_nothing_left(cluster)
 
 
-async def test_a_driver_is_slowed_down_for_a_limit_and_no_longer_than_the_copy(cluster: Cluster) -> None:
+async def test_a_limit_that_no_copy_can_meet_may_be_passed_and_the_progress_shows_what_is_expected(
+    cluster: Cluster,
+) -> None:
     options = {"downtime_limit_ms": 1, "limit_policy": LimitPolicy.LIMIT_POLICY_FORCE, "bandwidth_mib_per_s": 1}
     await cluster.begin("m1", {"vf1": "h2/nic0"}, max_rounds=4, **options)
     progress = await progress_of(cluster, "m1")
     assert (await cluster.over("m1")).phase == Phase.PHASE_DONE
-    assert max(copy.throttle_percent for copy in progress) in (20, 40, 60)
-    assert max(copy.rounds for copy in progress) > 0
+    assert max(copy.rounds for copy in progress) >= 1
     assert {copy.total_bytes for copy in progress if copy.rounds} == {2 * MEMORY_BYTES}
-    assert all(copy.estimated_blackout.ToMicroseconds() > 0 for copy in progress if copy.rounds)
-    await cluster.until_working(operations=1000)
+    assert all(copy.estimated_blackout.ToMicroseconds() > 1000 for copy in progress if copy.rounds)
+    await cluster.until_working()
     await cluster.stop_workloads()
     await assert_nothing_left(cluster)

@@ -173,6 +173,17 @@ def test_an_instance_of_a_generation_that_is_over_is_destroyed_under_the_fence_o
     assert repair.request.attempt == Attempt(fleet_generation=1, revision=world.etcd.revision)
 
 
+def test_a_source_from_which_the_home_still_fetches_is_not_left_over(world: World) -> None:
+    world.instance(world.function("vf1"), device="h2/nic0", generation=2)
+    home = next(each for each in world.instances["h1"] if each.function == "vf1")
+    home.arriving = True
+    assert not [
+        each for each in world.findings() if each.difference.kind == DifferenceKind.DIFFERENCE_KIND_ORPHAN_INSTANCE
+    ]
+    home.arriving = False
+    assert world.one("ORPHAN_INSTANCE").difference.host == "h2"
+
+
 def test_a_prepared_instance_beside_the_home_was_not_committed(world: World) -> None:
     world.instance(world.function("vf1"), device="h2/nic0", generation=4, state=STOP)
     assert isinstance(world.one("ORPHAN_INSTANCE").repair, Call)

@@ -140,6 +140,18 @@ async def test_a_migration_whose_record_is_gone_is_over_and_the_functions_record
     assert rig.seen() == (THERE if is_moved else (RUNNING, PREPARED, (1, False)))
 
 
+async def test_a_source_that_keeps_the_rest_of_a_function_stays_until_a_record_says_that_all_is_over(rig: Rig):
+    """Its target may still fetch from it, also where a restored etcd has no record of the migration."""
+    rig.source.record.keeps_rest = True
+    await rig.commit()
+    await rig.delete(migration_key("m1"))
+    await rig.pass_deadlines()
+    assert rig.state(SOURCE) == STOP_COPY
+    await rig.put_migration(PHASE_DONE)
+    await rig.pass_deadlines(2 * LOOK_AGAIN_S)
+    assert rig.seen() == THERE
+
+
 @pytest.mark.parametrize("phase", [PHASE_DONE, PHASE_ABORTED])
 async def test_of_a_function_without_a_record_only_what_the_decision_left_behind_goes(rig: Rig, phase):
     if phase == PHASE_DONE:

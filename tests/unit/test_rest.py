@@ -15,7 +15,7 @@ from support.manual_clock import settle
 from support.transfer_pair import LOCAL, PAGES, Pair, exported
 
 from hostd import home, transfer
-from hostd.rest import FETCH_TIMEOUT_S, RETRY_LONGEST_S, SILENCE_S, Rest, watch_arrival
+from hostd.rest import FETCH_TIMEOUT_S, PUSH_AFTER_S, RETRY_LONGEST_S, SILENCE_S, Rest, watch_arrival
 from vfleet.address import PAGE_BYTES
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
@@ -256,6 +256,7 @@ async def test_a_target_that_is_killed_after_any_part_goes_on_and_overwrites_not
     rig.prove()
     rig.network.tamper_rest = some
     rig.start()
+    await rig.clock.advance(PUSH_AFTER_S)
     await settle(100)
     arrival = rig.pair.target.arrival
     there = [page for page in range(LOCAL, PAGES) if rig.pair.target.image.arrived[page]]

@@ -1,5 +1,6 @@
 """A function's state, out of its source and into its target: all of it, or nothing."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -13,6 +14,7 @@ from support.transfer_pair import LOCAL, PAGES, Pair, Parts, exported, receive
 from hostd.instance import Instance
 from hostd.rounds import FEW_DIRTY_BYTES
 from hostd.state_stream import CHUNK_PAGES, end_crc, pages_crc
+from hostd.transfer import REFRESH_S
 from vfleet.address import PAGE_BYTES
 from vfleet.errors import Reason, VfleetError
 from vfleet.v1.access_pb2 import ACCESS_STATUS_OK, Answer
@@ -134,6 +136,47 @@ async def test_rounds_go_on_until_few_pages_are_left_or_the_rounds_are_used_up(p
     assert await ends(1, [many]) == [(1, many, True)]
     assert await ends(5, [many - 1]) == [(1, many - 1, True)]
     assert pair.source.state == DEVICE_STATE_RUNNING
+
+
+async def test_a_driver_that_outruns_a_limit_is_slowed_down_until_the_function_is_stopped(pair: Pair):
+    seen = []
+    async with aclosing(pair.export(max_rounds=4, has_limit=True)) as export:
+        async for part in export:
+            if part.HasField("pages") and pair.source.is_serving:
+                for page in range(4):
+                    pair.write(LOCAL + page, b"again")
+            if part.HasField("round_end"):
+                throttle = pair.source.throttle
+                seen.append((part.round_end.throttle_percent, 0 if throttle is None else throttle.percent))
+                if part.round_end.last_before_stop:
+                    pair.h1.stop(1, 10)
+    assert seen == [(0, 0), (20, 20), (40, 40), (40, 40)]
+    assert pair.source.throttle is None
+
+
+async def test_while_it_waits_for_the_stop_the_source_keeps_the_difference_small(pair: Pair):
+    many = FEW_DIRTY_BYTES // PAGE_BYTES + 1
+    parts: Parts = []
+
+    async def take() -> None:
+        async with aclosing(pair.export()) as export:
+            parts.extend([part async for part in export])
+
+    taking = asyncio.create_task(take())
+    await pair.h1.clock.advance(1.0)
+    for _ in range(3):
+        for page in range(many):
+            pair.write(LOCAL + page, b"again")
+        await pair.h1.clock.advance(REFRESH_S)
+        await settle(200)
+    pair.h1.stop(1, 10)
+    await taking
+    ends = [part.round_end for part in parts if part.HasField("round_end")]
+    assert [end.round for end in ends] == [1, 2, 3, 4]
+    assert all(end.last_before_stop for end in ends)
+    assert parts[-2].HasField("round_end")
+    receive(pair.target, parts)
+    assert pair.target.image.memory == pair.source.image.memory
 
 
 # Or nothing
