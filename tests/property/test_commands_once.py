@@ -61,6 +61,8 @@ class DmaWorld(World):
     def submit(self) -> None:
         """The workload does, all the time."""
 
+    do_at_once = submit
+
     def carry_dma_request(self) -> None:
         self.link_of_dma.carry_request()
 
@@ -137,6 +139,7 @@ DMA_EVENTS = EVENTS | {
     name: getattr(DmaWorld, method)
     for name, method in {
         "submit": "submit",
+        "do at once": "do_at_once",
         "kill a daemon": "kill",
         "carry a DMA request": "carry_dma_request",
         "carry a DMA response": "carry_dma_response",

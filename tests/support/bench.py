@@ -77,8 +77,12 @@ class Bench:
         fabric: FakeFabric | None = None,
         dma_links: FakeDmaLinks | None = None,
         model: str = "checker",
+        *,
+        has_engines: bool = True,
     ) -> None:
+        """With `has_engines`, which need a running loop, bus masters do their work."""
         self.model = model
+        self.has_engines = has_engines
         self.dma_links = dma_links or FakeDmaLinks(is_automatic=True)
         self.path = path
         self.host = host
@@ -97,11 +101,12 @@ class Bench:
         place = self.segment.main_memory
         receivers = Receivers(place, self.ledger, self.session, lambda: 1)
         self.drivers = Drivers(self.host, place, self.ledger, self.fences, self.clock, self.reach, receivers)
-        dma_reach = DmaReach(self.segment.number, self.drivers, self.dma_links, self.clock, Random(8))
-        self.engines = Engines(self.functions, dma_reach, allows_faults=True)
+        if self.has_engines:
+            dma_reach = DmaReach(self.segment.number, self.drivers, self.dma_links, self.clock, Random(8))
+            self.engines = Engines(self.functions, dma_reach, allows_faults=True)
 
     def close(self) -> None:
-        for task in self.engines._tasks:
+        for task in self.engines._tasks if self.has_engines else ():
             task.cancel()
         self.drivers.close()
         self.functions.close()

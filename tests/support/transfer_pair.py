@@ -37,8 +37,8 @@ class Pair:
     """vf1 runs on h1 with some state in it, and attempt 10 has made the target's instance on h2."""
 
     def __init__(self, path: Path, bars: dict[int, int] | None = None, model: str = "checker") -> None:
-        self.h1 = Bench(path / "h1", "h1")
-        self.h2 = Bench(path / "h2", "h2", self.h1.clock)
+        self.h1 = Bench(path / "h1", "h1", has_engines=False)
+        self.h2 = Bench(path / "h2", "h2", self.h1.clock, has_engines=False)
         self.source = self.h1.create(bars=bars or BARS, model=model)
         self.target = self.h2.create(generation=2, revision=10, fresh=False, bars=bars or BARS, model=model)
         for page in (0, LOCAL + 3, LOCAL + 4, LOCAL + 5, 300, PAGES - 1) if bars is None else ():
