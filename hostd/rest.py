@@ -121,24 +121,25 @@ class Rest:
 
     async def _answer(self, instance: Instance, arrival: Arrival) -> None:
         """Fetch what is asked for, a few at once."""
-        fetching: list[asyncio.Task[None]] = []
+        fetching: dict[int, asyncio.Task[None]] = {}
         try:
             while not arrival.is_over:
                 arrival.asked.clear()
-                for block in sorted(arrival.wanted)[: MAX_FETCHES - len(fetching)]:
-                    arrival.wanted.discard(block)
-                    fetching.append(asyncio.create_task(self._fetch(instance, arrival, block)))
+                for block in sorted(arrival.wanted - fetching.keys())[: MAX_FETCHES - len(fetching)]:
+                    fetching[block] = asyncio.create_task(self._fetch(instance, arrival, block))
                 asked = asyncio.ensure_future(arrival.asked.wait())
-                await asyncio.wait((asked, *fetching), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((asked, *fetching.values()), return_when=asyncio.FIRST_COMPLETED)
                 asked.cancel()
-                for task in fetching:
+                for block, task in list(fetching.items()):
                     if task.done():
                         task.result()
-                fetching = [task for task in fetching if not task.done()]
+                        # Who waits asks at all that arrives: until now it was on its way.
+                        arrival.wanted.discard(block)
+                        del fetching[block]
         finally:
-            for task in fetching:
+            for task in fetching.values():
                 task.cancel()
-            await asyncio.gather(*fetching, return_exceptions=True)
+            await asyncio.gather(*fetching.values(), return_exceptions=True)
 
     async def _fetch(self, instance: Instance, arrival: Arrival, block: int) -> None:
         first = max(block * FETCH_PAGES, arrival.pages.start)

@@ -210,6 +210,28 @@ async def test_what_an_access_waits_for_comes_first(rig: Rig):
     assert answer.data == rig.pair.source.image.memory[offset : offset + 8]
 
 
+async def test_what_is_on_its_way_is_not_asked_for_again(rig: Rig):
+    requests: list[None] = []
+
+    def never(pages: AsyncIterator[FetchStateResponse]) -> AsyncIterator[FetchStateResponse]:
+        requests.append(None)
+        return silent(pages)
+
+    rig.prove()
+    rig.network.tamper_rest = never
+    rig.start()
+    arrival = rig.pair.target.arrival
+    assert arrival is not None
+    waiting = asyncio.create_task(arrival.arrived([((PAGES - 1) * PAGE_BYTES, 8)]))
+    await settle()
+    for page in range(LOCAL, LOCAL + 5):
+        arrival.take(page, bytes(PAGE_BYTES))
+        await settle()
+    assert len(requests) == 1
+    arrival.take(PAGES - 1, bytes(PAGE_BYTES))
+    await waiting
+
+
 async def test_the_own_hosts_driver_waits_in_its_queue_and_keeps_its_order(rig: Rig):
     pair = rig.pair
     pair.h2.drivers.recorded("d9", 0)
