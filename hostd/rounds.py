@@ -19,6 +19,7 @@ ASSUMED_BYTES_PER_S = 100 << 20  # before anything was sent
 
 THROTTLE_STEPS_PERCENT = (20, 40, 60, 80, 90)
 THROTTLE_SLICE_S = 0.02
+THROTTLE_SHORTEST_S = 0.0005  # the end of a slice, as it was computed, may be a moment before it
 PACE_LONGEST_PAUSE_S = 0.05
 
 
@@ -36,7 +37,7 @@ class Throttle:
     async def opened(self) -> None:
         """Wait until it doesn't."""
         while (left_s := self._left_s()) > 0:
-            await self._clock.sleep(left_s)
+            await self._clock.sleep(max(left_s, THROTTLE_SHORTEST_S))
 
     def _left_s(self) -> float:
         phase_s = self._clock.monotonic() % THROTTLE_SLICE_S

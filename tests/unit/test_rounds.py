@@ -102,6 +102,17 @@ async def test_who_is_throttled_goes_on_with_the_next_slice():
     assert waiting.done()
 
 
+async def test_a_slice_ends_though_its_end_is_no_exact_number():
+    clock = ManualClock(0.06)
+    throttle = Throttle(clock)
+    throttle.percent = 20
+    assert clock.now % 0.02 > 0.019
+    waiting = asyncio.create_task(throttle.opened())
+    async with asyncio.timeout(5):
+        await clock.advance(0.001)
+    assert waiting.done()
+
+
 @pytest.mark.parametrize("chunk", [MIB // 4, 4 * MIB])
 @pytest.mark.parametrize("bandwidth", [MIB, 64 * MIB])
 async def test_a_copy_keeps_below_its_bandwidth_and_comes_close(bandwidth: int, chunk: int):
