@@ -4,7 +4,7 @@
 
 A step is one call in the event loop, so a function that is stopped has done all of it or nothing; what was being read
 then is thrown away, and the new home reads it again. What a step sends is durable with what it stores (engine_part.py).
-The engine takes no work while that has no room for the largest step.
+The engine takes no work while that has no room for the largest step; without room for frames, none that sends one.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from hostd.dma_sender import DmaReach, DmaSender, NotNowError
 from hostd.engine_part import EnginePart
 from hostd.functions import Functions
 from hostd.instance import Instance
-from hostd.models.base import MAX_DMA_BYTES, MAX_FRAME_BYTES, BusMaster, Frame, Step, Store, Work
+from hostd.models.base import MAX_DMA_BYTES, MAX_FRAME_BYTES, BusMaster, Frame, FrameSender, Step, Store, Work
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.v1.fabric_service_pb2 import DmaRead
 from vfleet.v1.function_service_pb2 import (
@@ -101,18 +101,19 @@ class Engine:
     async def run(self) -> None:
         """Run the device until the instance is removed. It rests while the function doesn't run."""
         instance = self.instance
-        was_running = False
+        told: asyncio.Event | None = None
         try:
             while not instance.is_closed:
                 instance.kicked.clear()
                 if instance.is_serving:
-                    if not was_running:
+                    # It may have been stopped, and run again, since: during a read, say.
+                    if instance.changed is not told:
+                        told = instance.changed
                         self.frames.on_frames()
                     if await self._advance():
                         # Accesses, and other functions, have their turn between two steps.
                         await self._clock.sleep(0)
                         instance.kicked.set()
-                was_running = instance.is_serving
                 await instance.kicked.wait()
         finally:
             self._sender.close()
@@ -130,11 +131,11 @@ class Engine:
         if sequence <= part.last_from(sender):
             return Delivery.REPEATED
         noted = part.took_from(sender, sequence)
-        if noted is None or not self._has_room:
+        if noted is None or not part.writes.has_room:
             return Delivery.NO_ROOM
         try:
             step = self._model.receive(self.instance.image.memory, frame)
-            if step is None:
+            if step is None or not self._has_room_for(step):
                 return Delivery.NO_ROOM
             self._apply(step, more=noted)
         except Exception as error:  # noqa: BLE001  # a defect of a model is a fault of its device, not of the host
@@ -170,18 +171,26 @@ class Engine:
         else:
             raise invalid_field("kind", request.kind, f"1 ({FAULT_KIND_DMA_READ}) to {FAULT_KIND_MODEL}")
 
-    @property
-    def _has_room(self) -> bool:
-        return self._part.writes.has_room and self._part.frames.has_room
+    def _has_room_for(self, step: Step) -> bool:
+        part = self._part
+        if not part.frames.has_room and any(isinstance(send, Frame) for send in step.sends):
+            return False
+        return part.writes.has_room
+
+    def _work(self) -> Work | None:
+        """Return what is to be done next, of what there is room for."""
+        part, model, memory = self._part, self._model, self.instance.image.memory
+        if not part.writes.has_room:
+            return None
+        if part.frames.has_room:
+            return model.work(memory)
+        return model.work_without_frames(memory) if isinstance(model, FrameSender) else None
 
     async def _advance(self) -> bool:
         """Do the next piece of work. Return False if there is none, or it has to wait for something."""
         try:
             self._sender.pump()
-            if not self._has_room:
-                return False
-            memory = self.instance.image.memory
-            work = self._model.work(memory)
+            work = self._work()
             if work is None:
                 return False
             if self.instance.is_gated and self.instance.blocks(work.touches):
@@ -189,7 +198,7 @@ class Engine:
                 return True
             data, is_same = await self._read(work) if work.reads else ([], True)
             if is_same:
-                self._apply(self._model.finish(memory, work, data), faults=int(data is None))
+                self._apply(self._model.finish(self.instance.image.memory, work, data), faults=int(data is None))
         except NotNowError:
             self._sender.wait()
             return False
@@ -206,15 +215,18 @@ class Engine:
             return None, True
         if self._sender.is_local and not has_to_wait:
             return self._sender.read_local(reads), True
-        attachment = self._part.attachment
+        attachment, resets = self._part.attachment, self.instance.resets
         if has_to_wait:
             self.faults.delays -= 1
             await self._clock.sleep(self.faults.delay_s)
+            if self.instance.is_closed:
+                return None, False
         data = await self._sender.read_remote(reads) if not self._sender.is_local else self._sender.read_local(reads)
         instance = self.instance
         if instance.is_closed or not instance.is_serving or self._part.attachment != attachment:
             return None, False
-        return data, self._model.work(instance.image.memory) == work
+        # After a reset the same work may come again, with other commands in the same place.
+        return data, instance.resets == resets and self._work() == work
 
     def _translated(self, work: Work) -> list[DmaRead] | None:
         if self.faults.reads:

@@ -51,6 +51,7 @@ class Instance:
         self.changed = asyncio.Event()
         self.kicked = asyncio.Event()
         self.master = EnginePart(image, image.engine_start) if image.engine_start is not None else None
+        self.resets = 0
         self.unsupported_requests = 0
         self.frames_dropped = 0
         self.is_importing = False
@@ -126,6 +127,7 @@ class Instance:
         if self.master is not None:
             self.master.writes.cancel()
         self.image.store(self.model.reset())
+        self.resets += 1
         if self.arrival is not None:
             # What comes now is of before the reset.
             self.arrival.need_nothing()

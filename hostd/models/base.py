@@ -128,3 +128,15 @@ class BusMaster(DeviceModel, Protocol):
 
     def receive(self, memory: memoryview, frame: bytes) -> Step | None:
         """Take a frame from the network; None if there is no room, and then it is offered again later."""
+
+
+@runtime_checkable
+class FrameSender(BusMaster, Protocol):
+    """A bus master that sends frames.
+
+    While those that it has sent fill their place, what it receives must go on: else two that send to each other would
+    each wait for the other to take frames.
+    """
+
+    def work_without_frames(self, memory: memoryview) -> Work | None:
+        """Return what can be done next that sends no frame, as `work` does."""

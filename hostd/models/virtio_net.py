@@ -148,6 +148,13 @@ class VirtioNet:
 
     def work(self, memory: memoryview) -> Work | None:
         """Return an interrupt that was unmasked, else what a queue needs: the one that was not served last, first."""
+        return self._next_work(memory, may_send=True)
+
+    def work_without_frames(self, memory: memoryview) -> Work | None:
+        """Return what `work` does if no frame may be sent: chains that were taken wait, all else goes on."""
+        return self._next_work(memory, may_send=False)
+
+    def _next_work(self, memory: memoryview, *, may_send: bool) -> Work | None:
         vector = self._msix.due(memory)
         if vector is not None:
             return Work((INTERRUPT, vector))
@@ -158,7 +165,7 @@ class VirtioNet:
         for index in (TRANSMIT, RECEIVE) if state.turn == RECEIVE else (RECEIVE, TRANSMIT):
             queue = self._queues[index].load(memory)
             if queue.enabled:
-                work = self._queue_work(memory, index, queue, state, registers.epoch)
+                work = self._queue_work(memory, index, queue, state, registers.epoch, may_send=may_send)
                 if work is not None:
                     return work
         return None
@@ -188,11 +195,13 @@ class VirtioNet:
             ((slot, _SLOT.pack(len(frame)) + frame), self._store_state(state._replace(waiting=state.waiting + 1)))
         )
 
-    def _queue_work(self, memory: memoryview, index: int, queue: Queue, state: State, epoch: int) -> Work | None:
+    def _queue_work(
+        self, memory: memoryview, index: int, queue: Queue, state: State, epoch: int, *, may_send: bool
+    ) -> Work | None:
         virtqueue = self._queues[index]
         if queue.taken and index == RECEIVE and state.waiting:
             return Work((DELIVER, index, epoch, queue.used, state.first))
-        if queue.taken and index == TRANSMIT:
+        if queue.taken and index == TRANSMIT and may_send:
             chains = filter(_holds_frame, _first(virtqueue.chains(memory, queue)))
             reads = tuple(DmaRead(*segment) for chain in chains for segment in chain.segments)
             return Work((SEND, index, epoch, queue.used), reads)

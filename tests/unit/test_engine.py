@@ -258,6 +258,59 @@ def large_step(memory: memoryview) -> Step:
     return Step([put(DONE, number)], [DmaWrite(MAIN + 4096, page), DmaWrite(MAIN + 8192, page)])
 
 
+async def test_work_whose_read_took_long_is_not_done_without_room(tmp_path: Path, monkeypatch):
+    pages = [DmaWrite(MAIN + 4096 * number, bytes([number]) * 4096) for number in range(1, 4)]
+    monkeypatch.setattr(hostd.models, "MODELS", {**hostd.models.MODELS, "counter": Counter})
+    monkeypatch.setattr(Counter, "receive", lambda self, memory, frame: Step((), pages))
+    monkeypatch.setattr(Counter, "finish", lambda self, memory, work, data: Step([put(DONE, 1)], pages))
+    rig = Rig(tmp_path, "h2")
+    await settle()
+    rig.link.is_automatic = False
+    await rig.write(READ_FROM, MAIN)
+    await rig.write(WANTED, 1)
+    await rig.run(0.01)
+    engine, part = rig.home.engine(), rig.instance.master
+    assert part is not None
+    for _ in range(12):
+        engine._apply(Step((), [DmaWrite(MAIN, b"x" * 4000)]))
+    assert engine.deliver(b"a frame", 77, 1) is Delivery.TAKEN
+    rig.link.carry_request()
+    rig.link.carry_response()
+    await rig.run(0.01)
+    assert (word(rig.memory, DONE), part.writes.tail - part.writes.head <= RING_BYTES) == (0, True)
+    for _ in range(5):
+        rig.link.carry_all()
+        await rig.run()
+    assert (word(rig.memory, DONE), part.writes.head, part.writes.last) == (1, part.writes.tail, 18)
+    rig.close()
+
+
+async def test_what_was_read_before_a_reset_is_thrown_away_though_the_same_work_comes_again(
+    tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(hostd.models, "MODELS", {**hostd.models.MODELS, "counter": Counter})
+    rig = Rig(tmp_path, "h2")
+    await settle()
+    memory = rig.h1.drivers.require("d1").memory
+    assert memory is not None
+    rig.link.is_automatic = False
+    for now in (b"before  ", b"after   "):
+        memory[4096:4104] = now
+        await rig.write(READ_FROM, MAIN + 4096)
+        await rig.write(WANTED, 1)
+        await rig.run(0.01)
+        if now == b"before  ":
+            rig.link.carry_request()
+            rig.home.functions.reset(ResetFunctionRequest(function="vf1", generation=1))
+    rig.link.carry_response()
+    await rig.run(0.01)
+    rig.link.carry_all()
+    await rig.run()
+    rig.link.carry_all()
+    assert (rig.written(1), rig.interrupts()) == (entry(1, b"after   "), 1)
+    rig.close()
+
+
 async def test_a_defect_of_the_model_is_a_fault_of_the_device_that_a_reset_ends(rig: Rig):
     await rig.write(WANTED, 13)
     await rig.run()
@@ -303,6 +356,61 @@ async def test_a_frame_is_taken_once_and_offered_again_while_there_is_no_room(ri
     assert word(rig.memory, FRAMES) == 3
     rig.home.stop(1, 10)
     assert engine.deliver(b"a frame", 77, 10) is Delivery.NOT_RUNNING
+
+
+def fill_frames(rig: Rig) -> None:
+    part = rig.instance.master
+    assert part is not None
+    while part.frames.has_room:
+        rig.home.engine()._apply(Step((), [Frame(bytes(1518))]))
+
+
+async def test_frames_are_taken_while_those_sent_have_no_room_unless_they_make_more(rig: Rig, monkeypatch):
+    fill_frames(rig)
+    engine = rig.home.engine()
+    assert engine.deliver(b"a frame", 77, 1) is Delivery.TAKEN
+    monkeypatch.setattr(Counter, "receive", lambda self, memory, frame: Step((), [Frame(bytes(14))]))
+    before = bytes(rig.memory)
+    assert engine.deliver(b"a frame", 77, 2) is Delivery.NO_ROOM
+    assert rig.memory == before
+    engine.frames.acknowledge(engine.frames.peek()[-1][0])
+    assert engine.deliver(b"a frame", 77, 2) is Delivery.TAKEN
+
+
+async def test_work_that_sends_no_frame_goes_on_while_those_sent_have_no_room(rig: Rig, monkeypatch):
+    # Each second number is without a frame.
+    monkeypatch.setattr(
+        Counter,
+        "work_without_frames",
+        lambda self, memory: self.work(memory) if word(memory, DONE) % 2 else None,
+        raising=False,
+    )
+    fill_frames(rig)
+    rig.instance.image.store([put(DONE, 1)])
+    await rig.write(WANTED, 4)
+    await rig.run()
+    assert (word(rig.memory, DONE), rig.interrupts()) == (2, 1)
+    frames = rig.home.engine().frames
+    frames.acknowledge(frames.peek()[-1][0])
+    await rig.run()
+    assert (word(rig.memory, DONE), rig.interrupts()) == (4, 3)
+
+
+async def test_frames_are_told_of_again_after_a_stop_that_a_read_outlasted(rig: Rig):
+    rig.inject(FAULT_KIND_DMA_DELAY, count=1, delay_ms=500)
+    rig.instance.image.store([put(DONE, 1)])
+    await rig.write(READ_FROM, MAIN)
+    await rig.write(WANTED, 2)
+    await rig.run(0.1)
+    told: list[bool] = []
+    rig.home.engine().frames.on_frames = lambda: told.append(True)
+    rig.home.stop(1, 10)
+    rig.home.resume(1, 10)
+    await rig.run(0.1)
+    assert not told
+    await rig.run()
+    assert told
+    assert word(rig.memory, DONE) == 2
 
 
 async def test_256_senders_are_known_and_one_that_is_forgotten_makes_room(rig: Rig):
@@ -398,3 +506,14 @@ async def test_an_instance_that_is_removed_ends_its_engine(rig: Rig):
         while rig.home.engines._tasks:
             await asyncio.sleep(0)
     assert rig.home.engines.all() == []
+
+
+async def test_an_instance_that_is_removed_during_a_read_is_no_defect(rig: Rig, caplog):
+    rig.inject(FAULT_KIND_DMA_DELAY, count=1, delay_ms=500)
+    await rig.write(READ_FROM, MAIN)
+    await rig.write(WANTED, 2)
+    await rig.run(0.1)
+    rig.home.functions.remove(rig.instance)
+    await rig.run()
+    assert rig.home.engines.all() == []
+    assert caplog.records == []

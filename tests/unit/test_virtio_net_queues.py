@@ -102,6 +102,20 @@ def test_frames_wait_for_buffers_and_the_sender_for_the_backlog(bench: Bench) ->
     assert dropped(bench) == (0, 0)
 
 
+def test_receiving_goes_on_while_nothing_may_be_sent(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        bench.give_buffer(number)
+        bench.send(frame(number), number)
+        assert bench.rig.receive(frame(10 + number))
+    with monkeypatch.context() as full:
+        full.setattr(bench.rig.model, "work", bench.rig.model.work_without_frames)
+        bench.rig.run()
+    assert not bench.rig.frames
+    assert [bench.buffer(index, 72)[12:] for index, _ in bench.receive.take()] == [frame(10 + n) for n in range(4)]
+    bench.rig.run()
+    assert list(bench.rig.frames) == [frame(number) for number in range(4)]
+
+
 def test_without_a_driver_frames_are_dropped_and_counted() -> None:
     bench = Bench(Rig("virtio-net", BARS))
     assert bench.rig.receive(frame(1))
