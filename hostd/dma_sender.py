@@ -140,7 +140,8 @@ class DmaSender:
             self._retry = asyncio.create_task(self._run_retry(), name=f"retry DMA of {self._instance.about.function}")
 
     def close(self) -> None:
-        """End it."""
+        """End it: what was to be read won't be."""
+        self._fail_reads()
         if self._retry is not None:
             self._retry.cancel()
         if self._link is not None:

@@ -97,6 +97,7 @@ class Engine:
         self._functions = functions
         self._clock = reach.clock
         self._sender = DmaSender(instance, part, reach, instance.kicked.set)
+        instance.on_close = self._sender.close
 
     async def run(self) -> None:
         """Run the device until the instance is removed. It rests while the function doesn't run."""
@@ -200,7 +201,8 @@ class Engine:
             if is_same:
                 self._apply(self._model.finish(self.instance.image.memory, work, data), faults=int(data is None))
         except NotNowError:
-            self._sender.wait()
+            if not self.instance.is_closed:
+                self._sender.wait()
             return False
         except Exception as error:  # noqa: BLE001  # a defect of a model is a fault of its device, not of the host
             self._fail(error)

@@ -5,7 +5,7 @@ this room knows nothing of that.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hostd.arrival import Arrival, Range
 from hostd.device_state import AFTER_FAULT, AFTER_RESET, next_state, path, serves
@@ -42,6 +42,7 @@ class Instance:
     """A function in one slot. `record` is what the ledger knows of it; `changed` is set at every change of state.
 
     Of a bus master, `master` is the engine's part of the image, and `kicked` is set whenever there may be work.
+    `on_close` is called when the instance goes: whoever waits for another host on its behalf has to let go.
     """
 
     def __init__(self, record: InstanceRecord, model: DeviceModel, image: FunctionImage) -> None:
@@ -50,6 +51,7 @@ class Instance:
         self.image = image
         self.changed = asyncio.Event()
         self.kicked = asyncio.Event()
+        self.on_close: Callable[[], None] = lambda: None
         self.master = EnginePart(image, image.engine_start) if image.engine_start is not None else None
         self.resets = 0
         self.unsupported_requests = 0
@@ -185,6 +187,7 @@ class Instance:
         self.kicked.set()
         if self.arrival is not None:
             self.arrival.end()
+        self.on_close()
         self.image.close()
 
     def _enter(self, state: DeviceState.ValueType) -> None:

@@ -517,3 +517,18 @@ async def test_an_instance_that_is_removed_during_a_read_is_no_defect(rig: Rig, 
     await rig.run()
     assert rig.home.engines.all() == []
     assert caplog.records == []
+
+
+async def test_an_instance_that_is_removed_waits_for_no_driver_that_is_out_of_reach(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(hostd.models, "MODELS", {**hostd.models.MODELS, "counter": Counter})
+    rig = Rig(tmp_path, "h2")
+    await settle()
+    rig.link.is_automatic = False
+    await rig.write(READ_FROM, MAIN)
+    await rig.write(WANTED, 1)
+    await rig.run(0.01)
+    rig.link.break_off()
+    rig.home.functions.remove(rig.instance)
+    await rig.run()
+    assert (rig.home.engines.all(), rig.home.engines._tasks, rig.link.senders) == ([], set(), {})
+    rig.close()
