@@ -37,6 +37,7 @@ from vfleet.v1.transfer_service_pb2 import WatchArrivalRequest
 from vfleet.v1.types_pb2 import (
     DECISION_ABORTED,
     DECISION_COMMITTED,
+    DEVICE_STATE_PRE_COPY,
     DEVICE_STATE_RESUMING,
     DEVICE_STATE_RUNNING,
     DEVICE_STATE_STOP,
@@ -71,6 +72,9 @@ class Functions:
         for record in ledger.all(_KIND, InstanceRecord):
             instance = self._open(record)
             self._add(instance)
+            if instance.state == DEVICE_STATE_PRE_COPY:
+                # The export that made it so has ended with the daemon.
+                instance.go_to(DEVICE_STATE_RUNNING)
             if record.is_resetting:
                 self._finish_reset(instance)
 

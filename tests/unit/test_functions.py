@@ -9,9 +9,10 @@ from support.bench import ABORTED, BARS, COMMITTED, IDENTITY, MEMORY_BYTES, RESO
 from hostd.instance import Instance
 from vfleet.errors import Reason
 from vfleet.v1.fabric_service_pb2 import REFUSAL_NOT_SERVING
-from vfleet.v1.function_service_pb2 import CreateFunctionRequest
+from vfleet.v1.function_service_pb2 import CreateFunctionRequest, ResetFunctionRequest
 from vfleet.v1.types_pb2 import (
     DECISION_UNSPECIFIED,
+    DEVICE_STATE_PRE_COPY,
     DEVICE_STATE_RESUMING,
     DEVICE_STATE_RUNNING,
     DEVICE_STATE_STOP,
@@ -327,3 +328,12 @@ def test_another_generation_proves_nothing(bench: Bench, generation: int):
     instance = prepared(bench)
     assert access(bench, generation, address=instance.about.base) == REFUSAL_NOT_SERVING
     assert instance.state == DEVICE_STATE_STOP
+
+
+def test_a_copy_that_a_kill_ended_is_not_under_way_after_it(bench: Bench):
+    instance = bench.create()
+    instance.go_to(DEVICE_STATE_PRE_COPY)
+    bench.functions.reset(ResetFunctionRequest(function="vf1", generation=1))
+    assert instance.state == DEVICE_STATE_PRE_COPY
+    bench.restart()
+    assert states(bench) == {("vf1", 1): RUNNING}
