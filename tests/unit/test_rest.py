@@ -232,6 +232,15 @@ async def test_the_own_hosts_driver_waits_in_its_queue_and_keeps_its_order(rig: 
     )
 
 
+async def test_a_fault_meanwhile_and_a_restart_keep_nothing_from_arriving(rig: Rig):
+    rig.prove()
+    rig.pair.h2.functions.fail(rig.pair.target)
+    rig.restart()
+    rig.start()
+    await until(rig, lambda: rig.pair.target.arrival is None)
+    rig.assert_all_here()
+
+
 async def test_a_reset_meanwhile_needs_nothing_of_before(rig: Rig):
     rig.prove()
     rig.pair.target.reset()
