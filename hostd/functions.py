@@ -210,14 +210,14 @@ class Functions:
         """Let a home run again that this attempt had stopped; else do nothing. A consequence of an abort.
 
         `fleet_generation` is the present one. Of a stop from before it was raised etcd may have forgotten the commit;
-        that is ended by an attempt of the present one, which comes from who has asked all hosts.
+        that is ended by an attempt of the present one and of no migration, which comes from who has asked all hosts.
         """
         self._fences.conclude(request.function, request.attempt)
         instance = self.find(request.function, request.generation)
         if instance is None or not instance.about.HasField("stopped_by"):
             return instance
         if is_of_before(instance, fleet_generation):
-            may_run = request.attempt.fleet_generation == fleet_generation
+            may_run = request.attempt.fleet_generation == fleet_generation and not request.migration
         else:
             may_run = instance.about.stopped_by == request.attempt
         if may_run:
