@@ -247,6 +247,7 @@ class Functions:
         instance.go_to(DEVICE_STATE_RUNNING)
         instance.about.ClearField("stopped_by")
         instance.record.keeps_rest = False
+        instance.record.is_fetched = False
         instance.about.migration = ""
         instance.record.resolve_time = 0
         self._save(instance)
@@ -275,6 +276,13 @@ class Functions:
         instance.is_post_copied = True
         if instance.about.HasField("stopped_by") and not instance.record.keeps_rest:
             instance.record.keeps_rest = True
+            self._save(instance)
+
+    def hand_out_rest(self, instance: Instance) -> None:
+        """Take it that the migration from here was committed, since only a target that runs fetches the rest."""
+        if not instance.record.is_fetched:
+            self._fences.end(instance.about.function, instance.about.stopped_by)
+            instance.record.is_fetched = True
             self._save(instance)
 
     def complete_arrival(self, instance: Instance) -> None:
@@ -382,8 +390,10 @@ def is_of_before(instance: Instance, fleet_generation: int) -> bool:
     """Return whether an instance waits for what was begun before the fleet generation was raised.
 
     A backup is older than what was decided after it. So etcd may have forgotten that this is the home, or that the
-    function has moved away from here.
+    function has moved away from here. A source from which the rest was fetched knows that it has, raised or not.
     """
+    if instance.record.is_fetched:
+        return True
     about = instance.about
     attempt = about.stopped_by if about.HasField("stopped_by") else about.attempt
     return about.complete and attempt.fleet_generation < fleet_generation

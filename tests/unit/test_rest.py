@@ -470,6 +470,20 @@ async def test_a_source_that_runs_hands_out_nothing(rig: Rig):
     assert await fetched(rig) is Reason.ILLEGAL_STATE
 
 
+async def test_to_hand_out_the_rest_is_to_know_of_the_commit(rig: Rig):
+    """So the source's witness follows, and an etcd that was restored to before COMMIT can't let it run."""
+    source = rig.pair.h1
+    changes = source.fences.changes
+    assert await fetched(rig, length_bytes=0) is Reason.INVALID_FIELD
+    assert not rig.pair.source.record.is_fetched
+    await fetched(rig)
+    await fetched(rig)
+    assert source.fences.changes == changes + 1
+    assert reason_of(source.stop, 1, 10) is Reason.STALE_ATTEMPT
+    source.resume(1, 10, migration="m1")
+    assert await fetched(rig), "it is stopped still"
+
+
 async def test_what_has_arrived_is_not_sent_again(rig: Rig):
     pages = await fetched(rig, arrived=bytes([0b0101_1001]))
     assert [each.pages.image_offset // PAGE_BYTES - LOCAL for each in pages] == [1, 5, 7]
