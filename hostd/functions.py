@@ -207,7 +207,7 @@ class Functions:
         return instance
 
     def resume(self, request: ChangeStateRequest, fleet_generation: int = 0) -> Instance | None:
-        """Let a home run again that this attempt had stopped; else do nothing. A consequence of an abort.
+        """Let a home run again that this attempt had stopped, or copies; else do nothing. A consequence of an abort.
 
         `fleet_generation` is the present one. Of a stop from before it was raised etcd may have forgotten the commit;
         that is ended by an attempt of the present one and of no migration, which comes from who has asked all hosts.
@@ -215,6 +215,9 @@ class Functions:
         self._fences.conclude(request.function, request.attempt)
         instance = self.find(request.function, request.generation)
         if instance is None or not instance.about.HasField("stopped_by"):
+            if instance is not None and instance.exported_to == request.attempt and instance.is_serving:
+                # If its target is cut off, the export ends only when the connection breaks.
+                self.run(instance)
             return instance
         if is_of_before(instance, fleet_generation):
             may_run = request.attempt.fleet_generation == fleet_generation and not request.migration
@@ -245,6 +248,7 @@ class Functions:
     def run(self, instance: Instance) -> None:
         """Let an instance run: it is the function's home, by etcd's word."""
         instance.go_to(DEVICE_STATE_RUNNING)
+        instance.throttle = None
         instance.about.ClearField("stopped_by")
         instance.record.keeps_rest = False
         instance.record.is_fetched = False

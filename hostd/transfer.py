@@ -189,6 +189,7 @@ async def export_state(
     instance.is_post_copied = False
     if options.mode == TRANSFER_MODE_POST_COPY:
         functions.keep_rest(instance)
+    instance.exported_to = request.attempt
     instance.go_to(DEVICE_STATE_PRE_COPY)
     export = Export(instance, clock, options)
     try:
