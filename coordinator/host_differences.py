@@ -99,14 +99,15 @@ def _instance(view: View, host: str, instance: FunctionInstance) -> Iterator[Fin
         generation=instance.generation,
         decision=Decision.DECISION_COMMITTED,
     )
+    may_be_fetched = bool(view.silent) and instance.HasField("stopped_by")
     yield finding(
         DifferenceKind.DIFFERENCE_KIND_ORPHAN_INSTANCE,
         host=host,
         function=instance.function,
         etcd=describe_home(function),
         says=describe_instance(instance),
-        remedy="destroy the instance",
-        repair=Call(host, request),
+        remedy=ASK_AGAIN if may_be_fetched else "destroy the instance",
+        repair=None if may_be_fetched else Call(host, request),
     )
 
 
@@ -139,7 +140,7 @@ def _stopped(view: View, host: str, instance: FunctionInstance) -> Finding:
     )
     request = ChangeStateRequest(
         attempt=view.attempt if is_of_before else instance.stopped_by,
-        migration=instance.migration,
+        migration="" if is_of_before else instance.migration,
         function=instance.function,
         generation=instance.generation,
         state=DeviceState.DEVICE_STATE_RUNNING,

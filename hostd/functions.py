@@ -211,17 +211,20 @@ class Functions:
         return instance
 
     def resume(self, request: ChangeStateRequest, fleet_generation: int = 0) -> Instance | None:
-        """Let a home run again that this attempt had stopped; else do nothing. A consequence of an abort.
+        """Let a home run again that this attempt had stopped, or copies; else do nothing. A consequence of an abort.
 
         `fleet_generation` is the present one. Of a stop from before it was raised etcd may have forgotten the commit;
-        that is ended by an attempt of the present one, which comes from who has asked all hosts.
+        that is ended by an attempt of the present one and of no migration, which comes from who has asked all hosts.
         """
         self._fences.conclude(request.function, request.attempt)
         instance = self.find(request.function, request.generation)
         if instance is None or not instance.about.HasField("stopped_by"):
+            if instance is not None and instance.exported_to == request.attempt and instance.is_serving:
+                # If its target is cut off, the export ends only when the connection breaks.
+                self.run(instance)
             return instance
         if is_of_before(instance, fleet_generation):
-            may_run = request.attempt.fleet_generation == fleet_generation
+            may_run = request.attempt.fleet_generation == fleet_generation and not request.migration
         else:
             may_run = instance.about.stopped_by == request.attempt
         if may_run:
@@ -249,8 +252,10 @@ class Functions:
     def run(self, instance: Instance) -> None:
         """Let an instance run: it is the function's home, by etcd's word."""
         instance.go_to(DEVICE_STATE_RUNNING)
+        instance.throttle = None
         instance.about.ClearField("stopped_by")
         instance.record.keeps_rest = False
+        instance.record.is_fetched = False
         instance.about.migration = ""
         instance.record.resolve_time = 0
         self._save(instance)
@@ -279,6 +284,13 @@ class Functions:
         instance.is_post_copied = True
         if instance.about.HasField("stopped_by") and not instance.record.keeps_rest:
             instance.record.keeps_rest = True
+            self._save(instance)
+
+    def hand_out_rest(self, instance: Instance) -> None:
+        """Take it that the migration from here was committed, since only a target that runs fetches the rest."""
+        if not instance.record.is_fetched:
+            self._fences.end(instance.about.function, instance.about.stopped_by)
+            instance.record.is_fetched = True
             self._save(instance)
 
     def complete_arrival(self, instance: Instance) -> None:
@@ -386,8 +398,10 @@ def is_of_before(instance: Instance, fleet_generation: int) -> bool:
     """Return whether an instance waits for what was begun before the fleet generation was raised.
 
     A backup is older than what was decided after it. So etcd may have forgotten that this is the home, or that the
-    function has moved away from here.
+    function has moved away from here. A source from which the rest was fetched knows that it has, raised or not.
     """
+    if instance.record.is_fetched:
+        return True
     about = instance.about
     attempt = about.stopped_by if about.HasField("stopped_by") else about.attempt
     return about.complete and attempt.fleet_generation < fleet_generation

@@ -25,7 +25,7 @@ from vfleet.v1.access_pb2 import (
 )
 from vfleet.v1.function_service_pb2 import FunctionInstance
 from vfleet.v1.host_records_pb2 import InstanceRecord
-from vfleet.v1.types_pb2 import DeviceState
+from vfleet.v1.types_pb2 import Attempt, DeviceState
 
 Result = tuple[AccessStatus.ValueType, bytes]
 
@@ -58,6 +58,7 @@ class Instance:
         self.frames_dropped = 0
         self.is_importing = False
         self.is_post_copied = False
+        self.exported_to: Attempt | None = None  # in PRE_COPY
         self.is_closed = False
         # What makes accesses and work wait: slowed down by a copy, or local memory that is still at the source.
         self.throttle: Throttle | None = None

@@ -194,7 +194,8 @@ def _is_undecided(record: Migration | None) -> bool:
 def _is_over(instance: Instance, record: Migration | None, function: Function | None) -> bool:
     """Return whether something says that an instance, which isn't the home, will not be: no record of it is no word.
 
-    A stopped source is kept until its migration's record is final: the target may still fetch from it. A target with
+    A stopped source is kept until its migration's record is final: the target may still fetch from it. One that keeps
+    a rest goes only when that says DONE; an abort that leaves another home is that of a restored etcd. A target with
     all of its state does not go by an abort alone, since etcd may have forgotten a COMMIT: the coordinator that undoes
     the migration ends it, after a look at the source.
     """
@@ -203,8 +204,10 @@ def _is_over(instance: Instance, record: Migration | None, function: Function | 
         function is not None and function.identity == about.identity and function.generation >= about.generation
     )
     if about.HasField("stopped_by"):
-        # That a restored etcd has no record says nothing of what the target has fetched.
-        is_final = record.phase in (PHASE_DONE, PHASE_ABORTED) if record is not None else not instance.record.keeps_rest
+        is_final = record is None or record.phase in (PHASE_DONE, PHASE_ABORTED)
+        if instance.record.keeps_rest:
+            # What a restored etcd says, or doesn't, says nothing of what the target has fetched.
+            is_final = record is not None and record.phase == PHASE_DONE
         return is_final and (has_other_home or (record is not None and outcome(record) == DECISION_COMMITTED))
     return has_other_home or not about.complete
 

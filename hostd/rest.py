@@ -89,7 +89,8 @@ class Rest:
                 await self._functions.arrivals_changed.wait()
 
     async def _complete(self, instance: Instance, arrival: Arrival) -> None:
-        while not (instance.is_serving or instance.is_closed):
+        # One that has a fault since does not serve, but is the home still.
+        while not (instance.has_run or instance.is_closed):
             await instance.changed.wait()
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(work(instance, arrival)) for work in (self._push, self._answer)]

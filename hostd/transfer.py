@@ -189,6 +189,7 @@ async def export_state(
     instance.is_post_copied = False
     if options.mode == TRANSFER_MODE_POST_COPY:
         functions.keep_rest(instance)
+    instance.exported_to = request.attempt
     instance.go_to(DEVICE_STATE_PRE_COPY)
     export = Export(instance, clock, options)
     try:
@@ -221,6 +222,7 @@ async def fetch_state(
         raise invalid_field("length_bytes", request.length_bytes, "whole pages, 1 or more")
     if first < local.start or first + count > local.stop:
         raise invalid_field("image_offset", request.image_offset, "pages of local memory")
+    functions.hand_out_rest(instance)
     arrived = request.arrived
     pace = Pace(clock, request.bandwidth_bytes_per_s)
     memory = instance.image.memory

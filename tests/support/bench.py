@@ -174,11 +174,22 @@ class Bench:
         )
 
     def resume(
-        self, generation: int, revision: int, *, function: str = "vf1", begun_in: int = 1, fleet_generation: int = 1
+        self,
+        generation: int,
+        revision: int,
+        *,
+        function: str = "vf1",
+        migration: str = "",
+        begun_in: int = 1,
+        fleet_generation: int = 1,
     ) -> Instance | None:
         """Resume by an attempt of fleet generation `begun_in`, at a host that knows of `fleet_generation`."""
         request = ChangeStateRequest(
-            attempt=attempt(revision, begun_in), function=function, generation=generation, state=DEVICE_STATE_RUNNING
+            attempt=attempt(revision, begun_in),
+            migration=migration,
+            function=function,
+            generation=generation,
+            state=DEVICE_STATE_RUNNING,
         )
         return self.functions.resume(request, fleet_generation)
 

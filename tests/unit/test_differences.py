@@ -184,6 +184,17 @@ def test_a_source_from_which_the_home_still_fetches_is_not_left_over(world: Worl
     assert world.one("ORPHAN_INSTANCE").difference.host == "h2"
 
 
+def test_a_stopped_source_is_not_destroyed_while_a_host_that_may_fetch_from_it_is_silent(world: World) -> None:
+    stopped_by = Attempt(fleet_generation=1, revision=3)
+    world.instance(world.function("vf1"), device="h2/nic0", generation=2, state=STOP_COPY, stopped_by=stopped_by)
+    kind = DifferenceKind.DIFFERENCE_KIND_ORPHAN_INSTANCE
+    (asked,) = [each for each in world.findings() if each.difference.kind == kind]
+    assert asked.repair is not None
+    world.silent.add("h1")
+    (found,) = [each for each in world.findings() if each.difference.kind == kind]
+    assert (found.difference.host, found.repair) == ("h2", None)
+
+
 def test_a_prepared_instance_beside_the_home_was_not_committed(world: World) -> None:
     world.instance(world.function("vf1"), device="h2/nic0", generation=4, state=STOP)
     assert isinstance(world.one("ORPHAN_INSTANCE").repair, Call)
@@ -223,6 +234,7 @@ def test_a_home_stopped_before_the_raise_runs_again_only_if_no_host_has_a_later_
         assert isinstance(found.repair, Call)
         assert isinstance(found.repair.request, ChangeStateRequest)
         assert found.repair.request.attempt == world.view().attempt
+        assert found.repair.request.migration == "", "a migration's abort lets none such run"
 
 
 def test_a_home_without_its_state_is_said_to_be_beyond_repair(world: World) -> None:

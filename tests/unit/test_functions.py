@@ -302,6 +302,14 @@ def test_after_a_raise_only_an_attempt_of_since_then_lets_run_what_was_stopped_b
     assert states(bench) == HOME
 
 
+def test_after_a_raise_the_abort_of_a_later_migration_lets_nothing_run_that_was_stopped_before(bench: Bench):
+    """Its coordinator has asked no host, and etcd may have forgotten that the function has moved away from here."""
+    bench.create()
+    bench.stop(1, 10)
+    bench.resume(1, 5, migration="m2", begun_in=2, fleet_generation=2)
+    assert states(bench) == HELD
+
+
 def test_a_host_that_has_not_heard_of_the_raise_yet_lets_nothing_run_by_it(bench: Bench):
     bench.create()
     bench.stop(1, 10)

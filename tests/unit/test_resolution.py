@@ -152,6 +152,32 @@ async def test_a_source_that_keeps_the_rest_of_a_function_stays_until_a_record_s
     assert rig.seen() == THERE
 
 
+async def test_a_source_that_keeps_the_rest_stays_where_a_restored_etcd_had_its_migration_aborted(rig: Rig):
+    """`doctor` has written what the target's host has: the function is there, and still fetches from here."""
+    rig.source.record.keeps_rest = True
+    await rig.commit(PHASE_ABORTED)
+    for _ in range(2):
+        await rig.pass_deadlines()
+        assert rig.state(SOURCE) == STOP_COPY
+
+
+@pytest.mark.parametrize("is_fetched", [False, True])
+async def test_a_source_that_was_fetched_from_runs_by_no_abort_of_its_migration(rig: Rig, is_fetched: bool):
+    """Only a target that runs fetches, so etcd has forgotten a COMMIT; here nothing else tells."""
+    bench, source = rig.bench, rig.source
+    source.record.keeps_rest = True
+    if is_fetched:
+        bench.functions.hand_out_rest(source)
+    for _ in range(2):
+        await rig.pass_deadlines()
+    assert await rig.phase() == PHASE_ABORTING
+    bench.resume(1, rig.attempt, migration="m1")
+    assert rig.state(SOURCE) == (STOP_COPY if is_fetched else RUNNING)
+    bench.resume(1, rig.attempt + 9)
+    assert rig.state(SOURCE) == RUNNING
+    assert not bench.functions.require("vf1", 1).record.is_fetched
+
+
 @pytest.mark.parametrize("phase", [PHASE_DONE, PHASE_ABORTED])
 async def test_of_a_function_without_a_record_only_what_the_decision_left_behind_goes(rig: Rig, phase):
     if phase == PHASE_DONE:

@@ -254,6 +254,15 @@ async def test_the_own_hosts_driver_waits_in_its_queue_and_keeps_its_order(rig: 
     )
 
 
+async def test_a_fault_meanwhile_and_a_restart_keep_nothing_from_arriving(rig: Rig):
+    rig.prove()
+    rig.pair.h2.functions.fail(rig.pair.target)
+    rig.restart()
+    rig.start()
+    await until(rig, lambda: rig.pair.target.arrival is None)
+    rig.assert_all_here()
+
+
 async def test_a_reset_meanwhile_needs_nothing_of_before(rig: Rig):
     rig.prove()
     rig.pair.target.reset()
@@ -481,6 +490,20 @@ async def test_the_rest_is_handed_out_only_where_it_is_named_right(rig: Rig, fie
 async def test_a_source_that_runs_hands_out_nothing(rig: Rig):
     rig.pair.h1.resume(1, 10)
     assert await fetched(rig) is Reason.ILLEGAL_STATE
+
+
+async def test_to_hand_out_the_rest_is_to_know_of_the_commit(rig: Rig):
+    """So the source's witness follows, and an etcd that was restored to before COMMIT can't let it run."""
+    source = rig.pair.h1
+    changes = source.fences.changes
+    assert await fetched(rig, length_bytes=0) is Reason.INVALID_FIELD
+    assert not rig.pair.source.record.is_fetched
+    await fetched(rig)
+    await fetched(rig)
+    assert source.fences.changes == changes + 1
+    assert reason_of(source.stop, 1, 10) is Reason.STALE_ATTEMPT
+    source.resume(1, 10, migration="m1")
+    assert await fetched(rig), "it is stopped still"
 
 
 async def test_what_has_arrived_is_not_sent_again(rig: Rig):

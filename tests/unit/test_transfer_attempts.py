@@ -12,6 +12,7 @@ from support.manual_clock import settle
 from support.transfer_pair import BARS, LOCAL, Pair, Parts, receive, stopped_at_end
 
 from hostd import transfer
+from hostd.rounds import Throttle
 from vfleet.errors import Reason, VfleetError
 from vfleet.v1.transfer_service_pb2 import (
     CopyOptions,
@@ -118,6 +119,37 @@ async def test_a_target_that_is_destroyed_during_its_import_takes_nothing_more(p
         with pytest.raises(VfleetError) as caught:
             await anext(steps)
     assert caught.value.reason is Reason.STALE_ATTEMPT
+
+
+@pytest.mark.parametrize("when", ["copying", "waiting", "stopped"])
+async def test_an_abort_ends_the_copy_though_the_target_is_cut_off(pair: Pair, when: str):
+    async def linger() -> None:
+        async for _ in lingering:
+            pass
+
+    lingering = pair.export(10)
+    await anext(lingering)
+    first: asyncio.Task[None] | None = None
+    if when == "waiting":
+        first = asyncio.create_task(linger())
+        await settle()
+    elif when == "stopped":
+        pair.h1.stop(1, 10)
+    pair.source.throttle = Throttle(pair.h1.clock)
+    pair.h1.resume(1, 10)
+    assert (pair.source.state, pair.source.throttle) == (DEVICE_STATE_RUNNING, None)
+    parts = [part async for part in stopped_at_end(pair, 20)]
+    assert parts[-1].HasField("end")
+    with pytest.raises(VfleetError) as caught:
+        await (first or linger())
+    assert caught.value.reason is Reason.ILLEGAL_STATE
+
+
+async def test_an_abort_of_another_attempt_ends_no_copy(pair: Pair):
+    async with aclosing(pair.export(10)) as export:
+        await anext(export)
+        pair.h1.resume(1, 11)
+        assert pair.source.state == DEVICE_STATE_PRE_COPY
 
 
 @pytest.mark.parametrize("how", ["ends", "goes on"])

@@ -421,7 +421,7 @@ class ChangeStateRequest(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     RESOLVE_AFTER_MS_FIELD_NUMBER: _builtins.int
     migration: _builtins.str
-    """The migration, for the host to look up the decision."""
+    """The migration, for the host to look up the decision. Empty from who has asked all hosts."""
     function: _builtins.str
     """The function."""
     generation: _builtins.int

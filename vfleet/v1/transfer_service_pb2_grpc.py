@@ -81,7 +81,8 @@ class TransferServiceServicer:
 
     def FetchState(self, request, context):
         """FetchState streams pages of a stopped instance's local memory that its target hasn't: in post-copy, those that
-        an access waits for, and all others. Served by the source to the target, for the attempt that stopped it. Reads only.
+        an access waits for, and all others. Served by the source to the target, for the attempt that stopped it. It proves
+        the commit to the source, which doesn't run again, and changes nothing else.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

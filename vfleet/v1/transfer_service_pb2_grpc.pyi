@@ -45,7 +45,8 @@ class TransferServiceStub:
     """
     FetchState: _grpc.UnaryStreamMultiCallable[_transfer_service_pb2.FetchStateRequest, _transfer_service_pb2.FetchStateResponse]
     """FetchState streams pages of a stopped instance's local memory that its target hasn't: in post-copy, those that
-    an access waits for, and all others. Served by the source to the target, for the attempt that stopped it. Reads only.
+    an access waits for, and all others. Served by the source to the target, for the attempt that stopped it. It proves
+    the commit to the source, which doesn't run again, and changes nothing else.
     """
     WatchArrival: _grpc.UnaryStreamMultiCallable[_transfer_service_pb2.WatchArrivalRequest, _transfer_service_pb2.WatchArrivalResponse]
     """WatchArrival tells how much of an instance's state is still at its source, until all is here. A consequence: the
@@ -69,7 +70,8 @@ class TransferServiceAsyncStub(TransferServiceStub):
     """
     FetchState: _aio.UnaryStreamMultiCallable[_transfer_service_pb2.FetchStateRequest, _transfer_service_pb2.FetchStateResponse]  # type: ignore[assignment]
     """FetchState streams pages of a stopped instance's local memory that its target hasn't: in post-copy, those that
-    an access waits for, and all others. Served by the source to the target, for the attempt that stopped it. Reads only.
+    an access waits for, and all others. Served by the source to the target, for the attempt that stopped it. It proves
+    the commit to the source, which doesn't run again, and changes nothing else.
     """
     WatchArrival: _aio.UnaryStreamMultiCallable[_transfer_service_pb2.WatchArrivalRequest, _transfer_service_pb2.WatchArrivalResponse]  # type: ignore[assignment]
     """WatchArrival tells how much of an instance's state is still at its source, until all is here. A consequence: the
@@ -108,7 +110,8 @@ class TransferServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_transfer_service_pb2.FetchStateResponse], _abc.AsyncIterator[_transfer_service_pb2.FetchStateResponse]]:
         """FetchState streams pages of a stopped instance's local memory that its target hasn't: in post-copy, those that
-        an access waits for, and all others. Served by the source to the target, for the attempt that stopped it. Reads only.
+        an access waits for, and all others. Served by the source to the target, for the attempt that stopped it. It proves
+        the commit to the source, which doesn't run again, and changes nothing else.
         """
 
     @_abc_1.abstractmethod
