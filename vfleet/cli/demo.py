@@ -6,8 +6,8 @@ Every figure that it prints is checked; if one is wrong it says which and exits 
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, aclosing
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -143,7 +143,7 @@ class _Stage:
                 for random in (Random(self._function),)  # noqa: S311  # any bytes will do
                 for offset in range(options.memory_bytes, fill_bytes, PAGE_BYTES)
             }
-            await self._access_all([Write(address, page) for address, page in self._pages.items()])
+            await self._client.access_many([Write(address, page) for address, page in self._pages.items()])
             say(f"its local memory, {size(fill_bytes)}, is filled")
         await self._host.start_workload(self._driver, self._function, options)
         await self._operations_after(0)
@@ -173,7 +173,9 @@ class _Stage:
         self._narrator.say(f"the driver stops after {final.operations:,} operations")
         places = sorted(self._pages)
         some = Random(self._driver).sample(places, min(PAGES_READ, len(places)))  # noqa: S311
-        for address, page in zip(some, await self._access_all([Read(a, PAGE_BYTES) for a in some]), strict=True):
+        for address, page in zip(
+            some, await self._client.access_many([Read(a, PAGE_BYTES) for a in some]), strict=True
+        ):
             if page != self._pages[address]:
                 self.problems.append(f"the page at {hex64(address)} is not as it was written")
         await self._fleet.detach_driver(self._function, self._driver)
@@ -181,9 +183,9 @@ class _Stage:
         await self._fleet.delete_driver(self._driver)
         return final
 
-    async def _access_all(self, accesses: Sequence[Read | Write]) -> list[bytes]:
-        async with aclosing(DriverClient(self._host, self._driver).stream(accesses)) as answers:
-            return [answer.data async for answer in answers]
+    @property
+    def _client(self) -> DriverClient:
+        return DriverClient(self._host, self._driver)
 
     async def _entry(self) -> TableEntry:
         """Return the function's entry in the driver's own table, which is what its accesses go by."""
