@@ -65,7 +65,7 @@ class Translation(TranslationServiceServicer):
 
 
 class Transfer(TransferServiceServicer):
-    """`max_rounds` parts of `generation` bytes; with a migration, the export's last part waits for the stop."""
+    """`options.max_rounds` parts of `generation` bytes; with a migration, the export's last part waits for the stop."""
 
     def __init__(self, function: Function) -> None:
         self._function = function
@@ -73,7 +73,7 @@ class Transfer(TransferServiceServicer):
 
     async def ExportState(self, request, context) -> AsyncIterator[transfer_pb2.ExportStateResponse]:
         data = bytes(request.generation)
-        for number in range(request.max_rounds):
+        for number in range(request.options.max_rounds):
             pages = transfer_pb2.StatePages(image_offset=number * len(data), data=data)
             yield transfer_pb2.ExportStateResponse(pages=pages)
         if request.function:
@@ -87,7 +87,7 @@ class Transfer(TransferServiceServicer):
         if source not in self._channels:
             self._channels[source] = grpc.aio.insecure_channel(source, options=OPTIONS)
         export = transfer_pb2.ExportStateRequest(
-            function=request.function, generation=request.source_generation, max_rounds=request.max_rounds
+            function=request.function, generation=request.source_generation, options=request.options
         )
         received = 0
         async for part in TransferServiceStub(self._channels[source]).ExportState(export):

@@ -22,7 +22,7 @@ from vfleet.v1.function_service_pb2_grpc import FunctionServiceStub
 from vfleet.v1.hold_service_pb2 import PlaceHoldRequest
 from vfleet.v1.hold_service_pb2_grpc import HoldServiceStub
 from vfleet.v1.records_pb2 import Phase
-from vfleet.v1.transfer_service_pb2 import ImportStateRequest
+from vfleet.v1.transfer_service_pb2 import CopyOptions, ImportStateRequest
 from vfleet.v1.transfer_service_pb2_grpc import TransferServiceStub
 from vfleet.v1.translation_service_pb2 import UpdateTableRequest
 from vfleet.v1.translation_service_pb2_grpc import TranslationServiceStub
@@ -99,7 +99,10 @@ class Floor:
 
     async def _import(self, function: str, ready: "asyncio.Future[None]") -> None:
         request = ImportStateRequest(
-            function=function, source_address=self._addresses[1], source_generation=STATE_BYTES, max_rounds=1
+            function=function,
+            source_address=self._addresses[1],
+            source_generation=STATE_BYTES,
+            options=CopyOptions(max_rounds=1),
         )
         async for response in TransferServiceStub(self._channels[2]).ImportState(request):
             if response.ready_to_stop:

@@ -16,7 +16,7 @@ from hostd.transfer import CHUNK_PAGES
 from vfleet.address import PAGE_BYTES
 from vfleet.driver import DriverClient, Write
 from vfleet.v1.records_pb2 import Phase, Step
-from vfleet.v1.transfer_service_pb2 import ImportStateRequest
+from vfleet.v1.transfer_service_pb2 import CopyOptions, ImportStateRequest
 from vfleet.v1.transfer_service_pb2_grpc import TransferServiceStub
 
 CHUNK_BYTES = CHUNK_PAGES * PAGE_BYTES
@@ -41,7 +41,7 @@ async def run(size: Size) -> list[Figure]:
             request = ImportStateRequest(
                 source_address=rig.bare[0],
                 source_generation=CHUNK_BYTES,
-                max_rounds=mebibytes * MEBIBYTE // CHUNK_BYTES,
+                options=CopyOptions(max_rounds=mebibytes * MEBIBYTE // CHUNK_BYTES),
             )
             began = time.perf_counter()
             async for response in TransferServiceStub(rig.channel(1)).ImportState(request):

@@ -154,6 +154,10 @@ class History:
         before = self.functions.get(function.name)
         if function.status != FUNCTION_STATUS_LOST or before is None or before.status == FUNCTION_STATUS_LOST:
             return
+        if self.forgotten is not None:
+            known = self.forgotten.get(function.name)
+            if known is None or known.status == FUNCTION_STATUS_DELETING:
+                return  # the backup has forgotten that it was deleted
         sources = {
             move.source.host: record
             for record, _ in self.migrations.values()

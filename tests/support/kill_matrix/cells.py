@@ -135,7 +135,7 @@ AFTER_COMMIT = frozenset(
     )
 )
 # Reached only where a machine has lost its memory: tests/integration/test_post_copy.py.
-_NOT_HERE = frozenset(_sides("hostd.lose"))
+NOT_HERE = frozenset(_sides("hostd.lose"))
 
 
 def all_cells(*, may_kill_etcd: bool) -> list[Cell]:
@@ -165,7 +165,7 @@ def all_cells(*, may_kill_etcd: bool) -> list[Cell]:
         for point in points
         for fault in (Fault.KILL, Fault.STOP)
     ]
-    assert {cell.point for cell in cells} | _NOT_HERE == failpoint.NAMES
+    assert {cell.point for cell in cells} | NOT_HERE == failpoint.NAMES
     return cells
 
 
