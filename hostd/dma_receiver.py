@@ -85,9 +85,10 @@ class DmaReceiver:
         return value
 
     def interrupts(self, vector: int) -> int:
-        """Return how many interrupts of a vector, 0 to 255, came so far."""
-        value: int = self._words[_COUNTS + vector]
-        return value
+        """Return how many interrupts of a vector, 0 to 255, came so far. Raise as `interrupted_since` does."""
+        if self._ended is not None:
+            raise self._ended
+        return self._count(vector)
 
     def all_interrupts(self) -> list[int]:
         """Return how many interrupts came so far, by vector."""
@@ -98,11 +99,9 @@ class DmaReceiver:
 
         Raise what no more will come for, once `end` has said so.
         """
-        while self._ended is None and self.interrupts(vector) <= seen:
+        while (came := self.interrupts(vector)) <= seen:
             await self._came.setdefault(vector, asyncio.Event()).wait()
-        if self._ended is not None:
-            raise self._ended
-        return self.interrupts(vector)
+        return came
 
     def end(self, error: VfleetError | None) -> None:
         """Let nobody wait for interrupts that won't come; None: they may come again."""
@@ -121,7 +120,7 @@ class DmaReceiver:
             self._memory[offset : offset + len(data)] = data
         elif self._is_interrupt(address, data):
             vector = int.from_bytes(data, "little")
-            count = self.interrupts(vector) + 1
+            count = self._count(vector) + 1
             self._record(sequence, _INTERRUPT, vector, count.to_bytes(8, "little"))
             self._words[_COUNTS + vector] = count
             self._words[_LAST] = sequence
@@ -146,6 +145,10 @@ class DmaReceiver:
         self._words.release()
         self._bytes.release()
         self._mapped.close()
+
+    def _count(self, vector: int) -> int:
+        value: int = self._words[_COUNTS + vector]
+        return value
 
     def _is_interrupt(self, address: int, data: bytes) -> bool:
         page = self._interrupt_page

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 from support import kills
-from support.bench import Bench
+from support.bench import Bench, reason_of
 from support.driver_bench import told
 
 import hostd.dma_receiver
@@ -124,7 +124,10 @@ async def test_a_lost_function_and_one_that_is_detached_write_nothing_any_more(h
 
 async def test_an_attachment_that_is_over_is_not_taken_for_the_next(host: Host):
     host.send(1, (BASE, b"old"), (PAGE, (3).to_bytes(4, "little")))
+    over = host.receiver
     host.bench.drivers.detach("d1", "vf1", 9)
+    # A workload that has not noticed yet.
+    assert reason_of(over.interrupts, 3) is Reason.TRANSLATION_FAULT
     host.bench.drivers.attach(host.bench.message(FIRST, revision=12))
     assert (host.receiver.last, host.receiver.interrupts(3)) == (0, 0)
     assert host.send(1, (BASE, b"late")).refusal == DMA_REFUSAL_NOT_ATTACHED
