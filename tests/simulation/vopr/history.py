@@ -156,7 +156,7 @@ class History:
             return
         if self.forgotten is not None:
             known = self.forgotten.get(function.name)
-            if known is None or known.status == FUNCTION_STATUS_DELETING:
+            if known is None or known.status == FUNCTION_STATUS_DELETING or known.identity != function.identity:
                 return  # the backup has forgotten that it was deleted
         sources = {
             move.source.host: record
