@@ -65,6 +65,7 @@ class History:
         self.begun_s: dict[str, float] = {}
         # What etcd forgot is to be kept by the hosts: the functions as they were, until all is repaired.
         self.forgotten: dict[str, Function] | None = None
+        self._deleted: set[int] = set()  # the identities of functions that were deleted meanwhile
         self._world = world
         self._served: dict[tuple[int, int], set[tuple[str, str, str, int]]] = defaultdict(set)
         self._applied: dict[tuple[int, str], int] = {}
@@ -129,12 +130,15 @@ class History:
             elif event.key.startswith(keys.FUNCTIONS):
                 name = event.key.removeprefix(keys.FUNCTIONS)
                 if event.value is None:
-                    self.functions.pop(name, None)
+                    gone = self.functions.pop(name, None)
+                    if gone is not None and self.forgotten is not None:
+                        # What is left of it, doctor may take for something that was forgotten.
+                        self.forgotten.pop(name, None)
+                        self._deleted.add(gone.identity)
                 else:
                     self._check_lost(Function.FromString(event.value))
                     self.functions[name] = Function.FromString(event.value)
-                    if self.forgotten is not None and self.functions[name].generation > self._generation(name):
-                        self.forgotten[name] = self.functions[name]
+                    self._remember(self.functions[name])
                 moved = True
             elif event.key.startswith(keys.SLOTS):
                 name = event.key.removeprefix(keys.SLOTS)
@@ -148,6 +152,12 @@ class History:
             self._check_slots()
             if moved:
                 self._check_tables()
+
+    def _remember(self, function: Function) -> None:
+        """Take a function's record for what it was before etcd was lost, if it is ahead of that."""
+        is_ahead = function.generation > self._generation(function.name)
+        if self.forgotten is not None and is_ahead and function.identity not in self._deleted:
+            self.forgotten[function.name] = function
 
     def _check_lost(self, function: Function) -> None:
         """See to it that nothing but a machine's end loses a function: its home's, or in post-copy its source's."""
