@@ -2,7 +2,7 @@
 
 The fleet goes on meanwhile. What is under way is told from what is wrong by looking again: a difference counts only if
 it stands against etcd as read before the hosts and after them, and stands so, word for word, at several looks in a row,
-by the same hosts.
+by the same hosts. A host that said nothing at the last look is told of in any case: nobody knows what it has.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from coordinator.snapshot import Snapshot
 from vfleet.errors import VfleetError
 from vfleet.etcd.keys import PREFIX
 from vfleet.etcd.store import Transaction
-from vfleet.v1.fleet_service_pb2 import Difference
+from vfleet.v1.fleet_service_pb2 import Difference, DifferenceKind
 
 LOOKS = 3
 MAX_LOOKS = 12  # while hosts that said nothing begin to answer
@@ -62,7 +62,7 @@ class Doctor:
             before = [each.difference for each in found]
             found, silent_now = await self._look()
             if silent <= silent_now:
-                found, looks = [each for each in found if each.difference in before], looks + 1
+                found, looks = _standing(found, before), looks + 1
             else:
                 # What the hosts have that answer only now was not looked at before.
                 looks = 1
@@ -79,7 +79,7 @@ class Doctor:
         silent = {name: answer for name, answer in zip(names, answers, strict=True) if isinstance(answer, str)}
         earlier = [each.difference for each in _compare(View(before, hosts, silent))]
         after = View(Snapshot(await store.list(PREFIX)), hosts, silent)
-        return [each for each in _compare(after) if each.difference in earlier], set(silent)
+        return _standing(_compare(after), earlier), set(silent)
 
     async def _ask(self, host: str) -> HostState | str:
         try:
@@ -102,3 +102,9 @@ class Doctor:
 
 def _compare(view: View) -> list[Finding]:
     return [*record_findings(view), *host_findings(view)]
+
+
+def _standing(found: list[Finding], earlier: list[Difference]) -> list[Finding]:
+    """Return what was found earlier, too; and each host that can't be asked: why, and for how long, is no matter."""
+    unreachable = DifferenceKind.DIFFERENCE_KIND_HOST_UNREACHABLE
+    return [each for each in found if each.difference in earlier or each.difference.kind == unreachable]

@@ -13,6 +13,7 @@ from coordinator.context import Context
 from coordinator.doctor import MAX_LOOKS, Doctor
 from coordinator.findings import HostState
 from vfleet.errors import Reason, VfleetError
+from vfleet.etcd.keys import registration_key
 from vfleet.etcd.store import Listing
 from vfleet.v1.fleet_service_pb2 import Difference, DifferenceKind
 
@@ -78,3 +79,40 @@ async def test_a_host_that_goes_and_comes_does_not_keep_it_looking_for_ever() ->
     hosts = Flapping()
     await check(hosts, three_hosts())
     assert hosts.looks["h1"] <= MAX_LOOKS
+
+
+async def test_a_host_that_registers_after_it_was_to_be_asked_was_not_looked_at() -> None:
+    """As one that has something and that etcd has forgotten: whoever repairs is to look again."""
+
+    class Registering(Hosts):
+        async def state(self, host: str) -> HostState:
+            try:
+                return await super().state(host)
+            finally:
+                if self.looks["h1"] == 3:
+                    fleet.put(registration_key("h1"), "h1-boot")
+
+    fleet = three_hosts()
+    del fleet.items[registration_key("h1")]
+    (unreachable,) = [each for each in await check(Registering(h1=3), fleet) if each.kind == UNREACHABLE]
+    assert unreachable.host == "h1"
+
+
+async def test_a_host_that_says_nothing_for_another_reason_each_time_is_named() -> None:
+    class Stammering(Hosts):
+        async def state(self, host: str) -> HostState:
+            if host == "h1":
+                raise VfleetError(Reason.UNREACHABLE, f"no answer {self.looks['h2']}")
+            return await super().state(host)
+
+    assert UNREACHABLE in kinds(await check(Stammering(), three_hosts()))
+
+
+async def test_a_host_that_goes_before_the_last_look_is_named() -> None:
+    class Going(Hosts):
+        async def state(self, host: str) -> HostState:
+            if host == "h3" and self.looks["h1"] == 3:
+                raise VfleetError(Reason.HOST_UNAVAILABLE, "not registered")
+            return await super().state(host)
+
+    assert UNREACHABLE in kinds(await check(Going(), three_hosts()))
