@@ -119,8 +119,8 @@ _HOST_POINTS = {
         Participant.SOURCE: _sides("hostd.resume"),
         Participant.DRIVER_HOST: _sides("hostd.lift"),
     },
+    # A target that has all of its state waits for a coordinator, here for the one that is started in the end.
     Course.RESOLVE: {
-        Participant.TARGET: _sides("hostd.resolve_instance"),
         Participant.SOURCE: _sides("hostd.resolve_instance"),
         Participant.DRIVER_HOST: _sides("hostd.resolve_hold", "hostd.resolve_abort"),
     },
