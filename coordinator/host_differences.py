@@ -344,15 +344,22 @@ def _entries(view: View, host: str, driver: DriverState) -> Iterator[Finding]:
         if own is not None and said == recorded:
             continue
         # Written again, it has a new revision, and so comes to its host by the watch.
-        repair = Transaction(
+        again = Transaction(
             (*view.unchanged_function(function), unchanged(key_of(stored.record), stored.mod_revision)),
             (Put(key_of(stored.record), encode(stored.record)),),
         )
         is_ahead = own is not None and own.generation > stored.record.generation
         there_is = _at_the_same_place(stored.record, driver.entries)
-        remedy = "none: the function's record comes first" if is_ahead else "send the entry again"
+        repair: Transaction | Call | None
         if there_is:
-            remedy = f"none: detach {there_is}, or this one"
+            remedy, repair = f"none: detach {there_is}, or this one", None
+        elif own is not None and is_ahead and not own.revision and _is_undone(view, function):
+            request = UpdateTableRequest(attempt=view.attempt, entries=[recorded], goes_back=True)
+            remedy, repair = "take the entry back: the move was undone", Call(host, request)
+        elif is_ahead:
+            remedy, repair = "none: the function's record comes first", None
+        else:
+            remedy, repair = "send the entry again", again
         missing, stale = DifferenceKind.DIFFERENCE_KIND_MISSING_ENTRY, DifferenceKind.DIFFERENCE_KIND_STALE_ENTRY
         yield finding(
             missing if own is None else stale,
@@ -362,8 +369,23 @@ def _entries(view: View, host: str, driver: DriverState) -> Iterator[Finding]:
             etcd=f"{describe_entry(recorded)}, revision {recorded.revision}",
             says="no such entry" if own is None else f"{describe_entry(own)}, revision {own.revision}",
             remedy=remedy,
-            repair=None if is_ahead or there_is else repair,
+            repair=repair,
         )
+
+
+def _is_undone(view: View, name: str) -> bool:
+    """Return whether no commit stands that a backup has forgotten: every host was asked, and none has what it made.
+
+    An abort ended that before it had run, so that the function is where its record says; or it was lost, as that says.
+    """
+    stored = view.snapshot.functions.get(name)
+    if view.silent or stored is None:
+        return False
+    function, instances = stored.record, list(view.instances_of(name))
+    is_known = function.status == FunctionStatus.FUNCTION_STATUS_LOST or any(
+        is_home(function, host, instance) for host, instance in instances
+    )
+    return is_known and all(instance.generation <= function.generation for _, instance in instances)
 
 
 def _extra(view: View, host: str, driver: DriverState, entry: TableEntry) -> Finding:

@@ -218,16 +218,20 @@ class Drivers:
         with failpoint.around("hostd.lift"):
             self._forget_and_replace([(h.driver, h.function) for h in holds if h.attempt == request.attempt])
 
-    def update(self, request: UpdateTableRequest) -> None:
-        """Make entries equal to what etcd says, and lift if asked to (UpdateTable in the contract)."""
+    def update(self, request: UpdateTableRequest, fleet_generation: int = 0) -> None:
+        """Make entries equal to what etcd says, and lift if asked to (UpdateTable in the contract).
+
+        `fleet_generation` is the present one: only then entries go back.
+        """
         _check_count("entries", len(request.entries))
         entries = [self._checked(message, f"entries[{index}]") for index, message in enumerate(request.entries)]
         for entry in entries:
             self._fences.conclude(entry.function, request.attempt)
         # An entry that isn't here was detached since, or comes by the watch: a late call must not bring it back.
         known = [entry for entry in entries if self._find(_id(entry)) is not None]
+        goes_back = request.goes_back and request.attempt.fleet_generation == fleet_generation
         with failpoint.around("hostd.update"):
-            self._put_entries(known, keep_held=not request.lift)
+            self._put_entries(known, keep_held=not request.lift, goes_back=goes_back)
 
     def follow(self, entries: Sequence[TableEntry], revision: int, *, complete: bool) -> None:
         """Take over what the watch tells: entries as they stand in etcd at `revision`.
@@ -251,7 +255,7 @@ class Drivers:
     def forget_revisions(self) -> None:
         """Take every revision of etcd for 0, since a raised fleet generation begins a new order of them.
 
-        What etcd says from now on is newer than all that is here; only an entry's generation doesn't go back.
+        What etcd says from now on is newer than all that is here; only an entry's generation doesn't go back by that.
         """
         self._followed_revision = 0
         self._detached.clear()
@@ -330,9 +334,9 @@ class Drivers:
                 )
             yield entry
 
-    def _put_entries(self, entries: Iterable[Entry], *, keep_held: bool = False) -> None:
+    def _put_entries(self, entries: Iterable[Entry], *, keep_held: bool = False, goes_back: bool = False) -> None:
         """Take over entries of etcd that are newer than what is here; a hold that their move ended is lifted."""
-        newer, lifted = self._newer(entries, keep_held=keep_held)
+        newer, lifted = self._newer(entries, keep_held=keep_held, goes_back=goes_back)
         self._forget_and_replace(lifted, newer)
 
     def _put_what_fits(self, entries: Sequence[Entry]) -> None:
@@ -346,7 +350,9 @@ class Drivers:
             else:
                 _log.error("the entry of %s in %s waits: %s", entries[0].driver, entries[0].function, error)
 
-    def _newer(self, entries: Iterable[Entry], *, keep_held: bool = False) -> tuple[list[Entry], list[EntryId]]:
+    def _newer(
+        self, entries: Iterable[Entry], *, keep_held: bool = False, goes_back: bool = False
+    ) -> tuple[list[Entry], list[EntryId]]:
         """Return which entries are newer than what is here, held or not, and which holds their move has ended."""
         newer: list[Entry] = []
         lifted: list[EntryId] = []
@@ -355,7 +361,7 @@ class Drivers:
                 continue
             own = self._find(_id(entry))
             hold = self._holds.get(_id(entry))
-            if _id(entry)[0] not in self._drivers or (own is not None and _is_as_new(own, entry)):
+            if _id(entry)[0] not in self._drivers or (own is not None and _is_as_new(own, entry, goes_back)):
                 # It came by another way before; a hold of the generation that is over is to be lifted still.
                 own_is_new = own is not None and hold is not None and hold.generation < own.generation
                 if own_is_new and not keep_held:
@@ -422,8 +428,9 @@ class Drivers:
         self._drivers[driver].notify(WatchNotificationsResponse(kind=kind, function=function, attempt=attempt))
 
 
-def _is_as_new(own: Entry, entry: Entry) -> bool:
-    return own.revision >= entry.revision or (not own.revision and own.generation > entry.generation)
+def _is_as_new(own: Entry, entry: Entry, goes_back: bool) -> bool:
+    is_forgotten = not own.revision and own.generation > entry.generation
+    return own.revision >= entry.revision or (is_forgotten and not goes_back)
 
 
 def _id(entry: Entry) -> EntryId:

@@ -115,6 +115,7 @@ class TranslationServicer(TranslationServiceServicer):
     """TranslationService of one host."""
 
     def __init__(self, host: Host) -> None:
+        self._host = host
         self._drivers = host.drivers
         self._client = ClientAccess(host.drivers, host.workloads)
 
@@ -127,7 +128,10 @@ class TranslationServicer(TranslationServiceServicer):
     async def UpdateTable(
         self, request: translation_pb2.UpdateTableRequest, context: _Context
     ) -> translation_pb2.UpdateTableResponse:
-        self._drivers.update(request)
+        if request.goes_back:
+            # Whoever says so may have read an etcd that was restored from a backup.
+            await self._host.registration.check()
+        self._drivers.update(request, self._host.history.generation)
         return translation_pb2.UpdateTableResponse()
 
     async def WatchTable(

@@ -397,6 +397,44 @@ def test_an_entry_that_a_table_lacks_or_has_otherwise_is_written_again(world: Wo
     assert world.etcd.items[key].mod_revision > before.mod_revision
 
 
+@pytest.mark.parametrize("why_not", ["", "lost", "before the raise", "silent host", "later instance", "no home"])
+def test_an_entry_of_a_move_that_was_undone_goes_back_if_no_host_has_a_later_instance(
+    world: World, why_not: str
+) -> None:
+    """A backup has forgotten the commit, and an abort ended the target before anybody had accessed it."""
+    entry = world.entry("h1", "d1", "vf1")
+    entry.generation, entry.revision = entry.generation + 1, 0
+    function = world.function("vf1")
+    if why_not == "lost":
+        function.status = FunctionStatus.FUNCTION_STATUS_LOST
+        world.etcd.put(keys.function_key("vf1"), function)
+        world.instances["h1"] = [each for each in world.instances["h1"] if each.function != "vf1"]
+    elif why_not == "before the raise":
+        entry.revision = 1
+    elif why_not == "silent host":
+        world.silent.add("h3")
+    elif why_not == "later instance":
+        later = function.generation + 1
+        world.instance(function, device="h2/nic0", generation=later, state=RESUMING, complete=False)
+    elif why_not == "no home":
+        world.instances["h1"] = [each for each in world.instances["h1"] if each.function != "vf1"]
+    kind = DifferenceKind.DIFFERENCE_KIND_STALE_ENTRY
+    (found,) = [f for f in world.findings() if f.difference.kind == kind and f.difference.driver == "d1"]
+    if why_not in ("", "lost"):
+        assert isinstance(found.repair, Call)
+        assert found.repair.host == "h1"
+        stored = world.snapshot.entries["h1/d1/vf1"]
+        recorded = TableEntry()
+        recorded.CopyFrom(stored.record)
+        recorded.revision = stored.mod_revision
+        assert found.repair.request == UpdateTableRequest(
+            attempt=world.view().attempt, entries=[recorded], goes_back=True
+        )
+    else:
+        assert found.repair is None
+        assert found.difference.remedy == "none: the function's record comes first"
+
+
 def test_an_entry_that_etcd_deleted_is_taken_out_and_one_that_it_forgot_is_written(world: World) -> None:
     key = keys.entry_key("h3", "d2", "vf1")
     function = world.function("vf1")

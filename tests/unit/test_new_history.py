@@ -12,7 +12,8 @@ from vfleet.errors import Reason, VfleetError
 from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_STATUS_OK
 from vfleet.v1.driver_service_pb2 import NOTIFICATION_KIND_LOST
 from vfleet.v1.function_service_pb2 import DestroyFunctionRequest
-from vfleet.v1.types_pb2 import DECISION_ABORTED, TableEntry
+from vfleet.v1.translation_service_pb2 import UpdateTableRequest
+from vfleet.v1.types_pb2 import DECISION_ABORTED, Attempt, TableEntry
 
 OLD, NEW = 0x0001_0180 << 32, 0x0002_1110 << 32
 
@@ -71,6 +72,36 @@ async def test_a_generation_does_not_go_back_over_the_raise(bench: Bench) -> Non
     assert (bench.entry().generation, bench.entry().revision) == (2, 0)
     bench.drivers.follow([bench.message(NEW, generation=2, revision=41)], 41, complete=False)
     assert (bench.entry().generation, bench.entry().revision) == (2, 41)
+
+
+async def test_but_it_does_where_the_commit_was_undone(bench: Bench) -> None:
+    """What waits for an answer is sent to the home that the function has never left."""
+
+    def go_back(*, goes_back: bool = True) -> tuple[int, int]:
+        fence, entries = Attempt(fleet_generation=2, revision=41), [bench.message(OLD, revision=41)]
+        request = UpdateTableRequest(attempt=fence, entries=entries, goes_back=goes_back)
+        bench.drivers.update(request, fleet_generation=2)
+        return bench.entry().generation, bench.entry().revision
+
+    await read(bench)
+    bench.drivers.follow([bench.message(NEW, generation=2, revision=501)], 501, complete=False)
+    driver = bench.drivers.require("d1")
+    waiting = await driver.submit(ACCESS_KIND_READ, VIRTUAL_ADDRESS, 8, b"", sequence=0)
+    assert go_back() == (2, 501), "it is of the present history"
+    bench.drivers.forget_revisions()
+    assert go_back(goes_back=False) == (2, 0)
+    assert go_back() == (1, 41)
+    (status, _), sequence = await waiting.result(1.0)
+    assert (status, sequence) == (ACCESS_STATUS_OK, 2)
+
+
+async def test_a_word_of_an_earlier_fleet_generation_takes_nothing_back(bench: Bench) -> None:
+    bench.drivers.follow([bench.message(NEW, generation=2, revision=501)], 501, complete=False)
+    bench.drivers.forget_revisions()
+    entries = [bench.message(OLD, revision=41)]
+    fence = Attempt(fleet_generation=1, revision=502)
+    bench.drivers.update(UpdateTableRequest(attempt=fence, entries=entries, goes_back=True), fleet_generation=2)
+    assert (bench.entry().generation, bench.entry().revision) == (2, 0)
 
 
 async def test_accesses_to_a_lost_function_fail_at_once_and_the_driver_is_told_once(bench: Bench) -> None:

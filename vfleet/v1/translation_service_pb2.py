@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from vfleet.v1 import types_pb2 as vfleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#vfleet/v1/translation_service.proto\x12\tvfleet.v1\x1a\x15vfleet/v1/types.proto\"!\n\x0fGetTableRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\":\n\x10GetTableResponse\x12&\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x15.vfleet.v1.TableEntry\"o\n\x12UpdateTableRequest\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12&\n\x07\x65ntries\x18\x02 \x03(\x0b\x32\x15.vfleet.v1.TableEntry\x12\x0c\n\x04lift\x18\x03 \x01(\x08\"\x15\n\x13UpdateTableResponse\"#\n\x11WatchTableRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\"<\n\x12WatchTableResponse\x12&\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x15.vfleet.v1.TableEntry2\xf4\x01\n\x12TranslationService\x12\x43\n\x08GetTable\x12\x1a.vfleet.v1.GetTableRequest\x1a\x1b.vfleet.v1.GetTableResponse\x12L\n\x0bUpdateTable\x12\x1d.vfleet.v1.UpdateTableRequest\x1a\x1e.vfleet.v1.UpdateTableResponse\x12K\n\nWatchTable\x12\x1c.vfleet.v1.WatchTableRequest\x1a\x1d.vfleet.v1.WatchTableResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#vfleet/v1/translation_service.proto\x12\tvfleet.v1\x1a\x15vfleet/v1/types.proto\"!\n\x0fGetTableRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\":\n\x10GetTableResponse\x12&\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x15.vfleet.v1.TableEntry\"\x82\x01\n\x12UpdateTableRequest\x12#\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x12.vfleet.v1.Attempt\x12&\n\x07\x65ntries\x18\x02 \x03(\x0b\x32\x15.vfleet.v1.TableEntry\x12\x0c\n\x04lift\x18\x03 \x01(\x08\x12\x11\n\tgoes_back\x18\x04 \x01(\x08\"\x15\n\x13UpdateTableResponse\"#\n\x11WatchTableRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\"<\n\x12WatchTableResponse\x12&\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x15.vfleet.v1.TableEntry2\xf4\x01\n\x12TranslationService\x12\x43\n\x08GetTable\x12\x1a.vfleet.v1.GetTableRequest\x1a\x1b.vfleet.v1.GetTableResponse\x12L\n\x0bUpdateTable\x12\x1d.vfleet.v1.UpdateTableRequest\x1a\x1e.vfleet.v1.UpdateTableResponse\x12K\n\nWatchTable\x12\x1c.vfleet.v1.WatchTableRequest\x1a\x1d.vfleet.v1.WatchTableResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,14 +36,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETTABLEREQUEST']._serialized_end=106
   _globals['_GETTABLERESPONSE']._serialized_start=108
   _globals['_GETTABLERESPONSE']._serialized_end=166
-  _globals['_UPDATETABLEREQUEST']._serialized_start=168
-  _globals['_UPDATETABLEREQUEST']._serialized_end=279
-  _globals['_UPDATETABLERESPONSE']._serialized_start=281
-  _globals['_UPDATETABLERESPONSE']._serialized_end=302
-  _globals['_WATCHTABLEREQUEST']._serialized_start=304
-  _globals['_WATCHTABLEREQUEST']._serialized_end=339
-  _globals['_WATCHTABLERESPONSE']._serialized_start=341
-  _globals['_WATCHTABLERESPONSE']._serialized_end=401
-  _globals['_TRANSLATIONSERVICE']._serialized_start=404
-  _globals['_TRANSLATIONSERVICE']._serialized_end=648
+  _globals['_UPDATETABLEREQUEST']._serialized_start=169
+  _globals['_UPDATETABLEREQUEST']._serialized_end=299
+  _globals['_UPDATETABLERESPONSE']._serialized_start=301
+  _globals['_UPDATETABLERESPONSE']._serialized_end=322
+  _globals['_WATCHTABLEREQUEST']._serialized_start=324
+  _globals['_WATCHTABLEREQUEST']._serialized_end=359
+  _globals['_WATCHTABLERESPONSE']._serialized_start=361
+  _globals['_WATCHTABLERESPONSE']._serialized_end=421
+  _globals['_TRANSLATIONSERVICE']._serialized_start=424
+  _globals['_TRANSLATIONSERVICE']._serialized_end=668
 # @@protoc_insertion_point(module_scope)

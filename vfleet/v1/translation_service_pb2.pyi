@@ -74,8 +74,14 @@ class UpdateTableRequest(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
     LIFT_FIELD_NUMBER: _builtins.int
+    GOES_BACK_FIELD_NUMBER: _builtins.int
     lift: _builtins.bool
     """Whether to lift this attempt's holds on them in the same step."""
+    goes_back: _builtins.bool
+    """Whether entries of before the fleet generation was raised take an earlier generation, too: what they follow is a
+    commit that etcd has forgotten and that was undone. Only of an attempt of the present fleet generation, from who has
+    asked all hosts.
+    """
     @_builtins.property
     def attempt(self) -> _types_pb2.Attempt:
         """The fence."""
@@ -90,10 +96,11 @@ class UpdateTableRequest(_message.Message):
         attempt: _types_pb2.Attempt | None = ...,
         entries: _abc.Iterable[_types_pb2.TableEntry] | None = ...,
         lift: _builtins.bool = ...,
+        goes_back: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "entries", b"entries", "lift", b"lift"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "entries", b"entries", "goes_back", b"goes_back", "lift", b"lift"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -66,7 +66,7 @@ class TranslationServiceServicer:
     def UpdateTable(self, request, context):
         """UpdateTable makes true in the drivers' tables what etcd says, by one swap a driver, and lifts this attempt's holds
         if asked to. A consequence of a commit: it ends the attempt on this host for the functions named. An entry's
-        generation never goes back: an older one than the table's changes nothing.
+        generation never goes back, but where `goes_back` says so: an older one than the table's changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,7 @@ class TranslationServiceStub:
     UpdateTable: _grpc.UnaryUnaryMultiCallable[_translation_service_pb2.UpdateTableRequest, _translation_service_pb2.UpdateTableResponse]
     """UpdateTable makes true in the drivers' tables what etcd says, by one swap a driver, and lifts this attempt's holds
     if asked to. A consequence of a commit: it ends the attempt on this host for the functions named. An entry's
-    generation never goes back: an older one than the table's changes nothing.
+    generation never goes back, but where `goes_back` says so: an older one than the table's changes nothing.
     """
     WatchTable: _grpc.UnaryStreamMultiCallable[_translation_service_pb2.WatchTableRequest, _translation_service_pb2.WatchTableResponse]
     """WatchTable sends the driver's table now and after every change."""
@@ -53,7 +53,7 @@ class TranslationServiceAsyncStub(TranslationServiceStub):
     UpdateTable: _aio.UnaryUnaryMultiCallable[_translation_service_pb2.UpdateTableRequest, _translation_service_pb2.UpdateTableResponse]  # type: ignore[assignment]
     """UpdateTable makes true in the drivers' tables what etcd says, by one swap a driver, and lifts this attempt's holds
     if asked to. A consequence of a commit: it ends the attempt on this host for the functions named. An entry's
-    generation never goes back: an older one than the table's changes nothing.
+    generation never goes back, but where `goes_back` says so: an older one than the table's changes nothing.
     """
     WatchTable: _aio.UnaryStreamMultiCallable[_translation_service_pb2.WatchTableRequest, _translation_service_pb2.WatchTableResponse]  # type: ignore[assignment]
     """WatchTable sends the driver's table now and after every change."""
@@ -77,7 +77,7 @@ class TranslationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_translation_service_pb2.UpdateTableResponse, _abc.Awaitable[_translation_service_pb2.UpdateTableResponse]]:
         """UpdateTable makes true in the drivers' tables what etcd says, by one swap a driver, and lifts this attempt's holds
         if asked to. A consequence of a commit: it ends the attempt on this host for the functions named. An entry's
-        generation never goes back: an older one than the table's changes nothing.
+        generation never goes back, but where `goes_back` says so: an older one than the table's changes nothing.
         """
 
     @_abc_1.abstractmethod

@@ -113,13 +113,17 @@ class History:
         if recorded is not None and recorded.status == FUNCTION_STATUS_DELETING:
             return
         # A commit that had no effect yet may be taken back where the source has everything still.
-        if instance.has_run or not self._is_elsewhere(instance):
+        others = self._others(instance)
+        if instance.has_run or not others:
             self.violate(1, f"{host_of(about.device)} gives up {about.function}, whose home it was")
+        elif recorded is not None and self.forgotten and any(_is_home(recorded, other) for other in others):
+            self.forgotten[about.function] = recorded
 
-    def _is_elsewhere(self, instance: Instance) -> bool:
+    def _others(self, instance: Instance) -> list[Instance]:
+        """Return the function's other instances that have all of its state."""
         hosts = (process.host for process in self._world.hosts.values() if process.host is not None)
         instances = (other for host in hosts for other in host.functions.instances() if other is not instance)
-        return any(other.about.complete and other.about.identity == instance.about.identity for other in instances)
+        return [each for each in instances if each.about.complete and each.about.identity == instance.about.identity]
 
     def etcd_changed(self, changes: Changes) -> None:
         """See what one revision changed."""
