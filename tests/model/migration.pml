@@ -431,21 +431,21 @@ end:	do
 /* They read decision and record in etcd, and act at some later moment. */
 #define IS_HOME(h) (HAS(RESOLVE_BY_RECORD) && host[h].generation == host[h].read || \
 	!HAS(RESOLVE_BY_RECORD) && IS_COMMITTED(m) == (host[h].generation == NEW(m)))
-#define ASKS(h) (HAS(HOSTS_RESOLVE) && WAITS_FOR_M(h) && DECIDED(m) && !host[h].asked && \
+/* A target with all of its state isn't ended by an abort alone: who undoes the migration looks at the source first. */
+#define IS_LEFT_ALONE(h, recorded) (host[h].state == READY && (recorded) < host[h].generation)
+#define ASKS(h) (HAS(HOSTS_RESOLVE) && WAITS_FOR_M(h) && DECIDED(m) && !host[h].asked && !IS_LEFT_ALONE(h, home) && \
 	(host[h].generation == home || host[h].state != STOPPED || IS_FINAL(m) || !HAS(STOPPED_UNTIL_FINAL)))
 #define MAY_RESOLVE(h) (WAITS(h) && (WAITS_FOR_M(h) || !HAS(RESOLVE_SAME)))
 
 inline resolve_instance(h) {
 	if
-	:: MAY_RESOLVE(h) ->
+	:: MAY_RESOLVE(h) && (IS_HOME(h) || !IS_LEFT_ALONE(h, host[h].read)) ->
 		if
 		:: host[h].state == STOPPED -> end_attempt(h, host[h].stopped_by)
 		:: else -> end_attempt(h, host[h].made_by)
 		fi;
 		if
 		:: IS_HOME(h) -> become_running(h)
-		/* A target with all of its state isn't ended by an abort alone: who undoes the migration looks at the source first. */
-		:: !IS_HOME(h) && host[h].state == READY && host[h].read < host[h].generation -> skip
 		:: else -> remove(h)
 		fi
 	:: else

@@ -166,7 +166,7 @@ def old_table_applied() -> list[Patch]:
         by_function.update({entry.function: entry for entry in entries})
         return TranslationTable(by_function.values())
 
-    return [(drivers, "_is_as_new", lambda own, entry: False), (TranslationTable, "with_entries", with_entries)]
+    return [(drivers, "_is_as_new", lambda *_: False), (TranslationTable, "with_entries", with_entries)]
 
 
 @_bug(found_at=2)
