@@ -19,7 +19,7 @@ from vfleet.etcd.store import Transaction
 from vfleet.v1.fleet_service_pb2 import Difference, DifferenceKind
 
 LOOKS = 3
-MAX_LOOKS = 12  # while hosts that said nothing begin to answer
+MAX_LOOKS = 12  # while hosts that said nothing begin to answer, or something new is found
 LOOK_AGAIN_S = 0.5
 MAX_ROUNDS = 6  # of repairs, since one may bring the next to light
 
@@ -53,21 +53,21 @@ class Doctor:
         return left, [difference for difference in tried if difference not in left]
 
     async def _stand(self) -> list[Finding]:
-        """Return what is found at every look; repairs are by the last."""
-        (found, silent), looks = await self._look(), 1
+        """Return what is found at several looks in a row; repairs are by the last."""
+        seen, silent = await self._look()
+        found, before, looks = seen, seen, 1
         for _ in range(MAX_LOOKS - 1):
-            if not found or looks == LOOKS:
-                break
+            if not seen or looks == LOOKS:
+                return found
             await self._context.clock.sleep(LOOK_AGAIN_S)
-            before = [each.difference for each in found]
-            found, silent_now = await self._look()
-            if silent <= silent_now:
-                found, looks = _standing(found, before), looks + 1
+            before, was_silent = seen, silent
+            seen, silent = await self._look()
+            if was_silent <= silent and len(_standing(seen, before)) == len(seen):
+                found, looks = _standing(seen, found), looks + 1
             else:
-                # What the hosts have that answer only now was not looked at before.
-                looks = 1
-            silent = silent_now
-        return found
+                # What is new, or of hosts that answer only now, has to stand as long.
+                found, looks = seen, 1
+        return _standing(found, before)
 
     async def _look(self) -> tuple[list[Finding], set[str]]:
         """Return what is found, and the hosts that didn't answer."""
@@ -77,7 +77,7 @@ class Doctor:
         answers = await asyncio.gather(*(self._ask(name) for name in names))
         hosts = {name: answer for name, answer in zip(names, answers, strict=True) if isinstance(answer, HostState)}
         silent = {name: answer for name, answer in zip(names, answers, strict=True) if isinstance(answer, str)}
-        earlier = [each.difference for each in _compare(View(before, hosts, silent))]
+        earlier = _compare(View(before, hosts, silent))
         after = View(Snapshot(await store.list(PREFIX)), hosts, silent)
         return _standing(_compare(after), earlier), set(silent)
 
@@ -104,7 +104,8 @@ def _compare(view: View) -> list[Finding]:
     return [*record_findings(view), *host_findings(view)]
 
 
-def _standing(found: list[Finding], earlier: list[Difference]) -> list[Finding]:
+def _standing(found: list[Finding], earlier: list[Finding]) -> list[Finding]:
     """Return what was found earlier, too; and each host that can't be asked: why, and for how long, is no matter."""
+    known = [each.difference for each in earlier]
     unreachable = DifferenceKind.DIFFERENCE_KIND_HOST_UNREACHABLE
-    return [each for each in found if each.difference in earlier or each.difference.kind == unreachable]
+    return [each for each in found if each.difference in known or each.difference.kind == unreachable]

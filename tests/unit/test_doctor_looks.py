@@ -6,7 +6,7 @@ from random import Random
 from types import SimpleNamespace
 
 import pytest
-from support.fleet_values import FleetValues, three_hosts
+from support.fleet_values import FleetValues, device, three_hosts
 from support.manual_clock import ManualClock
 
 from coordinator.context import Context
@@ -81,6 +81,21 @@ async def test_a_host_that_goes_and_comes_does_not_keep_it_looking_for_ever() ->
     assert hosts.looks["h1"] <= MAX_LOOKS
 
 
+async def test_what_is_new_at_the_last_look_is_looked_at_as_often() -> None:
+    """As what a host has of a function whose deletion ends while the doctor looks."""
+
+    class Losing(Hosts):
+        async def state(self, host: str) -> HostState:
+            if host == "h1" and self.looks["h1"] == 1:
+                fleet.function("late", device("h2/nic0"), 2, 3)
+            return await super().state(host)
+
+    fleet, hosts = three_hosts(), Losing()
+    found = await check(hosts, fleet)
+    assert "late" in {each.function for each in found}
+    assert hosts.looks["h1"] > 3
+
+
 async def test_a_host_that_registers_after_it_was_to_be_asked_was_not_looked_at() -> None:
     """As one that has something and that etcd has forgotten: whoever repairs is to look again."""
 
@@ -111,7 +126,7 @@ async def test_a_host_that_says_nothing_for_another_reason_each_time_is_named() 
 async def test_a_host_that_goes_before_the_last_look_is_named() -> None:
     class Going(Hosts):
         async def state(self, host: str) -> HostState:
-            if host == "h3" and self.looks["h1"] == 3:
+            if host == "h3" and self.looks["h1"] >= 3:
                 raise VfleetError(Reason.HOST_UNAVAILABLE, "not registered")
             return await super().state(host)
 

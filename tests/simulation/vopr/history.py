@@ -65,7 +65,9 @@ class History:
         self.begun_s: dict[str, float] = {}
         # What etcd forgot is to be kept by the hosts: the functions as they were, until all is repaired.
         self.forgotten: dict[str, Function] | None = None
-        self._deleted: set[int] = set()  # the identities of functions that were deleted meanwhile
+        # The identities of functions that were deleted. What a backup or a host has of them still, doctor may take for
+        # something that was forgotten.
+        self._deleted: set[int] = set()
         self._world = world
         self._served: dict[tuple[int, int], set[tuple[str, str, str, int]]] = defaultdict(set)
         self._applied: dict[tuple[int, str], int] = {}
@@ -135,10 +137,10 @@ class History:
                 name = event.key.removeprefix(keys.FUNCTIONS)
                 if event.value is None:
                     gone = self.functions.pop(name, None)
-                    if gone is not None and self.forgotten is not None:
-                        # What is left of it, doctor may take for something that was forgotten.
-                        self.forgotten.pop(name, None)
+                    if gone is not None:
                         self._deleted.add(gone.identity)
+                    if self.forgotten is not None:
+                        self.forgotten.pop(name, None)
                 else:
                     self._check_lost(Function.FromString(event.value))
                     self.functions[name] = Function.FromString(event.value)
@@ -168,10 +170,10 @@ class History:
         before = self.functions.get(function.name)
         if function.status != FUNCTION_STATUS_LOST or before is None or before.status == FUNCTION_STATUS_LOST:
             return
-        if self.forgotten is not None:
-            known = self.forgotten.get(function.name)
-            if known is None or known.status == FUNCTION_STATUS_DELETING or known.identity != function.identity:
-                return  # the backup has forgotten that it was deleted
+        known = (self.forgotten or {}).get(function.name)
+        is_being_deleted = known is not None and known.status == FUNCTION_STATUS_DELETING
+        if function.identity in self._deleted or is_being_deleted:
+            return
         sources = {
             move.source.host: record
             for record, _ in self.migrations.values()
