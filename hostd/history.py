@@ -69,7 +69,7 @@ class History:
         It is not done if the transaction's comparisons don't hold, or if an earlier try arrived only now.
         """
         async with self._writing:
-            stored, acts = await self._check(store), self._acts()
+            stored, acts, generation = await self._check(store), self._acts(), self.generation
             following = self._seen.next_witness or f"{self._random.getrandbits(64):016x}"
             self._note(self._seen.witness, following)
             for known in self._readings.values():
@@ -79,6 +79,9 @@ class History:
                 (*transaction.compares, same), (*transaction.writes, Put(self._key, following.encode()))
             )
             committed = await store.commit(witnessed)
+            if self.generation != generation:
+                # What was written is of the etcd of before: in the new generation its witness is no measure.
+                raise VfleetError(Reason.CONFLICT, "the fleet generation was raised while this host wrote")
             if committed.succeeded:
                 self._note(following, "")
                 self._witnessed = acts

@@ -283,6 +283,30 @@ async def test_nobody_waits_for_a_witness_that_etcd_is_slow_to_take(world: World
     await world.history.check(world.etcd)
 
 
+async def test_an_answer_that_comes_only_after_the_raise_says_nothing_of_what_follows(world: World) -> None:
+    await world.write()
+    backup, commit, may_answer = world.etcd.back_up(), world.etcd.commit, asyncio.Event()
+
+    async def late_answer(transaction: Transaction):
+        committed = await commit(transaction)
+        await may_answer.wait()
+        return committed
+
+    world.etcd.commit = late_answer
+    writing = asyncio.create_task(world.write())
+    await settle()
+    world.etcd.commit = commit
+    world.etcd.restore(backup)
+    world.etcd.put(FLEET_GENERATION, "2")
+    world.history.begin(await world.history.read(world.etcd))
+    may_answer.set()
+    with pytest.raises(VfleetError, match="raised"):
+        await writing
+    assert not await world.is_restored()
+    assert await world.write()
+    assert not await world.is_restored()
+
+
 async def test_reads_and_writes_at_once_mistake_nothing(world: World) -> None:
     """A read that was answered before a write must not be compared with what is known after it."""
     get = world.etcd.get
