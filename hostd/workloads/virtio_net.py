@@ -2,7 +2,7 @@
 
     HELLO, to all, until somebody answers          after `stop`, or the peer's END:
     <- HELLO or WELCOME, by which a peer is known   no more DATA; when all is acknowledged: END
-    DATA, ACKNOWLEDGE ...                           <- ENDED, and the peer's END
+    WELCOME, if it was HELLO; DATA, ACKNOWLEDGE ... <- ENDED, and the peer's END
 
 Each frame is verified: its number is the next one, its content follows from that, its checksum is right. Every frame
 tells up to which number the other's frames have come; no more than `window` are on their way. A driver has ended when
@@ -99,8 +99,8 @@ class VirtioNetDriver:
         self._submitted.extend([now] * (self._sent - self._words[ACKNOWLEDGED]))
         self._tally.resumed(self._words[ACKNOWLEDGED])
         self._queues.resume()
-        # What was taken in last may not have been answered.
-        self._answer = Kind.ACKNOWLEDGE if self._words[PEER] else None
+        # What was taken in last may not have been answered, and may have been the peer's HELLO.
+        self._answer = Kind.WELCOME if self._words[PEER] else None
         while not self._is_over():
             took, sent = self._take(), self._send()
             if took or sent:
@@ -208,6 +208,9 @@ class VirtioNetDriver:
         """Send what may be sent now; return whether that was anything."""
         before = self._queues.sent
         now = self._port.now()
+        if self._answer == Kind.WELCOME and self._put(Kind.WELCOME):
+            # Before any DATA: by this the peer learns whose that is, and what is nobody's it does not take.
+            self._answer = None
         if not self._words[PEER]:
             if now >= self._resend_at and not self._port.is_stopping:
                 self._resend_at = now + RESEND_S

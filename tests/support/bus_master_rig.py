@@ -44,6 +44,15 @@ class Rig:
         assert stores is not None
         self._apply(stores)
 
+    def receive(self, frame: bytes) -> bool:
+        """Offer a frame from the network; return whether the device has taken it."""
+        step = self.model.receive(self._seen(), frame)
+        if step is None:
+            return False
+        assert not step.sends
+        self._apply(step.stores)
+        return True
+
     def move(self) -> None:
         """Go on elsewhere: another model object, over a copy of the image."""
         self.model, self.image = self._new_model(), bytearray(self.image)
