@@ -99,8 +99,9 @@ class VirtioNetDriver:
         self._submitted.extend([now] * (self._sent - self._words[ACKNOWLEDGED]))
         self._tally.resumed(self._words[ACKNOWLEDGED])
         self._queues.resume()
-        # What was taken in last may not have been answered, and may have been the peer's HELLO.
-        self._answer = Kind.WELCOME if self._words[PEER] else None
+        # What was taken in last may not have been answered: DATA, or the peer's HELLO or END.
+        answer = Kind.ENDED if self._words[PEER_TOTAL] else Kind.WELCOME
+        self._answer = answer if self._words[PEER] else None
         while not self._is_over():
             took, sent = self._take(), self._send()
             if took or sent:

@@ -64,12 +64,13 @@ class Station:
         self.rig = Rig(new_model, image_bytes, MAIN_MEMORY_BYTES, MAIN_ADDRESS)
         self.random = random
         self.tally = CountingTally()
-        self.is_running = False
+        self.is_running = self.is_stopping = False
         self.new_driver()
 
     def new_driver(self) -> None:
         """Make the driver anew over its main memory."""
         self.port = Port(self.rig, bar_span(BARS), self.random)
+        self.port.stopping = self.is_stopping
         self.driver = VirtioNetDriver(self.port, self.tally, WorkloadOptions(window=WINDOW))
         self.running: Coroutine[None, None, None] = self.driver.run()
 
@@ -139,7 +140,7 @@ class Pair:
     def end(self) -> None:
         """Let both end, and check that frames sent equal frames received."""
         for station in self.stations:
-            station.port.stopping = True
+            station.is_stopping = station.port.stopping = True
         self.run(100)
         assert not any(station.is_running for station in self.stations)
         for own, other in (self.stations, self.stations[::-1]):
@@ -201,4 +202,21 @@ def test_drivers_that_are_killed_at_any_line_while_they_meet_go_on(seed: int) ->
     pair.run(20)
     for station, acknowledged in zip(pair.stations, before, strict=True):
         assert station.words[ACKNOWLEDGED] >= acknowledged + 5 * WINDOW
+    pair.end()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_drivers_that_are_killed_at_any_line_while_they_end_have_all_frames(seed: int) -> None:
+    random = Random(seed)
+    pair = Pair(random)
+    for station in pair.stations:
+        station.start()
+    pair.run(5)
+    for station in pair.stations:
+        station.is_stopping = station.port.stopping = True
+    for _ in range(60):
+        lines = iter(range(random.randrange(1, 200)))
+        random.choice(pair.stations).turn_until(lambda lines=lines: next(lines, None) is None)
+        if random.random() < 0.7:
+            pair.carry()
     pair.end()
