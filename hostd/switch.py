@@ -95,19 +95,31 @@ class Courier:
                 await self._wanted.wait()
             elif await self._carry(frames):
                 self._engine.frames.acknowledge(frames[-1][0])
+            else:
+                # What isn't offered can't be taken: when the function runs again, all have their time again.
+                self._stuck_since.clear()
+                self._unknown_since.clear()
 
     async def _carry(self, frames: Frames) -> bool:
         """Bring frames to all whom they are for. Return False if the function stopped running meanwhile."""
         batches: dict[int, list[tuple[int, bytes]]] = {}
         for sequence, frame in frames:
             # A frame without data was cancelled.
-            for station in await self._receivers(frame) if frame else ():
+            receivers = await self._receivers(frame) if frame else []
+            if receivers is None:
+                return False
+            for station in receivers:
                 batches.setdefault(station.identity, []).append((sequence, frame))
         carried = await asyncio.gather(*(self._deliver(identity, batch) for identity, batch in batches.items()))
         return all(carried)
 
-    async def _receivers(self, frame: bytes) -> list[Station]:
+    async def _receivers(self, frame: bytes) -> list[Station] | None:
+        """Return who is to get a frame; None if the function stopped running while that was to be learned."""
         about, stations, clock = self._instance.about, self._reach.stations, self._reach.clock
+        if len(frame) < HEADER_BYTES:
+            # A device may send it, and no station takes it.
+            self._drop(1)
+            return []
         destination = frame[:MAC_BYTES]
         while True:
             changed = stations.changed
@@ -115,8 +127,10 @@ class Courier:
             if found or is_group(destination):
                 self._unknown_since.pop(destination, None)
                 return found
+            if not self._is_running:
+                return None
             left_s = self._begun_unknown(destination) + LEARN_S - clock.monotonic()
-            if left_s <= 0 or not self._is_running:
+            if left_s <= 0:
                 self._drop(1)
                 return []
             # The network may have changed too: that is not told.

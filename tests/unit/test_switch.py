@@ -7,8 +7,10 @@ from random import Random
 
 import pytest
 from support.manual_clock import settle
-from support.switch_world import World, recorders
+from support.switch_world import BROADCAST, World, recorders
 
+from hostd.models.base import Frame, Step
+from hostd.models.ethernet import mac_address
 from hostd.switch import GIVE_UP_S, LEARN_S
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.keys import function_key
@@ -192,6 +194,55 @@ async def test_a_sender_that_was_stopped_and_runs_on_sends_what_it_has(world: Wo
     world.cut.clear()
     await world.until_quiet()
     assert numbers(world, "b") == [0, 1, 2]
+
+
+async def test_a_frame_that_nobody_has_the_address_of_is_not_dropped_while_its_sender_is_stopped(world: World) -> None:
+    record = world.records.pop(function_key("b"))
+    world.tell()
+    await settle()
+    world.send("a", "b")
+    await settle()
+    node, about = world.nodes["h1"], world.instance("a").about
+    node.stop(about.generation, 50, function="a")
+    await world.clock.advance(LEARN_S)
+    world.lose("c")
+    await settle()
+    node.resume(about.generation, 50, function="a")
+    await settle()
+    assert dropped(world) == 0, "it has its time again"
+    world.records[function_key("b")] = record
+    world.tell()
+    await world.until_quiet()
+    assert numbers(world, "b") == [0]
+    assert dropped(world) == 0
+
+
+async def test_a_receiver_is_not_waited_for_while_the_sender_is_stopped(world: World) -> None:
+    world.cut.add("h2")
+    world.send("a", "b")
+    await asyncio.sleep(0.01)
+    node, about = world.nodes["h1"], world.instance("a").about
+    node.stop(about.generation, 50, function="a")
+    await asyncio.sleep(0.15)
+    await world.clock.advance(GIVE_UP_S)
+    node.resume(about.generation, 50, function="a")
+    await asyncio.sleep(0.01)
+    world.cut.clear()
+    await world.until_quiet()
+    assert numbers(world, "b") == [0]
+    assert dropped(world) == 0
+
+
+@pytest.mark.parametrize("length", [1, 6, 13])
+async def test_a_frame_without_a_whole_header_is_dropped_and_others_go_on(world: World, length: int) -> None:
+    header = mac_address(world.identities["b"]) + bytes(8)
+    for frame in (header, BROADCAST + bytes(8)):
+        world.engine("a")._apply(Step((), [Frame(frame[:length])]))
+    world.send("a", "d")
+    world.send("a", "b")
+    await world.until_quiet()
+    assert received(world) == {"a": [], "b": [1], "c": [], "d": [0]}
+    assert dropped(world) == 2
 
 
 async def test_a_killed_daemon_goes_on(world: World) -> None:

@@ -180,7 +180,8 @@ def test_a_driver_that_is_killed_when_it_has_heard_of_the_other_lets_itself_be_k
     pair.a.turn()
     pair.carry()
     pair.b.turn_until(lambda: bool(pair.b.words[RECEIVED]))
-    assert pair.b.words[PEER] and not pair.b.words[SENDING]
+    assert pair.b.words[PEER]
+    assert not pair.b.words[SENDING]
     pair.run(20)
     assert min(station.tally.done for station in pair.stations) >= 10 * WINDOW
     pair.end()
