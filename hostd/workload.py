@@ -117,6 +117,9 @@ class Workload:
         except VfleetError as error:
             self.record.report.failure = error.message
             _log.error("workload of driver %s on %s: %s", self.record.driver, self.record.function, error)
+        except Exception as error:  # noqa: BLE001  # a defect of its driver ends it, as it would after each restart
+            self.record.report.failure = f"{type(error).__name__}: {error}"
+            _log.exception("workload of driver %s on %s", self.record.driver, self.record.function)
         finally:
             self._driver.listeners.remove(self._acknowledge)
         self.record.running = False

@@ -9,7 +9,7 @@ from support.bench import MEMORY_BYTES, VIRTUAL_ADDRESS, Bench
 from support.manual_clock import settle
 
 from hostd.models import checker
-from hostd.workload import DEFAULT_WINDOW, LATENCIES_KEPT, STOP_LATENCY_S, Measurement, Workloads
+from hostd.workload import DEFAULT_WINDOW, LATENCIES_KEPT, STOP_LATENCY_S, Measurement, Workload, Workloads
 from hostd.workloads.kinds import new_workload
 from vfleet.errors import Reason, VfleetError
 from vfleet.v1.access_pb2 import ACCESS_KIND_READ
@@ -97,6 +97,24 @@ async def test_a_killed_workload_goes_on_where_the_function_is(rig: Rig):
     assert (figures(report), report.failure) == ({}, "")
     last = int.from_bytes(rig.instance.image.memory[0x108:0x110], "little")
     assert 0 <= last * 4 - report.operations < 4
+
+
+class Defective(Workload):
+    """A workload whose driver has a defect."""
+
+    async def _run(self) -> None:
+        raise IndexError("an entry that there isn't")
+
+
+async def test_a_workload_with_a_defect_says_that_it_has_ended(rig: Rig):
+    rig.workloads = Workloads(rig.bench.drivers, rig.bench.ledger, rig.bench.clock, Defective)
+    await rig.start()
+    await settle()
+    assert not rig.workloads.is_running(*D1)
+    assert (rig.report().running, rig.report().failure) == (False, "IndexError: an entry that there isn't")
+    await rig.kill()
+    await settle()
+    assert not rig.report().running
 
 
 async def test_a_stopped_workload_is_not_begun_again_by_a_restart(rig: Rig):
