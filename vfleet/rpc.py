@@ -26,11 +26,18 @@ KEEPALIVE_TIME_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
 RECONNECT_LONGEST_MS = 1_000
 
-_CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+# A peer that vanished without a word is not waited for: a stream may be silent for long, and then be needed at once.
+_KEEPALIVE: Sequence[tuple[str, int]] = (
     ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    # The same for each ping, and it is this one that counts: it is a minute otherwise.
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+_CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
+    *_KEEPALIVE,
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 50),
     # Also how long one attempt to connect may take.
     ("grpc.min_reconnect_backoff_ms", 2_000),
@@ -41,6 +48,7 @@ _CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.enable_http_proxy", 0),
 )
 _SERVER_OPTIONS: Sequence[tuple[str, int]] = (
+    *_KEEPALIVE,
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_TIME_MS // 2),
