@@ -7,6 +7,9 @@ SERVICES = $(wildcard protos/vfleet/v1/*_service.proto)
 # protoc finds its plugins on PATH.
 GENERATE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos
 
+# A daemon starts in half the time if the bytecode of what it imports is kept; images of containers often forbid it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench chaos kill-matrix model simulate simulate-bugs mutation lint proto clean
 .DELETE_ON_ERROR:
