@@ -135,7 +135,10 @@ async def running(
     lease_ttl_s: int = 5,
     failpoints: Path | None = None,
 ) -> AsyncIterator[Cluster]:
-    """Bring a cluster up for a test, and end it."""
+    """Bring a cluster up for a test, and end it.
+
+    In the end the daemons are killed: to end in order takes a fifth of what they take in all, and has tests of its own.
+    """
     async with AsyncExitStack() as stack:
         local = LocalCluster(
             topology,
@@ -145,6 +148,7 @@ async def running(
             failpoints=failpoints,
         )
         await stack.enter_async_context(local)
+        stack.push_async_callback(_kill, local)
         random = Random()
         fleet = FleetClient(local.coordinator_addresses, patience_s=PATIENCE_S)
         hosts = {name: HostClient(daemon.address, patience_s=PATIENCE_S) for name, daemon in local.hosts.items()}
@@ -152,6 +156,10 @@ async def running(
             await stack.enter_async_context(client)
         store = await stack.enter_async_context(await EtcdStore.connect(local.etcd, SystemClock(), random))
         yield Cluster(local, fleet, hosts, store)
+
+
+async def _kill(local: LocalCluster) -> None:
+    await asyncio.gather(*(daemon.kill() for daemon in local.daemons))
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
