@@ -15,7 +15,7 @@ from vfleet.v1.records_pb2 import FunctionStatus, Phase
 
 @pytest.fixture
 async def cluster(store) -> AsyncIterator[FakeCluster]:
-    cluster = FakeCluster(store)
+    cluster = FakeCluster(store, lease_ttl_s=1)
     await cluster.start()
     yield cluster
     await cluster.stop()

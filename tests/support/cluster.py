@@ -25,9 +25,13 @@ OVER = (Phase.PHASE_DONE, Phase.PHASE_ABORTED)
 
 @dataclass
 class FakeCluster:
-    """Hosts h1, h2 and h3, each with devices nic0 (4 VFs) and nic1 (16 VFs), and any number of coordinators."""
+    """Hosts h1, h2 and h3, each with devices nic0 (4 VFs) and nic1 (16 VFs), and any number of coordinators.
+
+    Only a test that waits for a lease to end needs a short one: on a busy machine it may end by itself.
+    """
 
     store: Store
+    lease_ttl_s: int = 10
     hosts: dict[str, FakeHost] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -41,9 +45,9 @@ class FakeCluster:
             await self.hosts[name].start()
         await self.start_coordinator("c1")
 
-    async def start_coordinator(self, name: str, store: Store | None = None, lease_ttl_s: int = 1) -> None:
+    async def start_coordinator(self, name: str, store: Store | None = None) -> None:
         ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        config = Config(name=name, listen="127.0.0.1:0", etcd=(), lease_ttl_s=lease_ttl_s)
+        config = Config(name=name, listen="127.0.0.1:0", etcd=(), lease_ttl_s=self.lease_ttl_s)
         daemon = Daemon(config, store or self.store, self.channels, SystemClock(), Random())
         task = asyncio.create_task(daemon.run(ready.set_result))
         await asyncio.wait((ready, task), return_when=asyncio.FIRST_COMPLETED)
