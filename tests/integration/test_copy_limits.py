@@ -17,7 +17,7 @@ MEMORY_BYTES = 1 << 20
 async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
     async with running(tmp_path) as cluster:
         await cluster.fleet.create_function("vf1", "h1/nic0")
-        await cluster.work("d1", "vf1", "h3")
+        await cluster.work("d1", "vf1", "h3", accesses_per_second=0)
         yield cluster
 
 

@@ -74,7 +74,7 @@ def replayed(script: CheckerScript, operations: int) -> bytes:
 async def test_a_function_goes_around_the_fleet_and_its_memory_stays_the_same(cluster: Cluster) -> None:
     made = await cluster.fleet.create_function("vf1", "h1/nic0")
     options = WorkloadOptions(memory_bytes=WORKLOAD_BYTES, seed=7)
-    first = await cluster.work("d1", "vf1", "h1", memory_bytes=WORKLOAD_BYTES, seed=7)
+    first = await cluster.work("d1", "vf1", "h1", accesses_per_second=0, memory_bytes=WORKLOAD_BYTES, seed=7)
     other = await cluster.fleet.attach_driver("vf1", "d2", host="h2")
     driver = DriverClient(cluster.hosts["h2"], "d2")
     patterns = Patterns(driver, other.virtual_address)

@@ -24,7 +24,6 @@ from vfleet.v1.records_pb2 import FunctionStatus, Migration, Phase, Step
 DRIVER_HOST, SOURCE, TARGET = "h1", "h2", "h3"
 HOSTS = (DRIVER_HOST, SOURCE, TARGET)
 DEVICES = (f"{SOURCE}/nic0", f"{TARGET}/nic0")
-RATE = 500
 LEASE_TTL_S = 1
 # Where a migration gets stuck while h3 is frozen: as its target, or as the host of a driver that is to be held.
 STUCK = [(f"{TARGET}/nic0", Step.STEP_CREATE), (f"{SOURCE}/nic1", Step.STEP_HOLD)]
@@ -38,7 +37,7 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
 
 async def start_work(cluster: Cluster) -> None:
     await cluster.fleet.create_function("vf1", DEVICES[0])
-    await cluster.work("d1", "vf1", DRIVER_HOST, accesses_per_second=RATE)
+    await cluster.work("d1", "vf1", DRIVER_HOST)
 
 
 async def assert_well(cluster: Cluster) -> None:
@@ -129,7 +128,7 @@ async def assert_aborted_by_another(cluster: Cluster, by: str) -> None:
 @pytest.mark.parametrize("host", HOSTS)
 async def test_a_host_killed_at_rest_goes_on(cluster: Cluster, host: str) -> None:
     await cluster.fleet.create_function("vf1", DEVICES[0])
-    await cluster.work("d1", "vf1", DRIVER_HOST, accesses_per_second=RATE, memory_bytes=4096)
+    await cluster.work("d1", "vf1", DRIVER_HOST, memory_bytes=4096)
     driver = DriverClient(cluster.hosts[TARGET], "d2")
     entry = await cluster.fleet.attach_driver("vf1", "d2", host=TARGET)
     last_word = entry.virtual_address + entry.length_bytes - 8

@@ -50,10 +50,16 @@ class Cluster:
     store: EtcdStore
     workloads: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    async def work(self, driver: str, function: str, host: str, **options: int) -> TableEntry:
-        """Attach a driver and start its workload, which then has done something."""
+    async def work(
+        self, driver: str, function: str, host: str, *, accesses_per_second: int = 200, **options: int
+    ) -> TableEntry:
+        """Attach a driver and start its workload, which then has done something.
+
+        One that is as fast as it can be (0 accesses per second) takes a core from all other tests as long as it runs.
+        """
         entry = await self.fleet.attach_driver(function, driver, host=host)
-        await self.hosts[host].start_workload(driver, function, WorkloadOptions(**options))
+        work = WorkloadOptions(accesses_per_second=accesses_per_second, **options)
+        await self.hosts[host].start_workload(driver, function, work)
         self.workloads[driver, function] = host
         await self.until_working([(driver, function)])
         return entry
