@@ -278,6 +278,11 @@ def test_the_first_of_several_errors_is_told(tmp_path: Path) -> None:
     assert refused(write(tmp_path, content)).metadata["line"] == "10"
 
 
+def test_of_several_that_are_missing_the_first_is_told(tmp_path: Path) -> None:
+    content = GOOD.replace("    segment: 1\n", "").replace("segment: 2", "").replace(", device_id: 0x10c0", "")
+    assert refused(write(tmp_path, content)).violations[0].field == f"{H1}.segment"
+
+
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "none.yaml"
     assert refused(file).message == f"{file}: the file is not readable: No such file or directory"
