@@ -281,10 +281,15 @@ class Run:
         request = WatchArrivalRequest(attempt=self.attempt, function=move.function, generation=target.generation)
 
         async def watch() -> None:
+            is_all_there = False
             async with aclosing(self._context.hosts.watch_arrival(target.host, request)) as responses:
                 async for response in responses:
+                    is_all_there = not response.missing_bytes
                     self.copies.is_missing(move.function, response.missing_bytes)
                     self._context.inventory.notify()
+            if not is_all_there:
+                message = f"host {target.host!r}, WatchArrival: ended before all of {move.function!r} was there"
+                raise VfleetError(Reason.BAD_STATE, message)
 
         with failpoint.around("coordinator.arrive"):
             await self._insist(target.host, target.incarnation, watch)
