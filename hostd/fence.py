@@ -25,7 +25,7 @@ class Fences:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        # How often a fence has changed since the daemon's start.
+        # How often, since the daemon's start, a fence has changed, or something was done under one that counts as much.
         self.changes = 0
 
     def prepare(self, function: str, attempt: Attempt) -> None:

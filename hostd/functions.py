@@ -193,11 +193,20 @@ class Functions:
         self.deadlines_changed.set()
 
     def stop(self, request: ChangeStateRequest) -> Instance:
-        """Stop a home for its last copy. Raise STALE_ATTEMPT, NOT_FOUND, WRONG_GENERATION or ILLEGAL_STATE."""
+        """Stop a home for its last copy. Raise STALE_ATTEMPT, NOT_FOUND, WRONG_GENERATION or ILLEGAL_STATE.
+
+        What another attempt has stopped is not this one's to stop: it would be this one's to let run again.
+        """
         check_deadline(request.resolve_after_ms)
         self._fences.prepare(request.function, request.attempt)
         instance = self.require(request.function, request.generation)
-        if instance.state == DEVICE_STATE_STOP_COPY and instance.about.stopped_by == request.attempt:
+        if instance.state == DEVICE_STATE_STOP_COPY:
+            if instance.about.stopped_by != request.attempt:
+                raise VfleetError(
+                    Reason.ILLEGAL_STATE,
+                    f"function {request.function!r} was stopped by another attempt, and is until that has ended",
+                    metadata={"function": request.function},
+                )
             return instance
         self.prove(instance)
         _check_whole(instance)
@@ -208,6 +217,8 @@ class Functions:
             instance.about.migration = request.migration
             instance.record.resolve_time = self._clock.time() + request.resolve_after_ms / 1000
             self._save(instance)
+            # A COMMIT may follow that this host isn't told of; the witness of the fence may be older than a backup.
+            self._fences.changes += 1
         return instance
 
     def resume(self, request: ChangeStateRequest, fleet_generation: int = 0) -> Instance | None:

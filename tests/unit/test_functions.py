@@ -9,7 +9,7 @@ from support.bench import ABORTED, BARS, COMMITTED, IDENTITY, MEMORY_BYTES, RESO
 from hostd.instance import Instance
 from vfleet.errors import Reason
 from vfleet.v1.fabric_service_pb2 import REFUSAL_NOT_SERVING
-from vfleet.v1.function_service_pb2 import CreateFunctionRequest, ResetFunctionRequest
+from vfleet.v1.function_service_pb2 import ChangeStateRequest, CreateFunctionRequest, ResetFunctionRequest
 from vfleet.v1.types_pb2 import (
     DECISION_UNSPECIFIED,
     DEVICE_STATE_PRE_COPY,
@@ -204,7 +204,7 @@ CASES: dict[str, tuple[list[Action], Action, Reason | None, dict[tuple[str, int]
     "stop, again, after the resume": ([stopping(10), resuming(10)], stopping(10), STALE, HOME),
     "stop, after the attempt's abort came first": ([resuming(10)], stopping(10), STALE, HOME),
     "stop, from a lower attempt": ([stopping(10), resuming(10)], stopping(9), STALE, HOME),
-    "stop what a lower attempt had stopped": ([stopping(10)], stopping(11), None, HELD),
+    "stop what a lower attempt had stopped": ([stopping(10)], stopping(11), Reason.ILLEGAL_STATE, HELD),
     "stop another generation": ([], stopping(10, 2), Reason.WRONG_GENERATION, HOME),
     "stop what isn't there": ([destroying(9, 1)], stopping(10), Reason.NOT_FOUND, NOBODY),
     "stop a target that has not all its state": ([creating(10)], stopping(11, 2), Reason.ILLEGAL_STATE, WAITS),
@@ -218,7 +218,7 @@ CASES: dict[str, tuple[list[Action], Action, Reason | None, dict[tuple[str, int]
     "resume what runs": ([], resuming(10), None, HOME),
     "resume what isn't there": ([destroying(9, 1)], resuming(10), None, NOBODY),
     "resume what another attempt stopped": ([stopping(10)], resuming(11), None, HELD),
-    "resume, from a lower attempt": ([stopping(10), stopping(11)], resuming(10), STALE, HELD),
+    "resume, from a lower attempt": ([stopping(10), resuming(10), stopping(11)], resuming(10), STALE, HELD),
     "resume another generation": ([stopping(10)], resuming(10, 2), None, HELD),
     "import into another attempt's": ([creating(10)], importing(11), STALE, WAITS),
     "import, after the abort": ([creating(10), destroying(10, 2, ABORTED)], importing(10), STALE, HOME),
@@ -308,6 +308,30 @@ def test_after_a_raise_the_abort_of_a_later_migration_lets_nothing_run_that_was_
     bench.stop(1, 10)
     bench.resume(1, 5, migration="m2", begun_in=2, fleet_generation=2)
     assert states(bench) == HELD
+
+
+def test_a_stop_of_another_attempt_is_not_taken_over_and_then_ended_by_an_abort(bench: Bench):
+    """etcd may have forgotten that the first was committed: the second's abort says nothing of that."""
+    bench.create()
+    bench.stop(1, 10)
+    again = ChangeStateRequest(
+        attempt=attempt(5, 2), migration="m2", function="vf1", generation=1, state=STOP_COPY, resolve_after_ms=1
+    )
+    assert reason_of(bench.functions.stop, again) is Reason.ILLEGAL_STATE
+    bench.resume(1, 5, migration="m2", begun_in=2, fleet_generation=2)
+    assert states(bench) == HELD
+
+
+def test_a_stop_is_something_that_the_witness_has_to_tell_of(bench: Bench):
+    """A COMMIT may follow that this host hears nothing of, and an etcd that was restored to before it."""
+    bench.create()
+    bench.functions.fence_for_export("vf1", 1, attempt(10))
+    before = bench.fences.changes
+    bench.stop(1, 10)
+    assert bench.fences.changes > before
+    before = bench.fences.changes
+    bench.stop(1, 10)
+    assert bench.fences.changes == before
 
 
 def test_a_host_that_has_not_heard_of_the_raise_yet_lets_nothing_run_by_it(bench: Bench):
