@@ -119,19 +119,20 @@ class Instance:
             await self.arrival.arrived(ranges)
 
     def reset(self) -> None:
-        """Do what a function-level reset does: zero the memory and set the registers.
+        """Do what a function-level reset does: zero the memory, but for a medium, and set the registers.
 
         Drivers' sequences go on, and so do those of a bus master; what it had sent, and nobody has taken, is cancelled.
         """
         size = self.master.section.start if self.master is not None else len(self.image.memory)
-        for start in range(0, size, 1 << 20):
-            end = min(start + (1 << 20), size)
-            self.image.store([(start, bytes(end - start))])
+        kept = self.model.local_memory if self.model.keeps_local_memory else range(0)
+        for zeroed in (range(kept.start), range(kept.stop, size)):
+            for start in zeroed[:: 1 << 20]:
+                self.image.store([(start, bytes(min(1 << 20, zeroed.stop - start)))])
         if self.master is not None:
             self.master.writes.cancel()
         self.image.store(self.model.reset())
         self.resets += 1
-        if self.arrival is not None:
+        if self.arrival is not None and not kept:
             # What comes now is of before the reset.
             self.arrival.need_nothing()
         if self.state == AFTER_FAULT:

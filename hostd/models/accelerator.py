@@ -105,6 +105,7 @@ class Accelerator:
 
     name = "accelerator"
     version = VERSION
+    keeps_local_memory = False
     private_bytes = PAGE_BYTES
 
     def __init__(self, identity: int, bar_bytes: Mapping[int, int]) -> None:

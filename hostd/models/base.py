@@ -50,12 +50,15 @@ class DeviceModel(Protocol):
     local_memory: range
     """The image's bytes that an access, or work, touches only where it says so: they may come after the lift
     (post-copy). Empty, or a section's. An access to a BAR touches there what it reads or writes, no more."""
+    keeps_local_memory: bool
+    """Whether a function-level reset leaves the local memory as it is: a medium, on which a controller's reset has no
+    effect."""
     plain_memory: range
     """Bytes of a BAR that are plain memory: an access there reads or writes them and does nothing else, so that the
     engine need not ask the model. No work begins by it. Empty, or multiples of 4096."""
 
     def reset(self) -> Sequence[Store]:
-        """Return the stores that give the registers their initial values, over zeroed memory (FLR)."""
+        """Return the stores that give the registers their initial values, over zeroed memory (FLR), but for a medium."""
 
     def read(self, memory: memoryview, offset: int, length: int) -> tuple[bytes, Sequence[Store]] | None:
         """Return `length` bytes and the read's side effects; None if no BAR claims the offset."""

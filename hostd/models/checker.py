@@ -76,6 +76,7 @@ class Checker:
 
     name = "checker"
     version = VERSION
+    keeps_local_memory = False
     private_bytes = 0
 
     def __init__(self, identity: int, bar_bytes: Mapping[int, int]) -> None:

@@ -52,6 +52,7 @@ class Nvme:
     name = "nvme"
     version = 1
     private_bytes = PRIVATE_BYTES
+    keeps_local_memory = True
 
     def __init__(self, identity: int, bar_bytes: Mapping[int, int]) -> None:
         if bar_bytes.keys() != {0, 2} or bar_bytes[0] < REGISTER_BYTES:

@@ -82,6 +82,7 @@ class VirtioNet:
 
     name = "virtio-net"
     version = 1
+    keeps_local_memory = False
     private_bytes = _BACKLOG_OFFSET + BACKLOG_FRAMES * _SLOT_BYTES
     local_memory = plain_memory = range(0)
 

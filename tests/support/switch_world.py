@@ -53,6 +53,7 @@ class Recorder:
     private_bytes = 9 * 4096
     version = 1
     local_memory = plain_memory = range(0)
+    keeps_local_memory = False
     sections = (Section("all", 0, 10 * 4096),)
 
     def __init__(self, identity, bars) -> None:

@@ -54,6 +54,7 @@ class Counter:
     sections = (Section("registers", 0, 4096),)
     version = 1
     local_memory = plain_memory = range(0)
+    keeps_local_memory = False
 
     def __init__(self, identity: int, bar_bytes: dict[int, int]) -> None:
         """Take anything."""

@@ -140,8 +140,28 @@ def test_a_reset_zeroes_memory_and_registers_and_the_sequences_go_on(bench: Benc
     assert bytes(instance.image.memory[-4:]) == bytes(4)
 
 
+def test_a_reset_leaves_a_medium_as_it_is(tmp_path: Path):
+    """A function-level reset resets an NVMe controller; what is on its namespaces is no part of that (NVMe 1.4, 7.3.2).
+
+    All else is as in a controller that was just made.
+    """
+    bench = Bench(tmp_path, model="nvme", has_engines=False)
+    bars = {0: 16 << 10, 2: 1 << 20}
+    instance = bench.create(bars=bars)
+    medium = slice(instance.model.local_memory.start, instance.model.local_memory.stop)
+    expected = bytearray(instance.image.memory)
+    expected[medium] = bytes(range(256)) * 4096
+    instance.image.store([(medium.start, bytes(expected[medium])), (0x24, b"\xa5"), (medium.stop + 8, b"\xa5" * 64)])
+    reset(bench)
+    assert instance.image.memory == expected
+    bench.close()
+
+
 class NoRegisters:
     """A device model whose registers are all 0 after a reset."""
+
+    local_memory = range(0)
+    keeps_local_memory = False
 
     def reset(self) -> tuple:
         return ()

@@ -50,11 +50,12 @@ class History:
 class Rig:
     """A pair in the middle of a post-copied move: the target has all but local memory, and etcd says COMMIT."""
 
-    def __init__(self, path: Path) -> None:
-        self.pair = Pair(path)
+    def __init__(self, path: Path, bars: dict[int, int] | None = None, model: str = "checker") -> None:
+        self.pair = Pair(path, bars, model)
         self.clock = self.pair.h1.clock
+        first = self.pair.source.model.local_memory.start // PAGE_BYTES
         for page in range(0, PAGES - LOCAL, 3):
-            self.pair.write(LOCAL + page, b"page %d" % page)
+            self.pair.write(first + page, b"page %d" % page)
         self.fleet = FleetValues()
         self.store, self.history = Store(self.fleet), History()
         self.network = Network(self.pair.h1)
@@ -269,6 +270,17 @@ async def test_a_reset_meanwhile_needs_nothing_of_before(rig: Rig):
     rig.start()
     await until(rig, lambda: rig.pair.target.arrival is None)
     assert not any(rig.pair.target.image.memory[LOCAL * PAGE_BYTES :])
+
+
+async def test_a_reset_meanwhile_of_what_keeps_its_medium_loses_nothing_of_it(tmp_path: Path):
+    rig = Rig(tmp_path, {0: 16 << 10, 2: 1 << 20}, "nvme")
+    await rig.move()
+    rig.prove()
+    rig.pair.target.reset()
+    rig.start()
+    await until(rig, lambda: rig.pair.target.arrival is None)
+    rig.assert_all_here()
+    await rig.close()
 
 
 # Whatever fails

@@ -129,8 +129,9 @@ class FunctionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResetFunction(self, request, context):
-        """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, state RUNNING, also
-        after a device fault. The sequences of the drivers go on; DMA writes that were not sent yet are cancelled.
+        """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, but for the medium of
+        a storage controller, state RUNNING, also after a device fault. The sequences of the drivers go on; DMA writes that
+        were not sent yet are cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -61,8 +61,9 @@ class FunctionServiceStub:
     backup.
     """
     ResetFunction: _grpc.UnaryUnaryMultiCallable[_function_service_pb2.ResetFunctionRequest, _function_service_pb2.ResetFunctionResponse]
-    """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, state RUNNING, also
-    after a device fault. The sequences of the drivers go on; DMA writes that were not sent yet are cancelled.
+    """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, but for the medium of
+    a storage controller, state RUNNING, also after a device fault. The sequences of the drivers go on; DMA writes that
+    were not sent yet are cancelled.
     """
     InjectFault: _grpc.UnaryUnaryMultiCallable[_function_service_pb2.InjectFaultRequest, _function_service_pb2.InjectFaultResponse]
     """InjectFault lets a running function that masters the bus fail, for tests. FAILED_PRECONDITION, ILLEGAL_STATE unless
@@ -102,8 +103,9 @@ class FunctionServiceAsyncStub(FunctionServiceStub):
     backup.
     """
     ResetFunction: _aio.UnaryUnaryMultiCallable[_function_service_pb2.ResetFunctionRequest, _function_service_pb2.ResetFunctionResponse]  # type: ignore[assignment]
-    """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, state RUNNING, also
-    after a device fault. The sequences of the drivers go on; DMA writes that were not sent yet are cancelled.
+    """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, but for the medium of
+    a storage controller, state RUNNING, also after a device fault. The sequences of the drivers go on; DMA writes that
+    were not sent yet are cancelled.
     """
     InjectFault: _aio.UnaryUnaryMultiCallable[_function_service_pb2.InjectFaultRequest, _function_service_pb2.InjectFaultResponse]  # type: ignore[assignment]
     """InjectFault lets a running function that masters the bus fail, for tests. FAILED_PRECONDITION, ILLEGAL_STATE unless
@@ -176,8 +178,9 @@ class FunctionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _function_service_pb2.ResetFunctionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_function_service_pb2.ResetFunctionResponse, _abc.Awaitable[_function_service_pb2.ResetFunctionResponse]]:
-        """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, state RUNNING, also
-        after a device fault. The sequences of the drivers go on; DMA writes that were not sent yet are cancelled.
+        """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, but for the medium of
+        a storage controller, state RUNNING, also after a device fault. The sequences of the drivers go on; DMA writes that
+        were not sent yet are cancelled.
         """
 
     @_abc_1.abstractmethod
