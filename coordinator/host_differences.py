@@ -63,8 +63,10 @@ def host_findings(view: View) -> Iterator[Finding]:
 def _instance(view: View, host: str, instance: FunctionInstance) -> Iterator[Finding]:
     stored = view.snapshot.functions.get(instance.function)
     if stored is not None and is_home(stored.record, host, instance):
-        if instance.state not in SERVING_STATES and not _awaits_proof(instance):
-            yield _stopped(view, host, instance)
+        # What was lost is said to be so; deleting it takes away what is left of it.
+        is_lost = stored.record.status == FunctionStatus.FUNCTION_STATUS_LOST
+        if instance.state not in SERVING_STATES and not _awaits_proof(instance) and not is_lost:
+            yield _stopped(view, host, instance, stored)
         return
     is_earlier = instance.attempt.fleet_generation < view.snapshot.fleet_generation and instance.complete
     if stored is None:
@@ -133,7 +135,7 @@ def _awaits_proof(instance: FunctionInstance) -> bool:
     return instance.state == DeviceState.DEVICE_STATE_STOP and instance.complete
 
 
-def _stopped(view: View, host: str, instance: FunctionInstance) -> Finding:
+def _stopped(view: View, host: str, instance: FunctionInstance, stored: Stored[Function]) -> Finding:
     is_of_before = instance.stopped_by.fleet_generation < view.snapshot.fleet_generation
     is_left = any(
         other.complete and other.generation > instance.generation for _, other in view.instances_of(instance.function)
@@ -145,13 +147,15 @@ def _stopped(view: View, host: str, instance: FunctionInstance) -> Finding:
         generation=instance.generation,
         state=DeviceState.DEVICE_STATE_RUNNING,
     )
-    repair: Call | None = None
+    repair: Call | Transaction | None = None
     if not instance.HasField("stopped_by"):
         remedy = "none: delete the function"
-    elif is_of_before and view.silent:
+    elif (is_of_before or instance.fetched) and view.silent:
         remedy = ASK_AGAIN
-    elif is_of_before and is_left:
+    elif (is_of_before or instance.fetched) and is_left:
         remedy = "none: an instance of a later generation comes first"
+    elif instance.fetched:
+        remedy, repair = "mark the function LOST: its home has gone with what it did since", _lose(view, stored)
     else:
         remedy, repair = "let it run", Call(host, request)
     return finding(
@@ -253,11 +257,6 @@ def _missing(view: View, name: str, stored: Stored[Function]) -> Iterator[Findin
         for place, instance in view.instances_of(name)
     ):
         return
-    entries = [
-        KeyValue(key_of(entry.record), encode(entry.record), entry.create_revision, entry.mod_revision)
-        for entry in view.entries_of(name)
-    ]
-    _, unlocked = view.unchanged_function(name)
     yield finding(
         DifferenceKind.DIFFERENCE_KIND_MISSING_INSTANCE,
         host=host,
@@ -265,8 +264,18 @@ def _missing(view: View, name: str, stored: Stored[Function]) -> Iterator[Findin
         etcd=describe_home(function),
         says="no such instance",
         remedy=ASK_AGAIN if view.silent else "mark the function LOST: no host has it",
-        repair=None if view.silent else lose_function(function, stored.mod_revision, entries, unlocked),
+        repair=None if view.silent else _lose(view, stored),
     )
+
+
+def _lose(view: View, stored: Stored[Function]) -> Transaction:
+    name = stored.record.name
+    entries = [
+        KeyValue(key_of(entry.record), encode(entry.record), entry.create_revision, entry.mod_revision)
+        for entry in view.entries_of(name)
+    ]
+    _, unlocked = view.unchanged_function(name)
+    return lose_function(stored.record, stored.mod_revision, entries, unlocked)
 
 
 def _hold(view: View, host: str, hold: Hold) -> Finding:

@@ -225,7 +225,8 @@ class Functions:
         """Let a home run again that this attempt had stopped, or copies; else do nothing. A consequence of an abort.
 
         `fleet_generation` is the present one. Of a stop from before it was raised etcd may have forgotten the commit;
-        that is ended by an attempt of the present one and of no migration, which comes from who has asked all hosts.
+        that is ended by an attempt of the present one and of no migration, which comes from who has asked all hosts. A
+        source from which the rest was fetched runs by no one's word: what it has is old.
         """
         self._fences.conclude(request.function, request.attempt)
         instance = self.find(request.function, request.generation)
@@ -235,7 +236,8 @@ class Functions:
                 self.run(instance)
             return instance
         if is_of_before(instance, fleet_generation):
-            may_run = request.attempt.fleet_generation == fleet_generation and not request.migration
+            is_sure = request.attempt.fleet_generation == fleet_generation and not request.migration
+            may_run = is_sure and not instance.about.fetched
         else:
             may_run = instance.about.stopped_by == request.attempt
         if may_run:
@@ -266,7 +268,6 @@ class Functions:
         instance.throttle = None
         instance.about.ClearField("stopped_by")
         instance.record.keeps_rest = False
-        instance.record.is_fetched = False
         instance.about.migration = ""
         instance.record.resolve_time = 0
         self._save(instance)
@@ -299,9 +300,9 @@ class Functions:
 
     def hand_out_rest(self, instance: Instance) -> None:
         """Take it that the migration from here was committed, since only a target that runs fetches the rest."""
-        if not instance.record.is_fetched:
+        if not instance.about.fetched:
             self._fences.end(instance.about.function, instance.about.stopped_by)
-            instance.record.is_fetched = True
+            instance.about.fetched = True
             self._save(instance)
 
     def complete_arrival(self, instance: Instance) -> None:
@@ -411,7 +412,7 @@ def is_of_before(instance: Instance, fleet_generation: int) -> bool:
     A backup is older than what was decided after it. So etcd may have forgotten that this is the home, or that the
     function has moved away from here. A source from which the rest was fetched knows that it has, raised or not.
     """
-    if instance.record.is_fetched:
+    if instance.about.fetched:
         return True
     about = instance.about
     attempt = about.stopped_by if about.HasField("stopped_by") else about.attempt

@@ -58,7 +58,7 @@ class DeviceModel(Protocol):
     engine need not ask the model. No work begins by it. Empty, or multiples of 4096."""
 
     def reset(self) -> Sequence[Store]:
-        """Return the stores that give the registers their initial values, over zeroed memory (FLR), but for a medium."""
+        """Return the stores that give the registers their initial values: an FLR zeroes all else but a medium."""
 
     def read(self, memory: memoryview, offset: int, length: int) -> tuple[bytes, Sequence[Store]] | None:
         """Return `length` bytes and the read's side effects; None if no BAR claims the offset."""

@@ -237,6 +237,30 @@ def test_a_home_stopped_before_the_raise_runs_again_only_if_no_host_has_a_later_
         assert found.repair.request.migration == "", "a migration's abort lets none such run"
 
 
+@pytest.mark.parametrize("why_not", ["", "silent host", "later instance"])
+def test_a_source_that_was_fetched_from_is_not_let_run_but_its_function_lost_if_no_host_has_a_later_one(
+    world: World, why_not: str
+) -> None:
+    """A backup has forgotten the COMMIT; what the function did since went with the machine that was its home."""
+    world.etcd.put(keys.FLEET_GENERATION, "2")
+    home = world.instances["h1"][0]
+    home.state, home.fetched = STOP_COPY, True
+    home.stopped_by.CopyFrom(Attempt(fleet_generation=1, revision=3))
+    if why_not == "silent host":
+        world.silent.add("h3")
+    elif why_not == "later instance":
+        world.instance(world.function("vf1"), device="h2/nic0", generation=4)
+    kind = DifferenceKind.DIFFERENCE_KIND_STOPPED_INSTANCE
+    (found,) = [each for each in world.findings() if each.difference.kind == kind]
+    if why_not:
+        assert found.repair is None
+        return
+    world.carry_out(found.repair)
+    assert world.function("vf1").status == FunctionStatus.FUNCTION_STATUS_LOST
+    assert all(entry.record.lost for entry in world.snapshot.entries.values() if entry.record.function == "vf1")
+    assert kind not in [each.difference.kind for each in world.findings()], "that it is LOST says it all"
+
+
 def test_a_home_without_its_state_is_said_to_be_beyond_repair(world: World) -> None:
     world.instances["h1"][0].state, world.instances["h1"][0].complete = RESUMING, False
     assert world.one("STOPPED_INSTANCE").repair is None

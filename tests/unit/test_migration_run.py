@@ -44,7 +44,8 @@ class Hosts:
     """All hosts: what they are asked, in order, and what goes wrong.
 
     `failures` are raised by method, one a call; `hangs` are methods that never answer; `on` is done when a method is
-    called, by its name; `gone` are functions that have no source any more; so many arrivals `cuts_short` before their end.
+    called, by its name; `gone` are functions that have no source any more; `cuts_short` is how many watches of arrivals
+    end before their time.
     """
 
     calls: list[Call] = field(default_factory=list)

@@ -509,7 +509,7 @@ async def test_to_hand_out_the_rest_is_to_know_of_the_commit(rig: Rig):
     source = rig.pair.h1
     changes = source.fences.changes
     assert await fetched(rig, length_bytes=0) is Reason.INVALID_FIELD
-    assert not rig.pair.source.record.is_fetched
+    assert not rig.pair.source.about.fetched
     await fetched(rig)
     await fetched(rig)
     assert source.fences.changes == changes + 1

@@ -99,6 +99,7 @@ class FunctionInstance(_message.Message):
     ARRIVING_FIELD_NUMBER: _builtins.int
     DMA_FAULTS_FIELD_NUMBER: _builtins.int
     FRAMES_DROPPED_FIELD_NUMBER: _builtins.int
+    FETCHED_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     """The function."""
     generation: _builtins.int
@@ -126,6 +127,10 @@ class FunctionInstance(_message.Message):
     frames_dropped: _builtins.int
     """Frames that it has sent and that were dropped on their way, for each receiver, since its hostd was started: nobody
     has their address, or the receiver had no room for them, or was out of reach, for too long.
+    """
+    fetched: _builtins.bool
+    """Whether, stopped, its target has fetched from it (post-copy): then the migration was committed, whatever etcd says, and
+    its state is not the function's any more.
     """
     @_builtins.property
     def attempt(self) -> _types_pb2.Attempt:
@@ -163,10 +168,11 @@ class FunctionInstance(_message.Message):
         arriving: _builtins.bool = ...,
         dma_faults: _builtins.int = ...,
         frames_dropped: _builtins.int = ...,
+        fetched: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "stopped_by", b"stopped_by"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arriving", b"arriving", "attempt", b"attempt", "bars", b"bars", "base", b"base", "complete", b"complete", "device", b"device", "dma_faults", b"dma_faults", "frames_dropped", b"frames_dropped", "function", b"function", "generation", b"generation", "identity", b"identity", "last_sequences", b"last_sequences", "migration", b"migration", "model", b"model", "state", b"state", "stopped_by", b"stopped_by", "vf_index", b"vf_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arriving", b"arriving", "attempt", b"attempt", "bars", b"bars", "base", b"base", "complete", b"complete", "device", b"device", "dma_faults", b"dma_faults", "fetched", b"fetched", "frames_dropped", b"frames_dropped", "function", b"function", "generation", b"generation", "identity", b"identity", "last_sequences", b"last_sequences", "migration", b"migration", "model", b"model", "state", b"state", "stopped_by", b"stopped_by", "vf_index", b"vf_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -120,9 +120,9 @@ class FunctionServiceServicer:
     def ChangeState(self, request, context):
         """ChangeState moves an instance along one arc of VFIO's state machine. To STOP_COPY is preparatory; back to RUNNING
         is a consequence of an abort, and ends only a stop of the same attempt. A stop from before the fleet generation was
-        raised, or of an instance whose target has fetched from it, is ended by an attempt of the present one and of no
-        migration, from who has asked all hosts. CONFLICT while etcd's word is nothing to act upon: it was restored from a
-        backup.
+        raised is ended by an attempt of the present one and of no migration, from who has asked all hosts; that of an
+        instance whose target has fetched from it, by none. CONFLICT while etcd's word is nothing to act upon: it was restored
+        from a backup.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

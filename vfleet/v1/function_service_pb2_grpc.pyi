@@ -56,9 +56,9 @@ class FunctionServiceStub:
     ChangeState: _grpc.UnaryUnaryMultiCallable[_function_service_pb2.ChangeStateRequest, _function_service_pb2.ChangeStateResponse]
     """ChangeState moves an instance along one arc of VFIO's state machine. To STOP_COPY is preparatory; back to RUNNING
     is a consequence of an abort, and ends only a stop of the same attempt. A stop from before the fleet generation was
-    raised, or of an instance whose target has fetched from it, is ended by an attempt of the present one and of no
-    migration, from who has asked all hosts. CONFLICT while etcd's word is nothing to act upon: it was restored from a
-    backup.
+    raised is ended by an attempt of the present one and of no migration, from who has asked all hosts; that of an
+    instance whose target has fetched from it, by none. CONFLICT while etcd's word is nothing to act upon: it was restored
+    from a backup.
     """
     ResetFunction: _grpc.UnaryUnaryMultiCallable[_function_service_pb2.ResetFunctionRequest, _function_service_pb2.ResetFunctionResponse]
     """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, but for the medium of
@@ -98,9 +98,9 @@ class FunctionServiceAsyncStub(FunctionServiceStub):
     ChangeState: _aio.UnaryUnaryMultiCallable[_function_service_pb2.ChangeStateRequest, _function_service_pb2.ChangeStateResponse]  # type: ignore[assignment]
     """ChangeState moves an instance along one arc of VFIO's state machine. To STOP_COPY is preparatory; back to RUNNING
     is a consequence of an abort, and ends only a stop of the same attempt. A stop from before the fleet generation was
-    raised, or of an instance whose target has fetched from it, is ended by an attempt of the present one and of no
-    migration, from who has asked all hosts. CONFLICT while etcd's word is nothing to act upon: it was restored from a
-    backup.
+    raised is ended by an attempt of the present one and of no migration, from who has asked all hosts; that of an
+    instance whose target has fetched from it, by none. CONFLICT while etcd's word is nothing to act upon: it was restored
+    from a backup.
     """
     ResetFunction: _aio.UnaryUnaryMultiCallable[_function_service_pb2.ResetFunctionRequest, _function_service_pb2.ResetFunctionResponse]  # type: ignore[assignment]
     """ResetFunction is a function-level reset (FLR): registers to their initial values, memory zero, but for the medium of
@@ -167,9 +167,9 @@ class FunctionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_function_service_pb2.ChangeStateResponse, _abc.Awaitable[_function_service_pb2.ChangeStateResponse]]:
         """ChangeState moves an instance along one arc of VFIO's state machine. To STOP_COPY is preparatory; back to RUNNING
         is a consequence of an abort, and ends only a stop of the same attempt. A stop from before the fleet generation was
-        raised, or of an instance whose target has fetched from it, is ended by an attempt of the present one and of no
-        migration, from who has asked all hosts. CONFLICT while etcd's word is nothing to act upon: it was restored from a
-        backup.
+        raised is ended by an attempt of the present one and of no migration, from who has asked all hosts; that of an
+        instance whose target has fetched from it, by none. CONFLICT while etcd's word is nothing to act upon: it was restored
+        from a backup.
         """
 
     @_abc_1.abstractmethod

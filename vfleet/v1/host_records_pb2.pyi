@@ -131,7 +131,6 @@ class InstanceRecord(_message.Message):
     IS_RESETTING_FIELD_NUMBER: _builtins.int
     REST_SOURCE_FIELD_NUMBER: _builtins.int
     KEEPS_REST_FIELD_NUMBER: _builtins.int
-    IS_FETCHED_FIELD_NUMBER: _builtins.int
     resolve_time: _builtins.float
     """When the host reads etcd and resolves, by its own clock: seconds since 1970; 0 for never."""
     file: _builtins.str
@@ -140,8 +139,6 @@ class InstanceRecord(_message.Message):
     """Whether a function-level reset has begun and is not done."""
     keeps_rest: _builtins.bool
     """Whether, stopped, it keeps what its target will fetch after COMMIT (post-copy)."""
-    is_fetched: _builtins.bool
-    """Whether its target has fetched of that: then the migration was committed, whatever etcd says."""
     @_builtins.property
     def instance(self) -> _function_service_pb2.FunctionInstance:
         """The instance."""
@@ -159,11 +156,10 @@ class InstanceRecord(_message.Message):
         is_resetting: _builtins.bool = ...,
         rest_source: Global___RestSource | None = ...,
         keeps_rest: _builtins.bool = ...,
-        is_fetched: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "rest_source", b"rest_source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "instance", b"instance", "is_fetched", b"is_fetched", "is_resetting", b"is_resetting", "keeps_rest", b"keeps_rest", "resolve_time", b"resolve_time", "rest_source", b"rest_source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "instance", b"instance", "is_resetting", b"is_resetting", "keeps_rest", b"keeps_rest", "resolve_time", b"resolve_time", "rest_source", b"rest_source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
