@@ -9,7 +9,7 @@ been made (also by a restart of the daemon) asks the function first how far it g
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -18,14 +18,14 @@ from hostd.direct import Grant
 from hostd.fabric import MAX_JOINED, Fabric, Link
 from hostd.functions import Functions
 from hostd.home import forget_driver, last_sequence
-from hostd.image import Sequencer
+from hostd.image import Sequencer, order_of
 from hostd.instance import Instance, Result, SequenceGapError
 from hostd.translation import Entry
 from vfleet.address import location_of, translate, window_offset
 from vfleet.clock import Clock, backoff_delays
 from vfleet.errors import Reason, VfleetError
 from vfleet.limits import WINDOW
-from vfleet.v1.access_pb2 import Access, AccessKind
+from vfleet.v1.access_pb2 import Access, AccessKind, Session
 from vfleet.v1.fabric_service_pb2 import (
     REFUSAL_NOT_YET,
     REFUSAL_UNSPECIFIED,
@@ -64,10 +64,14 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """How a queue reaches homes: this host's own functions, and the fabric."""
+    """How a queue reaches homes: this host's own functions, and the fabric.
+
+    `starts` is how often the daemon was started, and grows with it; `fleet_generation` is the present one.
+    """
 
     segment: int
-    session: int
+    starts: int
+    fleet_generation: Callable[[], int]
     functions: Functions
     fabric: Fabric
     clock: Clock
@@ -88,6 +92,7 @@ class AccessQueue:
         self._repeats: dict[int, Waiting] = {}
         self._sent = 0
         self._next_sequence = 0  # 0: not known yet
+        self._session = Session()  # that of the last question, until the sequence is known
         self._acknowledged = 0
         self._link: Link | None = None
         self._home: tuple[Instance, Sequencer] | None = None
@@ -204,7 +209,7 @@ class AccessQueue:
             driver=self._driver,
             function=entry.function,
             generation=entry.generation,
-            session=reach.session,
+            session=self._session,
             attachment=self._dma.attachment if self._dma is not None else None,
         )
         if self._segment == reach.segment:
@@ -232,6 +237,8 @@ class AccessQueue:
 
     def answered(self, response: ExchangeResponse) -> None:
         """Take the answers, or the refusal, of a batch (as the link's sender)."""
+        if response.session != self._session:
+            return
         if response.answers or response.refusal == REFUSAL_NOT_YET:
             self._delays = self._new_delays()
         for answer in response.answers:
@@ -327,7 +334,8 @@ class AccessQueue:
         if self._home is None or not self._home[0].is_serving:
             entry, reach = self._entry, self._reach
             address = translate(entry.virtual_address, entry.offset)
-            admitted = reach.functions.admit(self._driver, entry.function, entry.generation, reach.session, address)
+            session = order_of(self._session)
+            admitted = reach.functions.admit(self._driver, entry.function, entry.generation, session, address)
             if not isinstance(admitted, tuple):
                 return None
             self._home = admitted
@@ -429,7 +437,7 @@ class AccessQueue:
                 )
                 for access in batch
             ],
-            session=self._reach.session,
+            session=self._session,
         )
 
     def _start_repair(self) -> None:
@@ -470,11 +478,15 @@ class AccessQueue:
                 return
 
     async def _ask_sequence(self) -> int:
+        if not self._next_sequence:
+            self._session = Session(
+                fleet_generation=self._reach.fleet_generation(), revision=self._entry.revision, start=self._reach.starts
+            )
         request = GetSequenceRequest(
             driver=self._driver,
             function=self._entry.function,
             generation=self._entry.generation,
-            session=self._reach.session,
+            session=self._session,
             dma=self._dma,
         )
         if self._segment == self._reach.segment:

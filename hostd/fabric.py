@@ -25,6 +25,7 @@ CALL_TIMEOUT_S = 2.0
 CONNECT_TIMEOUT_S = 2.0
 RECONNECT_FIRST_S = 0.02
 RECONNECT_LONGEST_S = 0.5
+FORGET_FOR_S = 60.0
 MAX_JOINED = WINDOW // 2
 
 _log = logging.getLogger(__name__)
@@ -69,9 +70,6 @@ class Link:
 
     async def get_sequence(self, request: GetSequenceRequest) -> int:
         """Ask the home how far it got with a driver. Raise UNREACHABLE, or what the home answers."""
-        if self._forgetting:
-            # A driver that is attached again must not be forgotten for the time before.
-            await asyncio.wait(self._forgetting)
         peer = self._directory.peer(self._segment)
         if peer is None:
             raise VfleetError(Reason.UNREACHABLE, f"no host has segment {self._segment}")
@@ -85,7 +83,10 @@ class Link:
         return response.last_sequence
 
     def forget_driver(self, request: ForgetDriverRequest) -> None:
-        """Let the home forget a driver, once. If it can't be told, what it keeps stays until the function goes."""
+        """Let the home forget a driver's session. What comes late, or again, changes nothing of a later one.
+
+        If it can't be told for too long, or the function moves meanwhile, what is kept stays until `doctor` finds it.
+        """
         task = asyncio.create_task(self._forget_driver(request))
         self._forgetting.add(task)
         task.add_done_callback(self._forgetting.discard)
@@ -98,19 +99,26 @@ class Link:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _forget_driver(self, request: ForgetDriverRequest) -> None:
-        peer = self._directory.peer(self._segment)
-        if peer is None:
-            return
-        try:
-            await call(
-                FabricServiceStub(self._channels.to(peer.address)).ForgetDriver,
-                request,
-                address=peer.address,
-                timeout_s=CALL_TIMEOUT_S,
-                incarnation=peer.incarnation,
-            )
-        except VfleetError as error:
-            _log.warning("function %s still knows driver %s: %s", request.function, request.driver, error)
+        give_up_s = self._clock.monotonic() + FORGET_FOR_S
+        for delay_s in backoff_delays(self._random, RECONNECT_FIRST_S, RECONNECT_LONGEST_S):
+            peer, why = self._directory.peer(self._segment), "its host is not known"
+            if peer is not None:
+                try:
+                    await call(
+                        FabricServiceStub(self._channels.to(peer.address)).ForgetDriver,
+                        request,
+                        address=peer.address,
+                        timeout_s=CALL_TIMEOUT_S,
+                        incarnation=peer.incarnation,
+                    )
+                except VfleetError as error:
+                    why = error.message
+                else:
+                    return
+            if self._clock.monotonic() >= give_up_s:
+                _log.warning("function %s still knows driver %s: %s", request.function, request.driver, why)
+                return
+            await self._clock.sleep(delay_s)
 
     async def _run(self) -> None:
         delays = backoff_delays(self._random, RECONNECT_FIRST_S, RECONNECT_LONGEST_S)

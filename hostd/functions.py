@@ -13,7 +13,7 @@ from hostd.arrival import Arrival
 from hostd.device_state import AFTER_FAULT
 from hostd.engine_part import ENGINE_BYTES
 from hostd.fence import Fences, order_of
-from hostd.image import FunctionImage, Sequencer, image_bytes
+from hostd.image import FunctionImage, Sequencer, SessionOrder, image_bytes
 from hostd.instance import Instance
 from hostd.ledger import Ledger
 from hostd.models import create_model
@@ -328,14 +328,17 @@ class Functions:
         self._save(instance)
 
     def admit(
-        self, driver: str, function: str, generation: int, session: int, address: int
+        self, driver: str, function: str, generation: int, session: SessionOrder, address: int
     ) -> tuple[Instance, Sequencer] | Refusal.ValueType:
-        """Find the home that an access goes to, walking the segment's tree by its address, or say why it is refused."""
+        """Find the home that an access goes to, walking the segment's tree by its address, or say why it is refused.
+
+        Of a driver that the function doesn't know, accesses are those of before it was forgotten.
+        """
         instance = self.serving(function, generation, address)
         if instance is None:
             return REFUSAL_NOT_SERVING
-        sequencer = instance.image.sequencer(driver)
-        if session < sequencer.session:
+        sequencer = instance.image.known_sequencer(driver)
+        if sequencer is None or session < sequencer.session:
             return REFUSAL_STALE_SESSION
         if session > sequencer.session:
             sequencer.set_session(session)

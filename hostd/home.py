@@ -6,6 +6,7 @@ What is refused has had no effect and changes nothing; the sender sends it again
 import asyncio
 
 from hostd.functions import Functions
+from hostd.image import order_of
 from hostd.instance import SequenceGapError
 from vfleet.address import MAX_ACCESS_BYTES, WINDOW_SHIFT, AddressError, check_access, window_offset
 from vfleet.errors import Reason, VfleetError, invalid_field
@@ -51,14 +52,16 @@ def exchange(functions: Functions, request: ExchangeRequest) -> ExchangeResponse
     check_name("driver", request.driver)
     check_name("function", request.function)
     accesses = [_checked(index, access) for index, access in enumerate(request.accesses)]
-    response = ExchangeResponse(driver=request.driver, function=request.function, generation=request.generation)
-    answers = response.answers
+    response = ExchangeResponse(
+        driver=request.driver, function=request.function, generation=request.generation, session=request.session
+    )
+    answers, session = response.answers, order_of(request.session)
     window = -1
     for sequence, kind, address, length, data in accesses:
         # Nothing comes between two accesses of a batch: what leads to the same window is the same home still.
         if address >> WINDOW_SHIFT != window:
             window = address >> WINDOW_SHIFT
-            admitted = functions.admit(request.driver, request.function, request.generation, request.session, address)
+            admitted = functions.admit(request.driver, request.function, request.generation, session, address)
             if not isinstance(admitted, tuple):
                 response.refusal = admitted
                 break
@@ -85,12 +88,14 @@ def last_sequence(functions: Functions, request: GetSequenceRequest) -> int:
     """
     check_name("driver", request.driver)
     check_name("function", request.function)
-    instance = functions.find(request.function, request.generation) if request.generation else None
-    admitted = (
-        functions.admit(request.driver, request.function, request.generation, request.session, instance.about.base)
-        if instance is not None
-        else None
-    )
+    found = functions.find(request.function, request.generation) if request.generation else None
+    base = found.about.base if found is not None else 0
+    instance = functions.serving(request.function, request.generation, base) if found is not None else None
+    admitted = None
+    if instance is not None:
+        instance.image.sequencer(request.driver)
+        session = order_of(request.session)
+        admitted = functions.admit(request.driver, request.function, request.generation, session, base)
     if not isinstance(admitted, tuple):
         why = Refusal.Name(admitted) if admitted is not None else "it has no such instance"
         raise VfleetError(
@@ -111,9 +116,8 @@ def last_sequence(functions: Functions, request: GetSequenceRequest) -> int:
 def forget_driver(functions: Functions, request: ForgetDriverRequest) -> None:
     """Free what a function keeps for a driver that was detached, unless a later session has come since."""
     instance = functions.find(request.function, request.generation) if request.generation else None
-    known = {} if instance is None else {s.driver: s for s in instance.image.sequencers()}
-    sequencer = known.get(request.driver)
-    if instance is not None and sequencer is not None and sequencer.session <= request.session:
+    sequencer = instance.image.known_sequencer(request.driver) if instance is not None else None
+    if instance is not None and sequencer is not None and sequencer.session <= order_of(request.session):
         instance.image.forget(request.driver)
         if instance.master is not None:
             instance.master.detach(request.attachment)

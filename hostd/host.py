@@ -67,9 +67,13 @@ class Host:
         self.directory = Directory()
         self.fabric = Fabric(lambda number: Link(number, self.directory, channels, clock, random))
         self.functions = Functions(segment, ledger, fences, clock)
-        reach = Reach(segment.number, identity.session, self.functions, self.fabric, clock, random)
         history = self.history = History(topology.name, ledger, fences, random)
-        receivers = Receivers(segment.main_memory, ledger, identity.session, lambda: history.generation)
+
+        def generation() -> int:
+            return history.generation
+
+        reach = Reach(segment.number, identity.session, generation, self.functions, self.fabric, clock, random)
+        receivers = Receivers(segment.main_memory, ledger, identity.session, generation)
         self.drivers = Drivers(topology.name, segment.main_memory, ledger, fences, clock, reach, receivers)
         self.dma_links = DmaLinks(lambda number: DmaLink(number, self.directory, channels, clock, random))
         dma_reach = DmaReach(segment.number, self.drivers, self.dma_links, clock, random)

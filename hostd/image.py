@@ -26,7 +26,7 @@ from hostd.models.base import Store
 from vfleet.address import MAX_ACCESS_BYTES, PAGE_BYTES
 from vfleet.errors import Reason, VfleetError
 from vfleet.limits import MAX_DRIVERS, WINDOW
-from vfleet.v1.access_pb2 import AccessStatus, Answer
+from vfleet.v1.access_pb2 import AccessStatus, Answer, Session
 from vfleet.v1.transfer_service_pb2 import DriverSequence
 
 _REDO_BYTES = PLAIN_REDO_START
@@ -46,11 +46,19 @@ _MEMORY_OFFSET = _SEQUENCERS_OFFSET + MAX_DRIVERS * _SEQUENCER_BYTES
 
 KeptAnswer = tuple[AccessStatus.ValueType, bytes]
 
+SessionOrder = tuple[int, int, int]
+"""What sessions are compared by: fleet generation, revision, start."""
+
 
 def image_bytes(memory_bytes: int) -> int:
     """Return the size of the file for a memory of this size, both multiples of 4096."""
     pages = memory_bytes // PAGE_BYTES
     return _MEMORY_OFFSET + (pages + -(-pages // PAGE_BYTES)) * PAGE_BYTES
+
+
+def order_of(session: Session) -> SessionOrder:
+    """Return what a session is compared by."""
+    return session.fleet_generation, session.revision, session.start
 
 
 class Sequencer:
@@ -63,6 +71,7 @@ class Sequencer:
     __slots__ = (
         "_base",
         "_bytes",
+        "_session_word",
         "_words",
         "acknowledged",
         "driver",
@@ -79,13 +88,15 @@ class Sequencer:
         self._base = _SEQUENCERS_OFFSET + index * _SEQUENCER_BYTES
         self.index = index
         self.last_word = (self._base + 8 + _NAME_BYTES) // 8
+        self._session_word = self.last_word + 1
         self.grant: Grant | None = None
         # Its length stands before the name: 0 where there is no driver.
         name_bytes = words[self._base // 8]
         start = self._base + 8
         self.driver = bytes(memory[start : start + name_bytes]).decode()
         self.last: int = words[self.last_word]
-        self.session: int = words[(self._base + 16 + _NAME_BYTES) // 8]
+        start, revision, fleet_generation = words[self._session_word : self._session_word + 3]
+        self.session: SessionOrder = (fleet_generation, revision, start)
         self.acknowledged = 0
 
     def take(self, driver: str) -> None:
@@ -97,7 +108,7 @@ class Sequencer:
         self._bytes[self._base : self._base + _SEQUENCER_BYTES] = bytes(_SEQUENCER_BYTES)
         self._bytes[self._base + 8 : self._base + 8 + len(name)] = name
         self._words[self._base // 8] = len(name)
-        self.driver, self.last, self.session, self.acknowledged = driver, 0, 0, 0
+        self.driver, self.last, self.session, self.acknowledged = driver, 0, (0, 0, 0), 0
 
     def free(self) -> None:
         """Forget the driver."""
@@ -105,9 +116,11 @@ class Sequencer:
         self._words[self._base // 8] = 0
         self.driver = ""
 
-    def set_session(self, session: int) -> None:
+    def set_session(self, session: SessionOrder) -> None:
         """Refuse earlier sessions from now on."""
-        self._words[(self._base + 16 + _NAME_BYTES) // 8] = session
+        # What counts least goes first: a kill in between leaves none that is later than this one.
+        for index, part in enumerate(reversed(session)):
+            self._words[self._session_word + index] = part
         self.session = session
 
     def advance(self, sequence: int, status: AccessStatus.ValueType, data: bytes) -> None:
@@ -144,7 +157,9 @@ class Sequencer:
 
     def export(self) -> DriverSequence:
         """Return the sequencer as it moves with the function's state."""
-        exported = DriverSequence(driver=self.driver, last_sequence=self.last, session=self.session)
+        fleet_generation, revision, start = self.session
+        session = Session(fleet_generation=fleet_generation, revision=revision, start=start)
+        exported = DriverSequence(driver=self.driver, last_sequence=self.last, session=session)
         for sequence in range(max(self.acknowledged, self.last - WINDOW) + 1, self.last + 1):
             kept = self.answer(sequence)
             if kept is not None:
@@ -157,7 +172,7 @@ class Sequencer:
         for answer in exported.answers:
             self.advance(answer.sequence, answer.status, answer.data)
         self.skip_to(exported.last_sequence)
-        self.set_session(exported.session)
+        self.set_session(order_of(exported.session))
 
 
 class FunctionImage:
@@ -179,6 +194,10 @@ class FunctionImage:
         self._dirty: set[int] | None = None
         self._redo()
         finish_plain_writes(self)
+
+    def known_sequencer(self, driver: str) -> Sequencer | None:
+        """Return the driver's sequencer, or None."""
+        return self._by_driver.get(driver)
 
     def sequencer(self, driver: str) -> Sequencer:
         """Return the driver's sequencer, a new one if it has none. Raise LIMIT_EXCEEDED beyond 16 drivers."""

@@ -97,7 +97,9 @@ class Bench:
         self.ledger = Ledger(self.path)
         self.fences = Fences(self.ledger)
         self.functions = Functions(self.segment, self.ledger, self.fences, self.clock)
-        self.reach = Reach(self.segment.number, self.session, self.functions, self.fabric, self.clock, Random(7))
+        self.reach = Reach(
+            self.segment.number, self.session, lambda: 1, self.functions, self.fabric, self.clock, Random(7)
+        )
         place = self.segment.main_memory
         receivers = Receivers(place, self.ledger, self.session, lambda: 1)
         self.drivers = Drivers(self.host, place, self.ledger, self.fences, self.clock, self.reach, receivers)

@@ -25,6 +25,8 @@ class FakeLink:
     senders: dict[tuple[str, str], Sender] = field(default_factory=dict)
     batches: list[ExchangeRequest] = field(default_factory=list)
     """All that was ever sent."""
+    forgettings: list[ForgetDriverRequest] = field(default_factory=list)
+    loses_forgettings: bool = False
 
     def send(self, request: ExchangeRequest, sender: Sender) -> bool:
         self.senders[request.driver, request.function] = sender
@@ -42,7 +44,9 @@ class FakeLink:
         return home.last_sequence(self._home(), request)
 
     def forget_driver(self, request: ForgetDriverRequest) -> None:
-        home.forget_driver(self._home(), request)
+        self.forgettings.append(request)
+        if not self.loses_forgettings:
+            home.forget_driver(self._home(), request)
 
     def carry_request(self) -> None:
         """Let the oldest request arrive; its response is on its way then."""

@@ -42,7 +42,11 @@ class Rig:
     def start(self, entry: Entry) -> AccessQueue:
         """Make the queue as a daemon does that has just been started."""
         self.session += 1
-        reach = Reach(1, self.session, self.h1.functions, self.fabric, self.clock, Random(3))
+        return self.attach(entry)
+
+    def attach(self, entry: Entry) -> AccessQueue:
+        """Make the queue as a daemon does that learns of the entry."""
+        reach = Reach(1, self.session, lambda: 1, self.h1.functions, self.fabric, self.clock, Random(3))
         self.queue = AccessQueue("d1", entry, reach)
         self.entry = entry
         return self.queue

@@ -46,7 +46,7 @@ class Pair:
         self.access("d1", b"one")
         self.access("d1", b"two")
         self.access("d2", b"three")
-        self.source.image.sequencer("d2").set_session(4)
+        self.source.image.sequencer("d2").set_session((1, 2, 4))
 
     def write(self, page: int, data: bytes) -> None:
         self.source.image.store([(page * PAGE_BYTES + 8, data)])

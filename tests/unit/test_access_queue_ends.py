@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from support.bench import reason_of
 from support.manual_clock import settle
 from support.queue_rig import ENDED, LONG_S, OK, Rig, all_rung
 
+from hostd.home import exchange, forget_driver
 from hostd.models import checker
 from vfleet.errors import Reason, VfleetError
+from vfleet.v1.access_pb2 import ACCESS_STATUS_OK, Session
 from vfleet.v1.fabric_service_pb2 import ForgetDriverRequest
 
 
@@ -179,6 +182,88 @@ async def test_a_detached_driver_is_forgotten_by_the_function(rig: Rig):
 async def test_a_driver_of_a_later_session_is_not_forgotten(remote: Rig):
     remote.start(remote.entry)
     await remote.run()
-    request = ForgetDriverRequest(driver="d1", function="vf1", generation=1, session=1)
+    request = ForgetDriverRequest(driver="d1", function="vf1", generation=1, session=Session(start=9))
     remote.link.forget_driver(request)
     assert [s.driver for s in remote.instance.image.sequencers()] == ["d1"]
+
+
+# One attachment after another. What is left of the earlier comes late, twice or never.
+
+
+def attach_again(rig: Rig, *, session: int | None = None) -> None:
+    """Detach the driver, and attach it once more: in the same session, or at a host that is in another one."""
+    rig.queue.detach(ENDED)
+    rig.session = session or rig.session
+    rig.attach(replace(rig.entry, revision=rig.entry.revision + 10))
+
+
+@pytest.mark.parametrize(("is_forgotten", "has_asked"), [(True, True), (True, False), (False, True)])
+async def test_what_was_sent_before_a_detach_has_no_effect_after_it(remote: Rig, is_forgotten: bool, has_asked: bool):
+    remote.link.loses_forgettings = not is_forgotten
+    remote.write(9)
+    late = remote.link.requests.popleft()
+    attach_again(remote)
+    if has_asked:
+        await remote.run()
+    exchange(remote.h2.functions, late)
+    await remote.run()
+    await all_rung(remote, [remote.write(1), remote.write(2)])
+
+
+async def test_what_took_effect_before_a_detach_does_not_again_after_it(remote: Rig):
+    first = remote.write(1)
+    late = remote.link.requests[0]
+    await remote.run()
+    assert first.answer.result() == OK
+    remote.queue.detach(ENDED)
+    exchange(remote.h2.functions, late)
+    assert remote.counters() == [1, 1, 0, 0, 0]
+    assert remote.instance.image.sequencers() == [], "nor is anything kept for it"
+
+
+async def test_an_answer_of_before_a_detach_is_none_to_what_follows(remote: Rig):
+    remote.read(checker.IDENTITY)
+    remote.link.carry_request()
+    answer = remote.link.responses.popleft()
+    attach_again(remote)
+    await remote.clock.advance(LONG_S)
+    access = remote.read(checker.SCRATCH)
+    remote.link.responses.append(answer)
+    remote.link.carry_response()
+    await remote.run()
+    assert access.answer.result() == (ACCESS_STATUS_OK, bytes(8))
+
+
+async def test_a_forgetting_that_comes_late_or_again_forgets_nothing_of_the_next_attachment(remote: Rig):
+    await all_rung(remote, [remote.write(1)])
+    remote.link.loses_forgettings = True
+    attach_again(remote)
+    await remote.run()
+    accesses = [remote.write(2)]
+    await remote.run()
+    forget_driver(remote.h2.functions, remote.link.forgettings[0])
+    accesses.append(remote.write(3))
+    await remote.run()
+    assert [access.answer.result() for access in accesses] == [OK, OK]
+    assert remote.counters() == [3, 3, 0, 0, 0]
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_a_driver_that_is_attached_at_another_host_is_served_though_it_was_not_forgotten(
+    remote: Rig, is_late: bool
+):
+    """Hosts count their sessions each for itself."""
+    remote.start(remote.entry)
+    remote.start(remote.entry)
+    await all_rung(remote, [remote.write(1)])
+    remote.link.loses_forgettings = True
+    attach_again(remote, session=1)
+    await remote.run()
+    accesses = [remote.write(2)]
+    if is_late:
+        await remote.run()
+        forget_driver(remote.h2.functions, remote.link.forgettings[0])
+        accesses.append(remote.write(3))
+    await remote.run()
+    assert [access.answer.result() for access in accesses] == [OK] * len(accesses)
+    assert remote.counters() == [1 + len(accesses)] * 2 + [0, 0, 0]

@@ -41,7 +41,9 @@ def access(bench: Bench, generation: int = 1, *, session: int = 1, address: int 
     """Let a driver's access come to where the function's instance of the generation is, or would be."""
     instance = bench.functions.find("vf1", generation)
     at = instance.about.base if address is None and instance is not None else address or 0
-    return bench.functions.admit(driver, "vf1", generation, session, at)
+    if instance is not None:
+        instance.image.sequencer(driver)
+    return bench.functions.admit(driver, "vf1", generation, (1, 1, session), at)
 
 
 def prepared(bench: Bench, revision: int = 10, generation: int = 2, **where) -> Instance:

@@ -16,6 +16,7 @@ from vfleet.v1.access_pb2 import (
     ACCESS_KIND_WRITE,
     ACCESS_STATUS_OK,
     Access,
+    Session,
 )
 from vfleet.v1.fabric_service_pb2 import (
     REFUSAL_NOT_SERVING,
@@ -35,6 +36,7 @@ class Home:
     def __init__(self, path: Path) -> None:
         self.bench = Bench(path)
         self.instance = self.bench.create()
+        self.last()
 
     def write(self, sequence: int, value: int) -> Access:
         address = self.instance.about.base + checker.SCRATCH
@@ -50,18 +52,22 @@ class Home:
             driver="d1",
             function="vf1",
             generation=generation,
-            session=session,
+            session=Session(start=session),
             acknowledged_sequence=acknowledged,
             accesses=accesses,
         )
         return exchange(self.bench.functions, request)
 
     def last(self, session: int = 1, generation: int = 1, driver: str = "d1") -> int:
-        request = GetSequenceRequest(driver=driver, function="vf1", generation=generation, session=session)
+        request = GetSequenceRequest(
+            driver=driver, function="vf1", generation=generation, session=Session(start=session)
+        )
         return last_sequence(self.bench.functions, request)
 
     def forget(self, session: int = 1, generation: int = 1, driver: str = "d1") -> None:
-        request = ForgetDriverRequest(driver=driver, function="vf1", generation=generation, session=session)
+        request = ForgetDriverRequest(
+            driver=driver, function="vf1", generation=generation, session=Session(start=session)
+        )
         forget_driver(self.bench.functions, request)
 
     @property

@@ -102,11 +102,11 @@ def test_a_function_has_16_drivers_and_no_more_until_one_is_forgotten(image: Fun
 
 def test_a_forgotten_driver_begins_anew(image: FunctionImage):
     apply(image, "d1", (b"old", ()))
-    image.sequencer("d1").set_session(9)
+    image.sequencer("d1").set_session((1, 2, 9))
     image.forget("d1")
     assert image.sequencers() == []
     sequencer = image.sequencer("d1")
-    assert (sequencer.last, sequencer.session, sequencer.answer(1)) == (0, 0, None)
+    assert (sequencer.last, sequencer.session, sequencer.answer(1)) == (0, (0, 0, 0), None)
 
 
 def test_clear_leaves_nothing(image: FunctionImage):
@@ -138,7 +138,7 @@ def played(history: Sequence[tuple]) -> FunctionImage:
     image = new_image()
     for kind, second, third in history:
         if kind == "session":
-            image.sequencer(second).set_session(third)
+            image.sequencer(second).set_session((1, third >> 1, third))
         elif kind == "forget":
             image.forget(second)
         else:
@@ -223,13 +223,24 @@ def test_a_kill_at_any_instruction_leaves_an_access_done_or_not_begun(image: Fun
     assert done == {0, 1}
 
 
+@pytest.mark.parametrize("later", [(1, 20, 3), (2, 1, 1), (1, 10, 10), (2, 10, 1)])
+def test_a_kill_while_a_session_is_noted_leaves_none_that_refuses_it(image: FunctionImage, later):
+    sequencer = image.sequencer("d1")
+    sequencer.set_session((1, 10, 9))
+    for content in snapshots_during(image, lambda: sequencer.set_session(later)):
+        again = new_image(content)
+        assert again.sequencer("d1").session <= later
+        again.close()
+    assert sequencer.session == later
+
+
 def test_a_kill_while_a_driver_is_taken_in_leaves_it_known_or_not(image: FunctionImage):
     apply(image, "d1", write(0, b"x" * 8))
-    image.sequencer("d1").set_session(3)
+    image.sequencer("d1").set_session((1, 2, 3))
     image.forget("d1")
     for content in snapshots_during(image, lambda: image.sequencer("d2")):
         again = new_image(content)
-        assert [(s.driver, s.last, s.session) for s in again.sequencers()] in ([], [("d2", 0, 0)])
+        assert [(s.driver, s.last, s.session) for s in again.sequencers()] in ([], [("d2", 0, (0, 0, 0))])
         again.close()
 
 

@@ -21,7 +21,7 @@ from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
 from vfleet.etcd.records import decode
 from vfleet.etcd.store import Listing
-from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, Access
+from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, Access, Session
 from vfleet.v1.fabric_service_pb2 import REFUSAL_NOT_YET, ExchangeRequest
 from vfleet.v1.records_pb2 import FUNCTION_STATUS_ACTIVE, FUNCTION_STATUS_LOST, Function
 from vfleet.v1.records_pb2 import Host as HostRecord
@@ -96,7 +96,7 @@ class Rig:
         return decode(Function, self.fleet.items[keys.function_key("vf1")]).status
 
     def exchange(self, *accesses: Access) -> ExchangeRequest:
-        return ExchangeRequest(driver="d1", function="vf1", generation=2, session=9, accesses=accesses)
+        return ExchangeRequest(driver="d1", function="vf1", generation=2, session=Session(start=9), accesses=accesses)
 
     def access(self, page: int, sequence: int, data: bytes = b"") -> Access:
         return Access(

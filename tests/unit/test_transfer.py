@@ -44,7 +44,7 @@ async def test_all_that_a_function_is_moves(pair: Pair):
     steps = await pair.pull_all()
     pair.assert_moved()
     assert pair.target.image.sequencer("d1").answer(2) == (ACCESS_STATUS_OK, b"two")
-    assert pair.target.image.sequencer("d2").session == 4
+    assert pair.target.image.sequencer("d2").session == (1, 2, 4)
     assert [(step.rounds, step.ready_to_stop, step.complete) for step in steps] == [(1, True, False), (1, True, True)]
     pair.h2.restart()
     pair.assert_moved(pair.h2.functions.require("vf1", 2))
@@ -231,7 +231,7 @@ DAMAGE = {
     "a section left out": ("end.sections", lambda s: list(s)[:1]),
     "the checksum of the end": ("end.crc", lambda v: v ^ 1),
     "a sequence": ("end.sequences.last_sequence", lambda v: v + 1),
-    "a session": ("end.sequences.session", lambda v: v + 1),
+    "a session": ("end.sequences.session.start", lambda v: v + 1),
     "a driver": ("end.sequences.driver", lambda v: "d3"),
     "an answer": ("end.sequences.answers", lambda a: [Answer(sequence=1, status=ACCESS_STATUS_OK, data=b"else")]),
     "answers left out": ("end.sequences.answers", lambda a: []),
@@ -339,7 +339,7 @@ async def test_a_damaged_import_leaves_the_instance_incomplete(pair: Pair):
         await pair.pull_all(Network(pair.h1, damage))
     assert caught.value.reason is Reason.BAD_STATE
     assert (pair.target.state, pair.target.about.complete) == (DEVICE_STATE_RESUMING, False)
-    assert not isinstance(pair.h2.functions.admit("d1", "vf1", 2, 1, pair.target.about.base), tuple)
+    assert not isinstance(pair.h2.functions.admit("d1", "vf1", 2, (1, 1, 1), pair.target.about.base), tuple)
     await settle()
     await pair.pull_all()
     pair.assert_moved()

@@ -24,19 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16vfleet/v1/access.proto\x12\tvfleet.v1\"t\n\x06\x41\x63\x63\x65ss\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.vfleet.v1.AccessKind\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\x06\x12\x14\n\x0clength_bytes\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"Q\n\x06\x41nswer\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.vfleet.v1.AccessStatus\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*V\n\nAccessKind\x12\x1b\n\x17\x41\x43\x43\x45SS_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41\x43\x43\x45SS_KIND_READ\x10\x01\x12\x15\n\x11\x41\x43\x43\x45SS_KIND_WRITE\x10\x02*\x87\x01\n\x0c\x41\x63\x63\x65ssStatus\x12\x1d\n\x19\x41\x43\x43\x45SS_STATUS_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41\x43\x43\x45SS_STATUS_OK\x10\x01\x12%\n!ACCESS_STATUS_UNSUPPORTED_REQUEST\x10\x02\x12\x1b\n\x17\x41\x43\x43\x45SS_STATUS_FORGOTTEN\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16vfleet/v1/access.proto\x12\tvfleet.v1\"D\n\x07Session\x12\x18\n\x10\x66leet_generation\x18\x01 \x01(\x04\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\r\n\x05start\x18\x03 \x01(\x04\"t\n\x06\x41\x63\x63\x65ss\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.vfleet.v1.AccessKind\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\x06\x12\x14\n\x0clength_bytes\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"Q\n\x06\x41nswer\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.vfleet.v1.AccessStatus\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*V\n\nAccessKind\x12\x1b\n\x17\x41\x43\x43\x45SS_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41\x43\x43\x45SS_KIND_READ\x10\x01\x12\x15\n\x11\x41\x43\x43\x45SS_KIND_WRITE\x10\x02*\x87\x01\n\x0c\x41\x63\x63\x65ssStatus\x12\x1d\n\x19\x41\x43\x43\x45SS_STATUS_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41\x43\x43\x45SS_STATUS_OK\x10\x01\x12%\n!ACCESS_STATUS_UNSUPPORTED_REQUEST\x10\x02\x12\x1b\n\x17\x41\x43\x43\x45SS_STATUS_FORGOTTEN\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vfleet.v1.access_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACCESSKIND']._serialized_start=238
-  _globals['_ACCESSKIND']._serialized_end=324
-  _globals['_ACCESSSTATUS']._serialized_start=327
-  _globals['_ACCESSSTATUS']._serialized_end=462
-  _globals['_ACCESS']._serialized_start=37
-  _globals['_ACCESS']._serialized_end=153
-  _globals['_ANSWER']._serialized_start=155
-  _globals['_ANSWER']._serialized_end=236
+  _globals['_ACCESSKIND']._serialized_start=308
+  _globals['_ACCESSKIND']._serialized_end=394
+  _globals['_ACCESSSTATUS']._serialized_start=397
+  _globals['_ACCESSSTATUS']._serialized_end=532
+  _globals['_SESSION']._serialized_start=37
+  _globals['_SESSION']._serialized_end=105
+  _globals['_ACCESS']._serialized_start=107
+  _globals['_ACCESS']._serialized_end=223
+  _globals['_ANSWER']._serialized_start=225
+  _globals['_ANSWER']._serialized_end=306
 # @@protoc_insertion_point(module_scope)

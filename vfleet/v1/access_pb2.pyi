@@ -70,6 +70,39 @@ ACCESS_STATUS_FORGOTTEN: AccessStatus.ValueType  # 3
 Global___AccessStatus: _TypeAlias = AccessStatus  # noqa: Y015
 
 @_typing.final
+class Session(_message.Message):
+    """Which session of a driver it is that sends: one attachment to the function, in one session of the driver's host. Ordered
+    by its fields, in their order. What an earlier one sent, and is still on its way when the function has heard of a later
+    one, is refused: its sequences may have been given anew.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FLEET_GENERATION_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    fleet_generation: _builtins.int
+    """The fleet generation in which it began."""
+    revision: _builtins.int
+    """Revision of the driver's table entry when it began: later with each attachment, at whatever host."""
+    start: _builtins.int
+    """Grows with every start of the driver's hostd."""
+    def __init__(
+        self,
+        *,
+        fleet_generation: _builtins.int = ...,
+        revision: _builtins.int = ...,
+        start: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fleet_generation", b"fleet_generation", "revision", b"revision", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Session: _TypeAlias = Session  # noqa: Y015
+
+@_typing.final
 class Access(_message.Message):
     """One access to a function."""
 

@@ -33,7 +33,7 @@ class _RefusalEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal.Value
     REFUSAL_SEQUENCE_GAP: _Refusal.ValueType  # 2
     """An earlier sequence is missing; expected_sequence says which."""
     REFUSAL_STALE_SESSION: _Refusal.ValueType  # 3
-    """A later session of the driver's host has accessed the function."""
+    """The function has heard of a later session of the driver, or was told to forget this one."""
     REFUSAL_NOT_YET: _Refusal.ValueType  # 4
     """Not yet: what it touches is still at the source (post-copy), or the function is slowed down for a migration."""
 
@@ -47,7 +47,7 @@ REFUSAL_NOT_SERVING: Refusal.ValueType  # 1
 REFUSAL_SEQUENCE_GAP: Refusal.ValueType  # 2
 """An earlier sequence is missing; expected_sequence says which."""
 REFUSAL_STALE_SESSION: Refusal.ValueType  # 3
-"""A later session of the driver's host has accessed the function."""
+"""The function has heard of a later session of the driver, or was told to forget this one."""
 REFUSAL_NOT_YET: Refusal.ValueType  # 4
 """Not yet: what it touches is still at the source (post-copy), or the function is slowed down for a migration."""
 Global___Refusal: _TypeAlias = Refusal  # noqa: Y015
@@ -124,13 +124,13 @@ class ExchangeRequest(_message.Message):
     """Generation that the driver's entry names."""
     acknowledged_sequence: _builtins.int
     """The driver has the answers up to this sequence: they need not be kept."""
-    session: _builtins.int
-    """Grows with every start of the driver's hostd. What an earlier session sent and is still on its way is refused once
-    the function has heard of a later one: its sequences may have been given anew.
-    """
     @_builtins.property
     def accesses(self) -> _containers.RepeatedCompositeFieldContainer[_access_pb2.Access]:
         """The accesses, by ascending sequence."""
+
+    @_builtins.property
+    def session(self) -> _access_pb2.Session:
+        """The session that sends. GetSequence has told the function of it."""
 
     def __init__(
         self,
@@ -140,9 +140,9 @@ class ExchangeRequest(_message.Message):
         generation: _builtins.int = ...,
         acknowledged_sequence: _builtins.int = ...,
         accesses: _abc.Iterable[_access_pb2.Access] | None = ...,
-        session: _builtins.int = ...,
+        session: _access_pb2.Session | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["accesses", b"accesses", "acknowledged_sequence", b"acknowledged_sequence", "driver", b"driver", "function", b"function", "generation", b"generation", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -162,6 +162,7 @@ class ExchangeResponse(_message.Message):
     ANSWERS_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     EXPECTED_SEQUENCE_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     driver: _builtins.str
     """The driver."""
     function: _builtins.str
@@ -176,6 +177,10 @@ class ExchangeResponse(_message.Message):
     def answers(self) -> _containers.RepeatedCompositeFieldContainer[_access_pb2.Answer]:
         """Answers, by ascending sequence."""
 
+    @_builtins.property
+    def session(self) -> _access_pb2.Session:
+        """Session that the batch named: a later one takes no answers of an earlier one."""
+
     def __init__(
         self,
         *,
@@ -185,10 +190,11 @@ class ExchangeResponse(_message.Message):
         answers: _abc.Iterable[_access_pb2.Answer] | None = ...,
         refusal: Global___Refusal.ValueType = ...,
         expected_sequence: _builtins.int = ...,
+        session: _access_pb2.Session | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "driver", b"driver", "expected_sequence", b"expected_sequence", "function", b"function", "generation", b"generation", "refusal", b"refusal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "driver", b"driver", "expected_sequence", b"expected_sequence", "function", b"function", "generation", b"generation", "refusal", b"refusal", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -211,8 +217,10 @@ class GetSequenceRequest(_message.Message):
     """The function."""
     generation: _builtins.int
     """Generation that the driver's entry names."""
-    session: _builtins.int
-    """The session that asks; earlier ones are refused from now on."""
+    @_builtins.property
+    def session(self) -> _access_pb2.Session:
+        """The session that asks; earlier ones are refused from now on."""
+
     @_builtins.property
     def dma(self) -> Global___DmaWindow:
         """Where the driver's main memory is, for a function that masters the bus. Not set if it has none."""
@@ -223,10 +231,10 @@ class GetSequenceRequest(_message.Message):
         driver: _builtins.str = ...,
         function: _builtins.str = ...,
         generation: _builtins.int = ...,
-        session: _builtins.int = ...,
+        session: _access_pb2.Session | None = ...,
         dma: Global___DmaWindow | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["dma", b"dma"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dma", b"dma", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["dma", b"dma", "driver", b"driver", "function", b"function", "generation", b"generation", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -273,8 +281,10 @@ class ForgetDriverRequest(_message.Message):
     """The function."""
     generation: _builtins.int
     """Generation that the driver's entry named."""
-    session: _builtins.int
-    """The session that asks; the request of an earlier one than the function knows does nothing."""
+    @_builtins.property
+    def session(self) -> _access_pb2.Session:
+        """The session that has ended: nothing is forgotten of a later one."""
+
     @_builtins.property
     def attachment(self) -> Global___DmaAttachment:
         """The attachment that has ended, if it had a window: the function's DMA for a later one goes on."""
@@ -285,10 +295,10 @@ class ForgetDriverRequest(_message.Message):
         driver: _builtins.str = ...,
         function: _builtins.str = ...,
         generation: _builtins.int = ...,
-        session: _builtins.int = ...,
+        session: _access_pb2.Session | None = ...,
         attachment: Global___DmaAttachment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "driver", b"driver", "function", b"function", "generation", b"generation", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...

@@ -75,7 +75,7 @@ class FabricServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetSequence(self, request, context):
-        """GetSequence tells how far a function got with a driver's accesses, for a driver's host that was restarted.
+        """GetSequence tells how far a function got with a driver's accesses, before the first of a session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,7 @@ class FabricServiceStub:
     answered in the order in which they were sent.
     """
     GetSequence: _grpc.UnaryUnaryMultiCallable[_fabric_service_pb2.GetSequenceRequest, _fabric_service_pb2.GetSequenceResponse]
-    """GetSequence tells how far a function got with a driver's accesses, for a driver's host that was restarted."""
+    """GetSequence tells how far a function got with a driver's accesses, before the first of a session."""
     ForgetDriver: _grpc.UnaryUnaryMultiCallable[_fabric_service_pb2.ForgetDriverRequest, _fabric_service_pb2.ForgetDriverResponse]
     """ForgetDriver frees what a function keeps for a driver that was detached. Forgetting what isn't there succeeds."""
     ExchangeDma: _grpc.StreamStreamMultiCallable[_fabric_service_pb2.ExchangeDmaRequest, _fabric_service_pb2.ExchangeDmaResponse]
@@ -61,7 +61,7 @@ class FabricServiceAsyncStub(FabricServiceStub):
     answered in the order in which they were sent.
     """
     GetSequence: _aio.UnaryUnaryMultiCallable[_fabric_service_pb2.GetSequenceRequest, _fabric_service_pb2.GetSequenceResponse]  # type: ignore[assignment]
-    """GetSequence tells how far a function got with a driver's accesses, for a driver's host that was restarted."""
+    """GetSequence tells how far a function got with a driver's accesses, before the first of a session."""
     ForgetDriver: _aio.UnaryUnaryMultiCallable[_fabric_service_pb2.ForgetDriverRequest, _fabric_service_pb2.ForgetDriverResponse]  # type: ignore[assignment]
     """ForgetDriver frees what a function keeps for a driver that was detached. Forgetting what isn't there succeeds."""
     ExchangeDma: _aio.StreamStreamMultiCallable[_fabric_service_pb2.ExchangeDmaRequest, _fabric_service_pb2.ExchangeDmaResponse]  # type: ignore[assignment]
@@ -93,7 +93,7 @@ class FabricServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _fabric_service_pb2.GetSequenceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_fabric_service_pb2.GetSequenceResponse, _abc.Awaitable[_fabric_service_pb2.GetSequenceResponse]]:
-        """GetSequence tells how far a function got with a driver's accesses, for a driver's host that was restarted."""
+        """GetSequence tells how far a function got with a driver's accesses, before the first of a session."""
 
     @_abc_1.abstractmethod
     def ForgetDriver(

@@ -280,11 +280,13 @@ class DriverSequence(_message.Message):
     """The driver."""
     last_sequence: _builtins.int
     """Last sequence applied."""
-    session: _builtins.int
-    """The latest session of the driver's host that accessed it; accesses of an earlier one are refused."""
     @_builtins.property
     def answers(self) -> _containers.RepeatedCompositeFieldContainer[_access_pb2.Answer]:
         """Answers that the driver may not have received, by sequence."""
+
+    @_builtins.property
+    def session(self) -> _access_pb2.Session:
+        """The latest session of the driver that it has heard of; accesses of an earlier one are refused."""
 
     def __init__(
         self,
@@ -292,9 +294,9 @@ class DriverSequence(_message.Message):
         driver: _builtins.str = ...,
         last_sequence: _builtins.int = ...,
         answers: _abc.Iterable[_access_pb2.Answer] | None = ...,
-        session: _builtins.int = ...,
+        session: _access_pb2.Session | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "driver", b"driver", "last_sequence", b"last_sequence", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...

@@ -23,7 +23,7 @@ from vfleet.address import location_of, table_offset
 from vfleet.clock import SystemClock
 from vfleet.limits import WINDOW
 from vfleet.rpc import Channels
-from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, ACCESS_STATUS_OK, Access
+from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, ACCESS_STATUS_OK, Access, Session
 from vfleet.v1.fabric_service_pb2 import ExchangeRequest
 from vfleet.v1.fabric_service_pb2_grpc import FabricServiceStub
 
@@ -55,7 +55,7 @@ async def run(size: Size) -> list[Figure]:
         entry = Entry("d1", "vf1", VIRTUAL_ADDRESS, 2 << 20, offset, function.generation, "h1")
         assert location_of(function.base).segment == host.segment
         # A segment that isn't the function's: so the way leads through the fabric.
-        queue = AccessQueue("d1", entry, Reach(host.segment + 1, 1, None, fabric, clock, random))
+        queue = AccessQueue("d1", entry, Reach(host.segment + 1, 1, lambda: 1, None, fabric, clock, random))
         count = size.of(1024, 128)
         try:
             await queue.synchronized()
@@ -122,7 +122,7 @@ class Stream:
             function="vf1",
             generation=1,
             acknowledged_sequence=first,
-            session=1,
+            session=Session(start=1),
             accesses=[self._access(number) for number in range(first, first + BATCH)],
         )
 

@@ -369,7 +369,7 @@ def sessions_not_counted() -> list[Patch]:
     """In 1 run of 200 a message of before a host's restart arrives after it; in such weather as this, in 1 of 20."""
 
     def admit(self, driver, function, generation, session, address, admit=Functions.admit):
-        return admit(self, driver, function, generation, 1 << 40, address)
+        return admit(self, driver, function, generation, (1 << 40, 0, 0), address)
 
     def stormy(random):
         worst = {"faults": ("cut off and kill",), "fault_every_s": 2.0, "slowness": 0.05, "duplication": 0.4}
