@@ -18,6 +18,7 @@ from vfleet.v1.driver_service_pb2 import (
     DetachFunctionRequest,
     DriverState,
 )
+from vfleet.v1.fabric_service_pb2 import ForgetDriverRequest
 from vfleet.v1.fleet_service_pb2 import Difference, DifferenceKind
 from vfleet.v1.function_service_pb2 import ChangeStateRequest, DestroyFunctionRequest, FunctionInstance
 from vfleet.v1.hold_service_pb2 import Hold, LiftHoldRequest
@@ -33,6 +34,7 @@ Request = (
     | DetachFunctionRequest
     | UpdateTableRequest
     | LiftHoldRequest
+    | ForgetDriverRequest
 )
 
 SERVING_STATES = frozenset({DeviceState.DEVICE_STATE_RUNNING, DeviceState.DEVICE_STATE_PRE_COPY})

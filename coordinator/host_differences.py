@@ -26,7 +26,9 @@ from vfleet.etcd.keys import driver_key, function_key, registration_key, slot_ke
 from vfleet.etcd.records import encode
 from vfleet.etcd.store import Delete, KeyValue, Put, Transaction, absent, unchanged, value_is
 from vfleet.names import host_of
+from vfleet.v1.access_pb2 import Session
 from vfleet.v1.driver_service_pb2 import CreateDriverRequest, DeleteDriverRequest, DetachFunctionRequest, DriverState
+from vfleet.v1.fabric_service_pb2 import ForgetDriverRequest
 from vfleet.v1.fleet_service_pb2 import DifferenceKind
 from vfleet.v1.function_service_pb2 import ChangeStateRequest, DestroyFunctionRequest, FunctionInstance
 from vfleet.v1.hold_service_pb2 import EntryName, Hold, LiftHoldRequest
@@ -67,6 +69,7 @@ def _instance(view: View, host: str, instance: FunctionInstance) -> Iterator[Fin
         is_lost = stored.record.status == FunctionStatus.FUNCTION_STATUS_LOST
         if instance.state not in SERVING_STATES and not _awaits_proof(instance) and not is_lost:
             yield _stopped(view, host, instance, stored)
+        yield from _detached(view, host, instance, stored.record)
         return
     is_earlier = instance.attempt.fleet_generation < view.snapshot.fleet_generation and instance.complete
     if stored is None:
@@ -133,6 +136,30 @@ def _is_led_to(view: View, instance: FunctionInstance) -> bool:
 
 def _awaits_proof(instance: FunctionInstance) -> bool:
     return instance.state == DeviceState.DEVICE_STATE_STOP and instance.complete
+
+
+def _detached(view: View, host: str, instance: FunctionInstance, function: Function) -> Iterator[Finding]:
+    """Yield the drivers that the home knows, and neither etcd nor any table has attached."""
+    tables = [driver for state in view.hosts.values() for driver in state.drivers]
+    attached = {driver.driver for driver in tables for entry in driver.entries if entry.function == function.name}
+    for driver in sorted(set(instance.last_sequences) - attached - set(function.drivers)):
+        # Of an attachment since what was read, nothing is forgotten.
+        read = Session(
+            fleet_generation=view.snapshot.fleet_generation, revision=view.snapshot.revision, start=(1 << 64) - 1
+        )
+        request = ForgetDriverRequest(
+            driver=driver, function=function.name, generation=instance.generation, session=read
+        )
+        yield finding(
+            DifferenceKind.DIFFERENCE_KIND_DETACHED_DRIVER,
+            host=host,
+            function=function.name,
+            driver=driver,
+            etcd="not attached to the function",
+            says="the function knows the driver",
+            remedy=ASK_AGAIN if view.silent else "let the function forget it",
+            repair=None if view.silent else Call(host, request),
+        )
 
 
 def _stopped(view: View, host: str, instance: FunctionInstance, stored: Stored[Function]) -> Finding:

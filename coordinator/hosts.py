@@ -22,6 +22,8 @@ from vfleet.v1.driver_service_pb2 import (
     ListDriversRequest,
 )
 from vfleet.v1.driver_service_pb2_grpc import DriverServiceStub
+from vfleet.v1.fabric_service_pb2 import ForgetDriverRequest
+from vfleet.v1.fabric_service_pb2_grpc import FabricServiceStub
 from vfleet.v1.function_service_pb2 import (
     ChangeStateRequest,
     CreateFunctionRequest,
@@ -160,6 +162,11 @@ class Hosts:
         method = DriverServiceStub(self._channel(host)).DetachFunction
         await self._call(host, "DetachFunction", method, request, DRIVER_TIMEOUT_S)
 
+    async def forget_driver(self, host: str, request: ForgetDriverRequest) -> None:
+        """Let a function forget a driver."""
+        method = FabricServiceStub(self._channel(host)).ForgetDriver
+        await self._call(host, "ForgetDriver", method, request, DRIVER_TIMEOUT_S)
+
     async def state(self, host: str) -> HostState:
         """Return what the host has: instances, holds, drivers."""
         channel = self._channel(host)
@@ -188,6 +195,8 @@ class Hosts:
                 await self.update_table(host, request)
             case LiftHoldRequest():
                 await self.lift_hold(host, request)
+            case ForgetDriverRequest():
+                await self.forget_driver(host, request)
 
     def _channel(self, host: str) -> grpc.aio.Channel:
         return self._channels.to(self.address(host))

@@ -15,6 +15,7 @@ from vfleet.etcd import keys
 from vfleet.etcd.store import Put, Target, Transaction
 from vfleet.names import host_of
 from vfleet.v1.driver_service_pb2 import DriverState
+from vfleet.v1.fabric_service_pb2 import ForgetDriverRequest
 from vfleet.v1.fleet_service_pb2 import DifferenceKind
 from vfleet.v1.function_service_pb2 import ChangeStateRequest, DestroyFunctionRequest, FunctionInstance
 from vfleet.v1.hold_service_pb2 import Hold, LiftHoldRequest
@@ -533,6 +534,31 @@ def test_a_function_made_anew_under_a_name_that_etcd_has_for_another_is_not_dest
     if is_forgotten:
         world.carry_out(next(each.repair for each in world.findings() if each.difference.host == "h2"))
     assert world.function("vf1").identity == (anew if is_forgotten else before).identity
+
+
+@pytest.mark.parametrize("why_not", ["", "silent host", "its table"])
+def test_what_a_function_keeps_for_a_driver_that_was_detached_is_let_go(world: World, why_not: str) -> None:
+    """Room for it is bounded. A driver that has an entry still is one whose attachment a backup has forgotten."""
+    home = world.instances["h1"][0]
+    home.last_sequences.update({"d1": 5, "d2": 7})
+    assert world.findings() == []
+    home.last_sequences["d9"] = 3
+    if why_not == "silent host":
+        world.silent.add("h2")
+    elif why_not == "its table":
+        world.drivers["h2"]["d9"] = DriverState(driver="d9")
+        world.drivers["h2"]["d9"].entries.add(driver="d9", function="vf1", host="h2", virtual_address=1 << 45)
+    kind = DifferenceKind.DIFFERENCE_KIND_DETACHED_DRIVER
+    found = [each for each in world.findings() if each.difference.kind == kind]
+    assert [each.repair is not None for each in found] == {"": [True], "silent host": [False], "its table": []}[why_not]
+    if why_not:
+        return
+    repair = found[0].repair
+    assert isinstance(repair, Call)
+    assert isinstance(repair.request, ForgetDriverRequest)
+    session = repair.request.session
+    assert (repair.host, repair.request.driver, repair.request.generation) == ("h1", "d9", home.generation)
+    assert (session.fleet_generation, session.revision) == (1, world.snapshot.revision), "nothing of a later attachment"
 
 
 def test_drivers_that_only_one_side_knows_are_made_or_deleted(world: World) -> None:

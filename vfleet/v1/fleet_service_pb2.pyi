@@ -75,6 +75,8 @@ class _DifferenceKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Differ
     """A host has a driver that etcd hasn't."""
     DIFFERENCE_KIND_UNFINISHED_FUNCTION: _DifferenceKind.ValueType  # 22
     """A function stays in creation or in deletion."""
+    DIFFERENCE_KIND_DETACHED_DRIVER: _DifferenceKind.ValueType  # 23
+    """A function keeps the sequences of a driver that was detached."""
 
 class DifferenceKind(_DifferenceKind, metaclass=_DifferenceKindEnumTypeWrapper):
     """What is wrong."""
@@ -127,6 +129,8 @@ DIFFERENCE_KIND_DRIVER_UNKNOWN_TO_FLEET: DifferenceKind.ValueType  # 21
 """A host has a driver that etcd hasn't."""
 DIFFERENCE_KIND_UNFINISHED_FUNCTION: DifferenceKind.ValueType  # 22
 """A function stays in creation or in deletion."""
+DIFFERENCE_KIND_DETACHED_DRIVER: DifferenceKind.ValueType  # 23
+"""A function keeps the sequences of a driver that was detached."""
 Global___DifferenceKind: _TypeAlias = DifferenceKind  # noqa: Y015
 
 @_typing.final
