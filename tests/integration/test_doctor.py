@@ -187,6 +187,31 @@ async def test_a_host_that_is_away_is_named_and_nothing_is_guessed(cluster: Clus
     assert await found(cluster) == []
 
 
+async def test_a_driver_that_its_function_was_not_told_to_forget_is_found_and_may_come_back_elsewhere(
+    cluster: Cluster,
+) -> None:
+    await cluster.fleet.create_function("vf1", "h2/nic0")
+    await cluster.work("d1", "vf1", "h1")
+    await cluster.stop_workloads()
+    away = [cluster.local.hosts[host] for host in ("h2", "h1")]
+    await away[0].kill()
+    await cluster.fleet.detach_driver("vf1", "d1")
+    await away[1].kill()
+    for daemon in away:
+        await daemon.start()
+
+    async def is_left() -> bool:
+        return kinds(await found(cluster)) == ["DETACHED_DRIVER"]
+
+    await eventually(is_left)
+    await cluster.fleet.delete_driver("d1")
+    await cluster.work("d1", "vf1", "h3")
+    await cluster.stop_workloads()
+    assert await found(cluster) == []
+    await cluster.fleet.detach_driver("vf1", "d1")
+    assert await found(cluster) == []
+
+
 async def test_a_function_that_no_host_has_is_lost(cluster: Cluster) -> None:
     made = await cluster.fleet.create_function("vf1", "h1/nic0")
     ghost = Function()
