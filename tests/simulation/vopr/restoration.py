@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from simulation.vopr.world import World
 
 AIMED = 0.5  # of the losses come between the COMMIT of a migration, which they undo, and its FINISH
+# So soon that hosts have not written yet what they have done: scrubbed a source, or begun to fetch from one.
+_AIMS = ("hostd.destroy.after", "hostd.arrive")
 SOON_S = 5.0
 REPAIR_S = 60.0
 GIVE_UP_GUEST_S = 30.0
@@ -40,8 +42,8 @@ async def lose_and_restore(world: "World") -> None:
         await world.until_reached("coordinator.commit.before", SOON_S)
     backup = etcd.state.copy()
     if is_aimed:
-        # So fast that hosts have not written yet that they have done anything.
-        await world.until_reached("hostd.destroy.after", SOON_S)
+        if not await world.until_reached(random.choice(_AIMS), SOON_S):
+            backup = etcd.state.copy()
     else:
         await asyncio.sleep(random.choice((0.5, 3.0, 12.0)) * random.random())
     world.trace("etcd is restored", etcd.state.revision, backup.revision)

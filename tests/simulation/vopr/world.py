@@ -146,12 +146,13 @@ class World:
             self.kill(self.process(life.name), self.random.uniform(0.2, 6.0))
         life.check()
 
-    async def until_reached(self, name: str, at_most_s: float) -> None:
-        """Wait until any process reaches a failpoint."""
+    async def until_reached(self, name: str, at_most_s: float) -> bool:
+        """Wait until any process reaches a failpoint. Return False if none does in time."""
         event = self._awaited.setdefault(name, asyncio.Event())
         with suppress(TimeoutError):
             async with asyncio.timeout(at_most_s):
                 await event.wait()
+        return event.is_set()
 
     def died(self, process: Process) -> None:
         """Count a death."""
