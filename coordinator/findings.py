@@ -12,6 +12,7 @@ from vfleet.address import table_offset
 from vfleet.etcd.keys import entry_key, function_key, lock_key, migration_key
 from vfleet.etcd.store import Compare, Transaction, unchanged
 from vfleet.names import host_of
+from vfleet.v1.access_pb2 import Session
 from vfleet.v1.driver_service_pb2 import (
     CreateDriverRequest,
     DeleteDriverRequest,
@@ -173,6 +174,12 @@ def is_home(function: Function, host: str, instance: FunctionInstance) -> bool:
         function.vf_index,
         function.generation,
     ) == (instance.identity, instance.device, instance.vf_index, instance.generation)
+
+
+def forgetting(driver: str, function: str, generation: int, as_of: Attempt) -> ForgetDriverRequest:
+    """Return what lets a function's home forget a driver that was detached as of then; nothing of what came later."""
+    session = Session(fleet_generation=as_of.fleet_generation, revision=as_of.revision, start=(1 << 64) - 1)
+    return ForgetDriverRequest(driver=driver, function=function, generation=generation, session=session)
 
 
 def describe_home(function: Function | None) -> str:

@@ -8,7 +8,10 @@ one, if it does come back, is to believe that it was forgotten on purpose. Insta
 are for `doctor` to name.
 """
 
+import logging
+
 from coordinator.context import Context
+from coordinator.findings import forgetting
 from coordinator.snapshot import Snapshot
 from coordinator.transaction import hosts_of
 from vfleet.decision import lose_function
@@ -19,6 +22,9 @@ from vfleet.etcd.store import Delete, KeyValue, Put, Transaction, absent, unchan
 from vfleet.names import host_of
 from vfleet.v1.fleet_service_pb2 import ForgetHostResponse
 from vfleet.v1.records_pb2 import Function, FunctionStatus
+from vfleet.v1.types_pb2 import Attempt
+
+_log = logging.getLogger(__name__)
 
 TRIES = 16  # in a row, of a step that the fleet changes under
 
@@ -55,6 +61,8 @@ async def forget_host(context: Context, host: str, *, force: bool) -> ForgetHost
             tries -= 1
             continue
         tries = TRIES
+        if drivers and not functions:
+            await _let_forget(context, snapshot, drivers[0], committed.revision)
         if functions:
             lost.append(functions[0])
         elif not drivers:
@@ -63,6 +71,20 @@ async def forget_host(context: Context, host: str, *, force: bool) -> ForgetHost
         elif not snapshot.entries_of(drivers[0]):
             deleted.append(drivers[0])
     raise VfleetError(Reason.CONFLICT, f"the fleet changed {TRIES} times meanwhile; try again")
+
+
+async def _let_forget(context: Context, snapshot: Snapshot, driver: str, revision: int) -> None:
+    """Let the function forget the driver that was detached from it at a revision: the driver's host can't say so."""
+    for name in sorted(snapshot.entries_of(driver))[:1]:
+        stored = snapshot.functions.get(name)
+        if stored is None:
+            return
+        as_of = Attempt(fleet_generation=snapshot.fleet_generation, revision=revision)
+        try:
+            request = forgetting(driver, name, stored.record.generation, as_of)
+            await context.hosts.forget_driver(host_of(stored.record.device), request)
+        except VfleetError as error:
+            _log.warning("function %s still knows driver %s, as doctor will say: %s", name, driver, error)
 
 
 def _check(snapshot: Snapshot, host: str, *, force: bool) -> None:

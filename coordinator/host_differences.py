@@ -16,6 +16,7 @@ from coordinator.findings import (
     describe_home,
     describe_instance,
     finding,
+    forgetting,
     is_home,
     key_of,
     led_to,
@@ -26,9 +27,7 @@ from vfleet.etcd.keys import driver_key, function_key, registration_key, slot_ke
 from vfleet.etcd.records import encode
 from vfleet.etcd.store import Delete, KeyValue, Put, Transaction, absent, unchanged, value_is
 from vfleet.names import host_of
-from vfleet.v1.access_pb2 import Session
 from vfleet.v1.driver_service_pb2 import CreateDriverRequest, DeleteDriverRequest, DetachFunctionRequest, DriverState
-from vfleet.v1.fabric_service_pb2 import ForgetDriverRequest
 from vfleet.v1.fleet_service_pb2 import DifferenceKind
 from vfleet.v1.function_service_pb2 import ChangeStateRequest, DestroyFunctionRequest, FunctionInstance
 from vfleet.v1.hold_service_pb2 import EntryName, Hold, LiftHoldRequest
@@ -143,13 +142,7 @@ def _detached(view: View, host: str, instance: FunctionInstance, function: Funct
     tables = [driver for state in view.hosts.values() for driver in state.drivers]
     attached = {driver.driver for driver in tables for entry in driver.entries if entry.function == function.name}
     for driver in sorted(set(instance.last_sequences) - attached - set(function.drivers)):
-        # Of an attachment since what was read, nothing is forgotten.
-        read = Session(
-            fleet_generation=view.snapshot.fleet_generation, revision=view.snapshot.revision, start=(1 << 64) - 1
-        )
-        request = ForgetDriverRequest(
-            driver=driver, function=function.name, generation=instance.generation, session=read
-        )
+        request = forgetting(driver, function.name, instance.generation, view.attempt)
         yield finding(
             DifferenceKind.DIFFERENCE_KIND_DETACHED_DRIVER,
             host=host,
