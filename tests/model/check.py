@@ -82,6 +82,9 @@ ENDS = Configuration("there and back, to the end", defines=("SESSIONS=2", "ENDIN
 ATTACHES = Configuration("drivers come and go", defines=("SESSIONS=2", "ATTACHING=1"))
 RESTARTS = Configuration("a machine restarts", defines=("SESSIONS=2", "RESTARTING=1"))
 NO_LEFTOVERS = Configuration("leftovers aside", defines=("SESSIONS=2", "LEFTOVERS=0"))
+RESTARTS_NO_LEFTOVERS = Configuration(
+    "restarts, leftovers aside", defines=("SESSIONS=2", "RESTARTING=1", "LEFTOVERS=0")
+)
 GROUP = Configuration("group", "group.pml")
 POST_COPY = Configuration("post-copy", "postcopy.pml")
 
@@ -117,12 +120,12 @@ ALONE: Mapping[Configuration, Mapping[str, str | None]] = {
     },
     ATTACHES: {"FUNCTION_AT_COMMIT": None, "LOCK_AT_ATTACH": None},
     RESTARTS: {
-        "IMPORT_OWN": "invariant_1",
         "RESOLVE_BY_RECORD": "invariant_1",
         "TARGET_AT_COMMIT": "invariant_1",
     },
     ENDS: {"HOSTS_RESOLVE": STUCK},
     NO_LEFTOVERS: {"FENCE": None},
+    RESTARTS_NO_LEFTOVERS: {"FENCE": None, "IMPORT_OWN": None},
     GROUP: {
         "COMMIT_TOGETHER": "invariant_1",
         "ABORT_TOGETHER": "invariant_1",
@@ -156,6 +159,7 @@ PAIRS: Mapping[tuple[Configuration, str, str], str] = {
     (NO_LEFTOVERS, "FENCE", "DESTROY_OWN"): "invariant_1",
     (NO_LEFTOVERS, "FENCE", "DESTROY_OLD"): "invariant_1",
     (NO_LEFTOVERS, "FENCE", "RESOLVE_BY_RECORD"): "invariant_1",
+    (RESTARTS_NO_LEFTOVERS, "FENCE", "IMPORT_OWN"): "invariant_1",
 }
 
 # Nothing misses these, neither alone nor with another that nothing misses alone.
