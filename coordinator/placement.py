@@ -29,10 +29,14 @@ from vfleet.v1.records_pb2 import Function
 
 @dataclass(frozen=True, slots=True)
 class Mover:
-    """A function that is to move: to the device `target`, HOST/DEVICE, or to any if that is empty."""
+    """A function that is to move: to the device `target`, HOST/DEVICE, or to any if that is empty.
+
+    `stays` if the target is its home, with another VF than now.
+    """
 
     function: Function
     target: str = ""
+    stays: bool = False
 
 
 class Question:
@@ -132,7 +136,7 @@ class Question:
             bars=tuple((bar.index, bar.size_bytes) for bar in function.bars),
             attachments=frozenset(self.constraints.attachments) or reached,
             target=mover.target,
-            stays=mover.target == function.device,
+            stays=mover.stays,
             groups=self._group_needs(function.name),
         )
 

@@ -71,7 +71,7 @@ def _target(needs: Needs, site: Site, snapshot: Snapshot) -> Values | None:
 
 
 def _source(needs: Needs, site: Site, snapshot: Snapshot) -> Values | None:
-    return None if site.name != needs.source or needs.stays else (site.name, "another device")
+    return None if site.name != needs.source or needs.stays else (site.name, "another device, or another VF of it")
 
 
 def _manufacturer(needs: Needs, site: Site, snapshot: Snapshot) -> Values | None:

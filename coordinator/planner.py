@@ -76,7 +76,9 @@ def ask(snapshot: Snapshot, requests: Sequence[MoveRequest], constraints: Constr
         find_device(snapshot, function.device)
         if request.target_device:
             find_device(snapshot, request.target_device)
-        movers[function.name] = Mover(function, request.target_device)
+        is_at_home = request.target_device == function.device
+        stays = is_at_home and request.target_vf_index not in (0, function.vf_index)
+        movers[function.name] = Mover(function, request.target_device, stays)
     homes: dict[str, str] = {}
     for index, rule in enumerate((constraints or Constraints()).groups):
         if not any(name in movers for name in rule.functions):

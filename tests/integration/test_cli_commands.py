@@ -450,7 +450,7 @@ async def test_plan_shows_the_verdict_on_each_device(vfleet: Vfleet, fake: Fake)
     brief = await vfleet("plan", "vf1", "--brief")
     assert "h2/nic0" in brief.out
     assert "rejected" not in brief.out
-    assert [request.explain for request in fake.requests] == [True, True]
+    assert [request.explain for request in fake.requests] == [True, False]
 
 
 async def test_plan_for_programs_says_all(vfleet: Vfleet, fake: Fake) -> None:

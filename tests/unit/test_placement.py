@@ -4,7 +4,7 @@ import pytest
 from support.fake_host import device
 from support.fleet_values import LIMITS, FleetValues, move, three_hosts
 
-from coordinator import assignment, transaction
+from coordinator import assignment
 from coordinator.explanation import explain
 from coordinator.placement_filters import free_slots
 from coordinator.planner import ask, plan
@@ -13,7 +13,6 @@ from coordinator.snapshot import Stored
 from coordinator.term import _the_same
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
-from vfleet.etcd.store import absent
 from vfleet.v1.migration_service_pb2 import MoveRequest
 from vfleet.v1.placement_pb2 import (
     Boundary,
@@ -137,6 +136,12 @@ def test_a_request_that_can_not_be_met_says_what_would_do():
     assert "no single change would make it possible" in alone.message
 
 
+def test_the_home_that_is_named_needs_another_vf():
+    for index, will_do in ((0, False), (1, False), (4, True)):
+        question = ask(three_hosts().snapshot(), [move("vf1", "h1/nic0", index)])
+        assert (question.answer() == {"vf1": "h1/nic0"}) is will_do
+
+
 def test_a_device_that_is_named_is_refused_for_what_is_asked_only():
     fleet = three_hosts()
     lan = device("h4/nic0")
@@ -151,16 +156,6 @@ def test_a_device_that_is_named_is_refused_for_what_is_asked_only():
     error = refusal(fleet, named)
     assert (error.reason, error.metadata["host"]) == (Reason.HOST_CORDONED, "h2")
     assert "cordoned: firmware" in error.message
-
-
-def test_nothing_begins_on_a_host_that_was_cordoned_since_it_was_planned():
-    fleet = three_hosts()
-    migration = plan(fleet.snapshot(), [move("vf1", "h2/nic0")], name="m", coordinator="c", limits=LIMITS)
-    fleet.put(keys.cordon_key("h2"), Cordon(host="h2"))
-    assert not fleet.commit(transaction.begin(migration, 1, absent(keys.FLEET_GENERATION)))
-    del fleet.items[keys.cordon_key("h2")]
-    fleet.put(keys.cordon_key("h1"), Cordon(host="h1"))  # what leaves may leave
-    assert fleet.commit(transaction.begin(migration, 1, absent(keys.FLEET_GENERATION)))
 
 
 @pytest.mark.parametrize(

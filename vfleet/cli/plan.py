@@ -56,22 +56,24 @@ def plan(
 
     async def command() -> PlanMigrationResponse:
         async with fleet_client(coordinator, etcd) as fleet:
+            if brief and output is Output.TABLE:
+                return PlanMigrationResponse(migration=await fleet.plan_migration(moves, wanted))
             return await fleet.explain_migration(moves, wanted)
 
     planned = run(command())
     if output is not Output.TABLE:
         print_message(planned, output)
     else:
-        _print_plan(planned, brief=brief)
+        _print_plan(planned)
     if not planned.HasField("migration"):
         names = ", ".join(placement.function for placement in planned.explanation.placements)
         typer.echo(f"vfleet: no choice of devices meets what is asked for {names}", err=True)
         raise typer.Exit(FAILED)
 
 
-def _print_plan(planned: PlanMigrationResponse, *, brief: bool) -> None:
+def _print_plan(planned: PlanMigrationResponse) -> None:
     explanation = planned.explanation
-    if not brief:
+    if explanation.placements:
         print_table(("FUNCTION", "DEVICE", "VERDICT", "FOUND", "EXPECTED"), _verdicts(explanation))
     if planned.HasField("migration"):
         print_table(
