@@ -39,6 +39,20 @@ class Mover:
     stays: bool = False
 
 
+class _Room(dict[str, int]):
+    """How many functions each device takes, counted when it is asked for: of most devices nobody asks."""
+
+    def __init__(self, snapshot: Snapshot, *, all_are_free: bool) -> None:
+        super().__init__()
+        self._snapshot = snapshot
+        self._all_are_free = all_are_free
+
+    def __missing__(self, device: str) -> int:
+        site = self._snapshot.sites[device]
+        self[device] = site.total_vfs if self._all_are_free else free_slots(self._snapshot, site)
+        return self[device]
+
+
 class Question:
     """Where functions are to go, given what is asked. Everything that is named exists.
 
@@ -109,12 +123,7 @@ class Question:
         return [name for name, site in candidates.items() if self.rejected(needs, site) is None]
 
     def _assign(self, options: Mapping[str, Sequence[str]], relaxed: Rule | None) -> dict[str, str] | None:
-        sites = self.snapshot.sites
-        devices = dict.fromkeys(device for choice in {id(c): c for c in options.values()}.values() for device in choice)
-        room = {
-            device: sites[device].total_vfs if relaxed == FREE_SLOT else free_slots(self.snapshot, sites[device])
-            for device in devices
-        }
+        room = _Room(self.snapshot, all_are_free=relaxed == FREE_SLOT)
         groups = [group for number, group in self._joint_groups() if relaxed is None or relaxed.group != number]
         return Assignment(self.snapshot, options, room, groups, self.preferences()).find()
 

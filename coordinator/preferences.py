@@ -119,6 +119,7 @@ class Ranking:
         self._room = room
         self._snapshot = snapshot
         self._heaps: dict[int, tuple[frozenset[str], list[tuple[Worth, str]]]] = {}
+        self._walked: set[int] = set()
 
     def place(self, device: str, count: int = 1) -> None:
         """Count one function more on a device, or with -1, one less."""
@@ -143,11 +144,17 @@ class Ranking:
         )
 
     def _best(self, function: str) -> str | None:
-        members, heap = self._heap(self._options[function])
+        options, drivers = self._options[function], self._preferences.hosts_of_drivers(function)
+        if id(options) not in self._walked:  # a heap pays from the second time on
+            self._walked.add(id(options))
+            free = (
+                (self._preferences.worth(device, drivers), device) for device in options if not self._is_full(device)
+            )
+            return min(free, default=(None, None))[1]
+        members, heap = self._heap(options)
         while heap and (self._is_full(heap[0][1]) or heap[0][0] != self._preferences.worth(heap[0][1], {})):
             heappop(heap)
         best = heap[:1]
-        drivers = self._preferences.hosts_of_drivers(function)
         for host in drivers:
             stored = self._snapshot.hosts.get(host)
             for device in stored.record.devices if stored else ():
@@ -156,7 +163,9 @@ class Ranking:
         return min(best)[1] if best else None
 
     def _is_full(self, device: str) -> bool:
-        return self._preferences.placed(device) >= self._room[device]
+        # A device without room for any is no option.
+        placed = self._preferences.placed(device)
+        return placed > 0 and placed >= self._room[device]
 
     def _heap(self, options: Sequence[str]) -> tuple[frozenset[str], list[tuple[Worth, str]]]:
         if id(options) not in self._heaps:
