@@ -17,7 +17,8 @@ from coordinator.snapshot import Snapshot
 from vfleet.errors import Reason, VfleetError
 from vfleet.v1.placement_pb2 import Boundary
 
-MAX_STEPS = 100_000
+MAX_STEPS = 50_000
+BRANCH_STEPS = 20  # what it costs to try a boundary for a group, in tries of a device for a function
 
 Options = Mapping[str, Sequence[str]]
 
@@ -59,6 +60,8 @@ class Assignment:
         Raise LIMIT_EXCEEDED if neither is known after MAX_STEPS: only rules about groups that cross each other can
         take that long.
         """
+        if any(_contradict(together, apart) for together in self._together for apart in self._apart):
+            return None
         return self._find_within(self._options, 0)
 
     def _find_within(self, options: Options, number: int) -> dict[str, str] | None:
@@ -79,6 +82,7 @@ class Assignment:
                 narrowed[member] = shared[key]
             if not Matching(narrowed, self._room).is_complete:
                 continue
+            self._step(BRANCH_STEPS)
             found = self._find_within({**options, **narrowed}, number + 1)
             if found is not None:
                 return found
@@ -127,13 +131,19 @@ class Assignment:
     def _within(self, group: Group, device: str) -> str:
         return self._snapshot.sites[device].within[group.boundary]
 
-    def _step(self) -> None:
-        self._steps += 1
+    def _step(self, steps: int = 1) -> None:
+        self._steps += steps
         if self._steps > MAX_STEPS:
             message = (
                 f"no plan was found in {MAX_STEPS} steps, nor that there is none; expected fewer rules about groups"
             )
             raise VfleetError(Reason.LIMIT_EXCEEDED, message)
+
+
+def _contradict(together: Group, apart: Group) -> bool:
+    """Return whether two functions can't be both: all boundaries are within a host, so apart there is apart in each."""
+    within_each_other = apart.boundary in (together.boundary, Boundary.BOUNDARY_HOST)
+    return within_each_other and len(set(together.members) & set(apart.members)) > 1
 
 
 class _Apart:
