@@ -119,7 +119,7 @@ def _remedy(question: Question, rule: Rule, answer: Mapping[str, str]) -> str:
     kept = [site for site in sites.values() if _is_kept_by(question, rule, answer, site)]
     devices, hosts = _listed(site.name for site in kept), _listed(dict.fromkeys(site.host for site in kept))
     if rule.filter in _HARDWARE:
-        return f"have other hardware than {devices} there ({_word(PlacementFilter.Name(rule.filter))})"
+        return f"replace {devices} by hardware like that of now ({_word(PlacementFilter.Name(rule.filter))})"
     if rule.filter == PlacementFilter.PLACEMENT_FILTER_GROUP:
         group = question.constraints.groups[rule.group - 1]
         how = "together" if group.relation == Relation.RELATION_SAME else "apart"

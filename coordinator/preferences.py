@@ -82,7 +82,8 @@ class Preferences:
         for preference in self._preferences:
             if preference == _DRIVER_HOST:
                 drivers = self._drivers[function]
-                value = f"{drivers.get(site.host, 0)} of {sum(drivers.values())} drivers on {site.host}"
+                there, total = drivers.get(site.host, 0), sum(drivers.values())
+                value = f"{there} of {total} drivers on {site.host}" if total else "no drivers"
             elif preference == _LEAST_LOADED:
                 value = f"{self._used(device)} of {site.total_vfs} slots in use"
             else:
