@@ -9,7 +9,14 @@ from dataclasses import replace
 
 from coordinator import transaction
 from coordinator.context import Context
-from coordinator.planner import check_unlocked, find_device, movable, pick_slot, registered_incarnation
+from coordinator.planner import (
+    check_not_cordoned,
+    check_unlocked,
+    find_device,
+    movable,
+    pick_slot,
+    registered_incarnation,
+)
 from coordinator.snapshot import Snapshot, Stored
 from coordinator.virtual import check_free, first_free
 from vfleet.address import Location, bar_span, table_offset, vf_routing_id
@@ -43,8 +50,8 @@ class Fleet:
     async def create_function(self, name: str, device: str, vf_index: int) -> Function:
         """Make a function on a device, in slot `vf_index` or, with 0, the lowest that is free.
 
-        Raise NOT_FOUND, NO_FREE_SLOT, SLOT_TAKEN, INVALID_FIELD, HOST_UNAVAILABLE, ALREADY_EXISTS for a function of
-        that name elsewhere, ILLEGAL_STATE for one in deletion, FUNCTION_LOST, or what the host answers with.
+        Raise NOT_FOUND, HOST_CORDONED, NO_FREE_SLOT, SLOT_TAKEN, INVALID_FIELD, HOST_UNAVAILABLE, ALREADY_EXISTS for a
+        function of that name elsewhere, ILLEGAL_STATE for one in deletion, FUNCTION_LOST, or what the host answers.
         """
         for _ in range(TRIES):
             async with self._planning:
@@ -184,6 +191,7 @@ class Fleet:
 
     def _new_function(self, snapshot: Snapshot, name: str, device_name: str, vf_index: int) -> Function:
         device = find_device(snapshot, device_name)
+        check_not_cordoned(snapshot, device.host)
         index = pick_slot(snapshot, device, vf_index, field="vf_index")
         routing_id = vf_routing_id(device.routing_id, device.first_vf_offset, device.vf_stride, index)
         return Function(

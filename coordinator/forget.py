@@ -16,7 +16,16 @@ from coordinator.snapshot import Snapshot
 from coordinator.transaction import hosts_of
 from vfleet.decision import lose_function
 from vfleet.errors import Reason, VfleetError, not_found
-from vfleet.etcd.keys import PREFIX, driver_key, entry_key, function_key, host_key, registration_key, segment_key
+from vfleet.etcd.keys import (
+    PREFIX,
+    cordon_key,
+    driver_key,
+    entry_key,
+    function_key,
+    host_key,
+    registration_key,
+    segment_key,
+)
 from vfleet.etcd.records import encode
 from vfleet.etcd.store import Delete, KeyValue, Put, Transaction, absent, unchanged, value_is
 from vfleet.names import host_of
@@ -153,4 +162,4 @@ def _delete_records(snapshot: Snapshot, host: str) -> Transaction:
         unchanged(host_key(host), stored.mod_revision),
         value_is(segment, host.encode()),
     )
-    return Transaction(compares, (Delete(host_key(host)), Delete(segment)))
+    return Transaction(compares, (Delete(host_key(host)), Delete(segment), Delete(cordon_key(host))))

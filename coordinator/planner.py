@@ -1,7 +1,8 @@
 """From what is asked for to a plan: a snapshot and moves in, a Migration out, or one error that says why not. Pure.
 
-A move within one device needs a VF index other than the present one: without an index, or with the present one, the
-target is the source. Free slots are handed out lowest first, after the slots that moves name.
+Moves that name no device get one from placement, together with what is asked of all of them. A move within one device
+needs a VF index other than the present one: without an index, or with the present one, the target is the source. Free
+slots are handed out lowest first, after the slots that moves name.
 """
 
 from bisect import bisect_left
@@ -9,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from coordinator import transaction
+from coordinator.explanation import unsatisfiable
+from coordinator.placement import Mover, Question
+from coordinator.placement_filters import HARDWARE, Needs, failures
 from coordinator.snapshot import Snapshot
 from vfleet.address import Location, table_offset, vf_routing_id
 from vfleet.decision import MAX_ABORT_REASON_CHARACTERS
@@ -17,6 +21,7 @@ from vfleet.etcd.keys import FLEET_GENERATION
 from vfleet.etcd.store import Transaction, absent
 from vfleet.names import host_of
 from vfleet.v1.migration_service_pb2 import MoveRequest
+from vfleet.v1.placement_pb2 import Constraints, PlacementFilter
 from vfleet.v1.records_pb2 import Device, EntryChange, Function, FunctionStatus, Migration, Move, Phase, Place
 from vfleet.v1.types_pb2 import Attempt
 
@@ -33,34 +38,101 @@ class Limits:
 
 
 def plan(
-    snapshot: Snapshot, requests: Sequence[MoveRequest], *, name: str, coordinator: str, limits: Limits
+    snapshot: Snapshot,
+    requests: Sequence[MoveRequest],
+    *,
+    name: str,
+    coordinator: str,
+    limits: Limits,
+    constraints: Constraints | None = None,
 ) -> Migration:
     """Return the migration that does `requests`, with its phase not set. Names in requests are well-formed.
 
-    Raise VfleetError: INVALID_FIELD (no moves, a function or a slot twice, an index that the device hasn't),
-    NOT_FOUND, FUNCTION_LOST, ILLEGAL_STATE, IN_MIGRATION, TARGET_IS_SOURCE, INCOMPATIBLE_DEVICE, NO_FREE_SLOT,
-    SLOT_TAKEN, HOST_UNAVAILABLE, GROUP_TOO_LARGE, or CONFLICT if the snapshot is not one of a sound fleet.
+    Raise VfleetError: what `ask` raises, TARGET_IS_SOURCE, INCOMPATIBLE_DEVICE, NO_FREE_SLOT, SLOT_TAKEN or
+    HOST_CORDONED for a device that a move names, UNSATISFIABLE or LIMIT_EXCEEDED if there is, or was found, no choice
+    of devices, and what `draft` raises.
+    """
+    question = ask(snapshot, requests, constraints)
+    check_named(snapshot, requests)
+    answer = question.answer()
+    if answer is None:
+        raise unsatisfiable(question)
+    return draft(snapshot, requests, answer, name=name, coordinator=coordinator, limits=limits)
+
+
+def ask(snapshot: Snapshot, requests: Sequence[MoveRequest], constraints: Constraints | None = None) -> Question:
+    """Return the question for placement that `requests` are. Names in requests and constraints are well-formed.
+
+    Raise VfleetError: INVALID_FIELD (no moves, a function twice, a rule about functions none of which moves),
+    NOT_FOUND, and what `movable` raises, also for functions that only rules name.
     """
     if not requests:
         raise invalid_field("moves", [], "1 move or more")
-    functions: list[Function] = []
+    movers: dict[str, Mover] = {}
     for index, request in enumerate(requests):
-        if request.function in (function.name for function in functions):
+        if request.function in movers:
             raise invalid_field(f"moves[{index}].function", request.function, "each function once")
         function = movable(snapshot, request.function)
-        device = find_device(snapshot, request.target_device)
+        find_device(snapshot, function.device)
+        if request.target_device:
+            find_device(snapshot, request.target_device)
+        is_at_home = request.target_device == function.device
+        stays = is_at_home and request.target_vf_index not in (0, function.vf_index)
+        movers[function.name] = Mover(function, request.target_device, stays)
+    homes: dict[str, str] = {}
+    for index, rule in enumerate((constraints or Constraints()).groups):
+        if not any(name in movers for name in rule.functions):
+            field = f"constraints.groups[{index}].functions"
+            raise invalid_field(field, list(rule.functions), "at least one function that moves")
+        for name in rule.functions:
+            if name not in movers:
+                homes[name] = find_device(snapshot, movable(snapshot, name).device).name
+    return Question(snapshot, list(movers.values()), constraints or Constraints(), homes)
+
+
+def check_named(snapshot: Snapshot, requests: Sequence[MoveRequest]) -> None:
+    """Raise what is in the way of a device that a move names."""
+    for request in requests:
+        if not request.target_device:
+            continue
+        function, device = snapshot.functions[request.function].record, snapshot.devices[request.target_device]
         if request.target_device == function.device and request.target_vf_index in (0, function.vf_index):
             raise VfleetError(
                 Reason.TARGET_IS_SOURCE,
                 f"function {function.name!r} is on device {function.device} at VF {function.vf_index} already",
                 metadata={"function": function.name, "device": function.device},
             )
-        check_compatible(function, find_device(snapshot, function.device), device)
-        functions.append(function)
-    indices = _target_indices(snapshot, requests)
+        check_compatible(snapshot, function, device)
+        registered_incarnation(snapshot, device.host)
+        check_not_cordoned(snapshot, device.host)
+    _target_indices(snapshot, requests)
+
+
+def draft(
+    snapshot: Snapshot,
+    requests: Sequence[MoveRequest],
+    answer: Mapping[str, str],
+    *,
+    name: str,
+    coordinator: str,
+    limits: Limits,
+) -> Migration:
+    """Return the migration that takes each function to the device of the answer.
+
+    Raise VfleetError: NO_FREE_SLOT, SLOT_TAKEN or INVALID_FIELD for an index that a move names, HOST_UNAVAILABLE for a
+    host that takes part, GROUP_TOO_LARGE, or CONFLICT if the snapshot is not one of a sound fleet.
+    """
+    resolved = [
+        MoveRequest(
+            function=request.function,
+            target_device=answer[request.function],
+            target_vf_index=request.target_vf_index,
+        )
+        for request in requests
+    ]
     moves = [
-        _move(snapshot, function, request.target_device, vf_index)
-        for function, request, vf_index in zip(functions, requests, indices, strict=True)
+        _move(snapshot, snapshot.functions[request.function].record, request.target_device, vf_index)
+        for request, vf_index in zip(resolved, _target_indices(snapshot, resolved), strict=True)
     ]
     migration = Migration(
         name=name,
@@ -118,24 +190,33 @@ def find_device(snapshot: Snapshot, name: str) -> Device:
     return device
 
 
-def check_compatible(function: Function, source: Device, target: Device) -> None:
-    """Raise INCOMPATIBLE_DEVICE unless `target` can be the function's home, as its device `source` is."""
-    bars = {bar.index: bar.size_bytes for bar in target.bars}
-    differences = []
-    if target.model != function.model:
-        differences.append(f"its model is {target.model!r}; expected {function.model!r}")
-    if target.manufacturer != source.manufacturer:
-        differences.append(f"its manufacturer is {_ids(target)}; expected {_ids(source)}")
-    for bar in function.bars:
-        size = bars.get(bar.index, 0)
-        if size < bar.size_bytes:
-            differences.append(f"its BAR {bar.index} has {size} bytes; expected at least {bar.size_bytes}")
+def check_compatible(snapshot: Snapshot, function: Function, target: Device) -> None:
+    """Raise INCOMPATIBLE_DEVICE unless `target` can be the function's home, as its present device is."""
+    needs = Needs(
+        source=function.device,
+        model=function.model,
+        bars=tuple((bar.index, bar.size_bytes) for bar in function.bars),
+        attachments=frozenset(),
+    )
+    differences = [
+        f"{PlacementFilter.Name(rule.filter).removeprefix('PLACEMENT_FILTER_').lower().replace('_', ' ')}:"
+        f" {found}; expected {expected}"
+        for rule, (found, expected) in failures(HARDWARE, needs, snapshot.sites[target.name], snapshot)
+    ]
     if differences:
         raise VfleetError(
             Reason.INCOMPATIBLE_DEVICE,
             f"device {target.name} can't be the home of function {function.name!r}: {'; '.join(differences)}",
             metadata={"function": function.name, "device": target.name},
         )
+
+
+def check_not_cordoned(snapshot: Snapshot, host: str) -> None:
+    """Raise HOST_CORDONED, with the reason that was given, if the host is."""
+    cordon = snapshot.cordons.get(host)
+    if cordon is not None:
+        reason = f": {cordon.record.reason}" if cordon.record.reason else ""
+        raise VfleetError(Reason.HOST_CORDONED, f"host {host!r} is cordoned{reason}", metadata={"host": host})
 
 
 def registered_incarnation(snapshot: Snapshot, host: str) -> str:
@@ -234,7 +315,7 @@ def _target_indices(snapshot: Snapshot, requests: Sequence[MoveRequest]) -> list
     indices = [request.target_vf_index for request in requests]
     for explicit in (True, False):
         for position, request in enumerate(requests):
-            if bool(request.target_vf_index) is not explicit:
+            if not request.target_device or bool(request.target_vf_index) is not explicit:
                 continue
             field = f"moves[{position}].target_vf_index"
             device = snapshot.devices[request.target_device]
@@ -280,7 +361,3 @@ def _entry_change(snapshot: Snapshot, function: Function, driver: str, base: int
         offset_after=table_offset(base, entry.virtual_address),
         incarnation=registered_incarnation(snapshot, entry.host),
     )
-
-
-def _ids(device: Device) -> str:
-    return f"{device.manufacturer.vendor_id:04x}:{device.manufacturer.device_id:04x}"

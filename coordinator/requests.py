@@ -7,13 +7,17 @@ from coordinator.migration import Options
 from vfleet.errors import invalid_field
 from vfleet.names import check_device_name, check_name
 from vfleet.v1.migration_service_pb2 import LimitPolicy, MigrationOptions, MoveRequest
+from vfleet.v1.placement_pb2 import Boundary, BoundaryRule, Constraints, GroupRule, Preference, Relation
 from vfleet.v1.types_pb2 import TransferMode
 
+MAX_GROUPS = 64
+MAX_REASON_CHARACTERS = 200
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 
 _MODES = TransferMode.items()
 _POLICIES = LimitPolicy.items()
+_CONTRARY = {Preference.PREFERENCE_SPREAD, Preference.PREFERENCE_PACK}
 
 EnumT = TypeVar("EnumT", bound=int)
 
@@ -31,13 +35,51 @@ class PageRequest(Protocol):
 
 
 def checked_moves(moves: Sequence[MoveRequest]) -> Sequence[MoveRequest]:
-    """Return the moves. Raise INVALID_FIELD if there are none, or for a malformed name in one."""
+    """Return the moves. Raise INVALID_FIELD if there are none, for a malformed name, or for an index without device."""
     if not moves:
         raise invalid_field("moves", [], "1 move or more")
     for index, move in enumerate(moves):
         check_name(f"moves[{index}].function", move.function)
-        check_device_name(f"moves[{index}].target_device", move.target_device)
+        if move.target_device:
+            check_device_name(f"moves[{index}].target_device", move.target_device)
+        elif move.target_vf_index:
+            raise invalid_field(f"moves[{index}].target_vf_index", move.target_vf_index, "0 without a device")
     return moves
+
+
+def checked_constraints(constraints: Constraints) -> Constraints:
+    """Return the constraints. Raise INVALID_FIELD for a value that isn't one, or what contradicts itself."""
+    boundaries: set[Boundary.ValueType] = set()
+    for index, rule in enumerate(constraints.boundaries):
+        field = f"constraints.boundaries[{index}]"
+        _check_rule(field, rule)
+        if rule.boundary in boundaries:
+            raise invalid_field(f"{field}.boundary", Boundary.Name(rule.boundary), "each boundary once")
+        boundaries.add(rule.boundary)
+    if len(constraints.groups) > MAX_GROUPS:
+        raise invalid_field("constraints.groups", f"{len(constraints.groups)} rules", f"at most {MAX_GROUPS}")
+    for index, group in enumerate(constraints.groups):
+        field = f"constraints.groups[{index}]"
+        _check_rule(field, group)
+        names = [check_name(f"{field}.functions", name) for name in group.functions]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise invalid_field(f"{field}.functions", names, "two functions or more, each once")
+    preferences = list(constraints.preferences)
+    for preference in preferences:
+        _check_chosen("constraints.preferences", preference, Preference.items())
+    if len(set(preferences)) < len(preferences) or set(preferences) >= _CONTRARY:
+        names = [Preference.Name(preference) for preference in preferences]
+        raise invalid_field("constraints.preferences", names, "each once, and not both SPREAD and PACK")
+    for name in constraints.attachments:
+        check_name("constraints.attachments", name)
+    return constraints
+
+
+def checked_reason(reason: str) -> str:
+    """Return the reason of a cordon. Raise INVALID_FIELD for one that is too long."""
+    if len(reason) > MAX_REASON_CHARACTERS:
+        raise invalid_field("reason", reason, f"at most {MAX_REASON_CHARACTERS} characters")
+    return reason
 
 
 def checked_options(options: MigrationOptions) -> Options:
@@ -77,6 +119,18 @@ def checked_revision(token: str) -> int:
     if not token.isascii() or not token.isdecimal():
         raise invalid_field("page_token", token, "a token that a page of this list gave")
     return int(token)
+
+
+def _check_rule(field: str, rule: BoundaryRule | GroupRule) -> None:
+    _check_chosen(f"{field}.boundary", rule.boundary, Boundary.items())
+    _check_chosen(f"{field}.relation", rule.relation, Relation.items())
+
+
+def _check_chosen(field: str, value: int, names: Iterable[tuple[str, int]]) -> None:
+    """Raise INVALID_FIELD for an enum's value that is not set, or that this version does not know."""
+    known = {number: name for name, number in names if number}
+    if value not in known:
+        raise invalid_field(field, value, f"one of {', '.join(known.values())}")
 
 
 def _known(field: str, value: EnumT, names: Sequence[tuple[str, EnumT]]) -> EnumT:

@@ -2,20 +2,30 @@
 
 # ruff: noqa: N802, ARG002  # methods are named and called as the protos say
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from coordinator.context import Context
+from coordinator.cordon import cordon_host, uncordon_host
 from coordinator.doctor import Doctor
+from coordinator.explanation import explain
 from coordinator.fleet import Fleet, bump_generation
 from coordinator.forget import forget_host
 from coordinator.migration import Run
-from coordinator.planner import plan
-from coordinator.requests import checked_moves, checked_options, checked_page_size, checked_revision, page_of
-from coordinator.snapshot import Stored
+from coordinator.planner import ask, draft, plan
+from coordinator.requests import (
+    checked_constraints,
+    checked_moves,
+    checked_options,
+    checked_page_size,
+    checked_reason,
+    checked_revision,
+    page_of,
+)
+from coordinator.snapshot import Snapshot, Stored
 from coordinator.states import is_over
 from coordinator.term import Term
 from vfleet.address import PAGE_BYTES
@@ -25,10 +35,12 @@ from vfleet.etcd.keys import migration_key
 from vfleet.etcd.records import decode
 from vfleet.limits import MAX_MAIN_MEMORY_BYTES
 from vfleet.names import check_device_name, check_name
+from vfleet.rpc import MAX_MESSAGE_BYTES
 from vfleet.v1 import fleet_service_pb2 as fleet_pb
 from vfleet.v1 import migration_service_pb2 as migration_pb
 from vfleet.v1.fleet_service_pb2_grpc import FleetServiceServicer
 from vfleet.v1.migration_service_pb2_grpc import MigrationServiceServicer
+from vfleet.v1.placement_pb2 import Constraints
 from vfleet.v1.records_pb2 import Driver, Function, Host, Migration, Step
 from vfleet.v1.types_pb2 import Decision
 
@@ -48,14 +60,11 @@ class MigrationService(MigrationServiceServicer):
     async def PlanMigration(
         self, request: migration_pb.PlanMigrationRequest, context: RpcContext
     ) -> migration_pb.PlanMigrationResponse:
-        """Show what CreateMigration would do."""
-        moves = checked_moves(request.moves)
-
-        async def planned() -> Migration:
-            here = self._context
-            return plan(here.snapshot, moves, name="", coordinator=here.name, limits=here.limits)
-
-        return migration_pb.PlanMigrationResponse(migration=await self._context.upheld(planned))
+        """Show what CreateMigration would do, and why."""
+        moves, constraints = checked_moves(request.moves), checked_constraints(request.constraints)
+        if request.explain:
+            await self._context.be_current()
+        return await self._context.upheld(lambda: self._planned(moves, constraints, explained=request.explain))
 
     async def CreateMigration(
         self, request: migration_pb.CreateMigrationRequest, context: RpcContext
@@ -66,8 +75,9 @@ class MigrationService(MigrationServiceServicer):
         else:
             name = f"m-{self._context.random.getrandbits(64):016x}"
         moves, options = checked_moves(request.moves), checked_options(request.options)
+        constraints = checked_constraints(request.constraints)
         term = _present(self._term(), self._context)
-        stored = await self._context.upheld(lambda: term.begin(name, moves, options))
+        stored = await self._context.upheld(lambda: term.begin(name, moves, options, constraints))
         return migration_pb.CreateMigrationResponse(migration=_shown(stored))
 
     async def GetMigration(
@@ -131,6 +141,24 @@ class MigrationService(MigrationServiceServicer):
             raise VfleetError(Reason.TOO_LATE, message, metadata={"migration": name})
         return migration_pb.CancelMigrationResponse(migration=_shown(stored))
 
+    async def _planned(
+        self, moves: Sequence[migration_pb.MoveRequest], constraints: Constraints, *, explained: bool
+    ) -> migration_pb.PlanMigrationResponse:
+        snapshot, name, limits = self._context.snapshot, self._context.name, self._context.limits
+        if not explained:
+            migration = plan(snapshot, moves, name="", coordinator=name, limits=limits, constraints=constraints)
+            return migration_pb.PlanMigrationResponse(migration=migration)
+        question = ask(snapshot, moves, constraints)
+        answer = question.answer()
+        response = migration_pb.PlanMigrationResponse(explanation=explain(question, answer))
+        if answer is not None:
+            drafted = draft(snapshot, moves, answer, name="", coordinator=name, limits=limits)
+            response.migration.CopyFrom(drafted)
+        if response.ByteSize() > MAX_MESSAGE_BYTES:
+            message = f"the explanation has {response.ByteSize()} bytes; expected at most {MAX_MESSAGE_BYTES}"
+            raise VfleetError(Reason.LIMIT_EXCEEDED, message)
+        return response
+
     async def _read(self, name: str) -> Stored[Migration]:
         kv = await self._context.store.get(migration_key(name))
         if kv is None:
@@ -167,7 +195,7 @@ class FleetService(FleetServiceServicer):
         snapshot = self._context.snapshot
         names, token = page_of(snapshot.hosts, request)
         return fleet_pb.ListHostsResponse(
-            hosts=[_host(snapshot.hosts[name].record, name in snapshot.registrations) for name in names],
+            hosts=[_host(snapshot, name) for name in names],
             next_page_token=token,
         )
 
@@ -279,6 +307,20 @@ class FleetService(FleetServiceServicer):
         host = check_name("host", request.host)
         return await _present(self._term(), self._context).do(forget_host(self._context, host, force=request.force))
 
+    async def CordonHost(self, request: fleet_pb.CordonHostRequest, context: RpcContext) -> fleet_pb.CordonHostResponse:
+        """Keep functions from being made on a host or moved there."""
+        host, reason = check_name("host", request.host), checked_reason(request.reason)
+        cordon = await self._do(lambda: cordon_host(self._context, host, reason))
+        return fleet_pb.CordonHostResponse(cordon=cordon)
+
+    async def UncordonHost(
+        self, request: fleet_pb.UncordonHostRequest, context: RpcContext
+    ) -> fleet_pb.UncordonHostResponse:
+        """End that."""
+        host = check_name("host", request.host)
+        await self._do(lambda: uncordon_host(self._context, host))
+        return fleet_pb.UncordonHostResponse()
+
     async def _do(self, work: Callable[[], Awaitable[ResultT]]) -> ResultT:
         """Do a change of the fleet under the present term."""
         return await _present(self._term(), self._context).do(self._context.upheld(work))
@@ -312,9 +354,11 @@ def _shown(stored: Stored[Migration]) -> Migration:
     return migration
 
 
-def _host(record: Host, registered: bool) -> Host:
+def _host(snapshot: Snapshot, name: str) -> Host:
     host = Host()
-    host.CopyFrom(record)
+    host.CopyFrom(snapshot.hosts[name].record)
     host.ClearField("devices")
-    host.registered = registered
+    host.registered = name in snapshot.registrations
+    if name in snapshot.cordons:
+        host.cordon.CopyFrom(snapshot.cordons[name].record)
     return host

@@ -11,12 +11,13 @@ from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from coordinator.site import Site
 from coordinator.states import is_over
 from vfleet.errors import VfleetError
 from vfleet.etcd import keys
 from vfleet.etcd.records import decode
 from vfleet.etcd.store import Changes, Compare, Event, KeyValue, Listing, absent, unchanged
-from vfleet.v1.records_pb2 import Coordinator, Device, Driver, Function, Host, Migration, Slot
+from vfleet.v1.records_pb2 import Coordinator, Cordon, Device, Driver, Function, Host, Migration, Slot
 from vfleet.v1.types_pb2 import TableEntry
 
 _log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Snapshot:
     def __init__(self, listing: Listing) -> None:
         self.revision = 0
         self.hosts: dict[str, Stored[Host]] = {}
+        self.cordons: dict[str, Stored[Cordon]] = {}
         self.registrations: dict[str, Stored[str]] = {}
         self.coordinators: dict[str, Stored[Coordinator]] = {}
         self.functions: dict[str, Stored[Function]] = {}
@@ -52,6 +54,7 @@ class Snapshot:
         self.active_migrations: dict[str, Stored[Migration]] = {}
         self.owners: dict[str, Stored[str]] = {}
         self.devices: dict[str, Device] = {}
+        self.sites: dict[str, Site] = {}
         self._fleet_generations: dict[str, Stored[str]] = {}
         self._slots_by_device: dict[str, dict[int, Stored[Slot]]] = {}
         self._entries_by_driver: dict[str, dict[str, Stored[TableEntry]]] = {}
@@ -110,10 +113,11 @@ class Snapshot:
     def _set_host(self, name: str, event: Event) -> None:
         before = self.hosts.get(name)
         for device in before.record.devices if before else ():
-            del self.devices[device.name]
+            del self.devices[device.name], self.sites[device.name]
         _put(self.hosts, name, event, _decoder(Host))
         if event.value is not None:
-            self.devices.update((device.name, device) for device in self.hosts[name].record.devices)
+            for device in self.hosts[name].record.devices:
+                self.devices[device.name], self.sites[device.name] = device, Site.of(device)
 
     def _set_slot(self, name: str, event: Event) -> None:
         device, _, index = name.rpartition("/")
@@ -162,6 +166,7 @@ def _put_nested(
 _TABLES: tuple[tuple[str, Callable[[Snapshot, str, Event], None]], ...] = (
     (keys.FLEET_GENERATION, lambda s, name, event: _put(s._fleet_generations, name, event, _text)),  # noqa: SLF001
     (keys.HOSTS, Snapshot._set_host),  # noqa: SLF001
+    (keys.CORDONS, lambda s, name, event: _put(s.cordons, name, event, _decoder(Cordon))),
     (keys.REGISTRATIONS, lambda s, name, event: _put(s.registrations, name, event, _text)),
     (keys.COORDINATORS, lambda s, name, event: _put(s.coordinators, name, event, _decoder(Coordinator))),
     (keys.FUNCTIONS, lambda s, name, event: _put(s.functions, name, event, _decoder(Function))),

@@ -22,6 +22,7 @@ from vfleet.etcd.keys import migration_key, owner_key
 from vfleet.etcd.session import Session
 from vfleet.etcd.store import Committed, Transaction
 from vfleet.v1.migration_service_pb2 import MoveRequest
+from vfleet.v1.placement_pb2 import Constraints
 from vfleet.v1.records_pb2 import Migration
 
 TRIES = 16
@@ -57,7 +58,9 @@ class Term:
         self._session.check()
         return self._tasks.spawn(work)
 
-    async def begin(self, name: str, requests: Sequence[MoveRequest], options: Options) -> Stored[Migration]:
+    async def begin(
+        self, name: str, requests: Sequence[MoveRequest], options: Options, constraints: Constraints | None = None
+    ) -> Stored[Migration]:
         """Begin migration `name`, or return the one of that name if it has the same moves, and drive it.
 
         Raise what `plan` raises, ALREADY_EXISTS for a name that is that of other moves, CONFLICT if the fleet changes
@@ -65,7 +68,7 @@ class Term:
         """
         while name in self._beginning:
             await asyncio.wait((self._beginning[name],))
-        task = self.spawn(self._begin(name, requests, options))
+        task = self.spawn(self._begin(name, requests, options, constraints))
         self._beginning[name] = task
         task.add_done_callback(lambda _: self._beginning.pop(name))
         return await _result(task)
@@ -106,7 +109,9 @@ class Term:
         )
         self._drive(run)
 
-    async def _begin(self, name: str, requests: Sequence[MoveRequest], options: Options) -> Stored[Migration]:
+    async def _begin(
+        self, name: str, requests: Sequence[MoveRequest], options: Options, constraints: Constraints | None
+    ) -> Stored[Migration]:
         context = self._context
         began_s = context.clock.monotonic()
         for _ in range(TRIES):
@@ -116,7 +121,14 @@ class Term:
                 return _the_same(context.snapshot.migrations.get(name, existing), requests)
             # One at a time, so that those that begin together don't plan for the same slot.
             async with self._planning:
-                migration = plan(context.snapshot, requests, name=name, coordinator=context.name, limits=context.limits)
+                migration = plan(
+                    context.snapshot,
+                    requests,
+                    name=name,
+                    coordinator=context.name,
+                    limits=context.limits,
+                    constraints=constraints,
+                )
                 migration.mode = options.mode
                 migration.begin_time.FromNanoseconds(round(context.clock.time() * 1e9))
                 begin = transaction.begin(migration, self._session.lease, context.snapshot.fleet_generation_is_this)
@@ -189,7 +201,7 @@ async def _result(task: asyncio.Task[ResultT]) -> ResultT:
 def _the_same(existing: Stored[Migration], requests: Sequence[MoveRequest]) -> Stored[Migration]:
     targets = {move.function: move.target for move in existing.record.moves}
     same = {request.function for request in requests} == set(targets) and all(
-        request.target_device == targets[request.function].device
+        request.target_device in ("", targets[request.function].device)
         and request.target_vf_index in (0, targets[request.function].vf_index)
         for request in requests
     )

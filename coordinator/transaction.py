@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.keys import (
+    cordon_key,
     driver_key,
     entry_key,
     function_key,
@@ -35,8 +36,9 @@ from vfleet.v1.types_pb2 import Attempt, TableEntry
 def begin(migration: Migration, lease: int, fleet_generation: Compare) -> Transaction:
     """Return BEGIN for a plan: nothing that it saw has changed, and none of its functions is in a migration.
 
-    `fleet_generation` holds while the fleet generation is the plan's. That the lease is alive needs no comparison: etcd
-    refuses a put with a lease that is gone.
+    That no target's host is cordoned is compared, so that what begins after a cordon goes elsewhere. `fleet_generation`
+    holds while the fleet generation is the plan's. That the lease is alive needs no comparison: etcd refuses a put with
+    a lease that is gone.
     """
     _expect(migration, Phase.PHASE_UNSPECIFIED)
     name = migration.name
@@ -57,6 +59,7 @@ def begin(migration: Migration, lease: int, fleet_generation: Compare) -> Transa
             Put(target, encode(Slot(function=move.function, migration=name))),
         ]
     compares += _registered(hosts_of(migration.moves))
+    compares += [absent(cordon_key(host)) for host in dict.fromkeys(move.target.host for move in migration.moves)]
     return Transaction(tuple(compares), tuple(writes))
 
 
@@ -156,6 +159,7 @@ def create_function(function: Function, fleet_generation: Compare) -> Transactio
             absent(slot),
             fleet_generation,
             value_is(registration_key(host), function.incarnation.encode()),
+            absent(cordon_key(host)),
         ),
         (Put(function_key(function.name), encode(function)), Put(slot, encode(Slot(function=function.name)))),
     )

@@ -39,11 +39,12 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from hostd.models import create_model, max_drivers
 from hostd.sriov import Sriov
+from hostd.state_stream import FORMAT_VERSION
 from hostd.yaml_file import FieldPath, YamlFile
 from vfleet.address import AddressError, format_routing_id, routing_id
 from vfleet.errors import VfleetError, invalid_field, not_found
 from vfleet.names import EXPECTED, check_name
-from vfleet.v1.records_pb2 import Device
+from vfleet.v1.records_pb2 import Device, StateVersion
 from vfleet.v1.types_pb2 import Bar, Manufacturer
 
 LAST_BUS = 255
@@ -68,6 +69,7 @@ class DeviceTopology:
 
     def record(self) -> Device:
         """Return the record that describes the device in the fleet."""
+        model = create_model(self.model, 1, self.bar_bytes)
         return Device(
             name=self.name,
             host=self.name.partition("/")[0],
@@ -84,7 +86,8 @@ class DeviceTopology:
             first_vf_offset=self.sriov.first_vf_offset,
             vf_stride=self.sriov.vf_stride,
             bars=[Bar(index=index, size_bytes=size) for index, size in sorted(self.bar_bytes.items())],
-            max_drivers=max_drivers(create_model(self.model, 1, self.bar_bytes)),
+            max_drivers=max_drivers(model),
+            state_version=StateVersion(format=FORMAT_VERSION, model=model.version),
         )
 
 

@@ -29,7 +29,8 @@ from vfleet.v1.fleet_service_pb2_grpc import FleetServiceStub
 from vfleet.v1.function_service_pb2_grpc import FunctionServiceStub
 from vfleet.v1.hold_service_pb2_grpc import HoldServiceStub
 from vfleet.v1.migration_service_pb2_grpc import MigrationServiceStub
-from vfleet.v1.records_pb2 import Driver, Function, Host, Migration, Phase
+from vfleet.v1.placement_pb2 import Constraints
+from vfleet.v1.records_pb2 import Cordon, Driver, Function, Host, Migration, Phase
 from vfleet.v1.translation_service_pb2_grpc import TranslationServiceStub
 from vfleet.v1.types_pb2 import TableEntry
 
@@ -42,11 +43,14 @@ PHASES_OVER = frozenset({Phase.PHASE_DONE, Phase.PHASE_ABORTED})
 T = TypeVar("T")
 
 
-def move_request(function: str, device: str, vf_index: int = 0) -> migration_pb2.MoveRequest:
-    """Return where a function is to go: the device, as HOST/DEVICE, and the VF's index (0: the lowest free)."""
+def move_request(function: str, device: str = "", vf_index: int = 0) -> migration_pb2.MoveRequest:
+    """Return where a function is to go: the device, as HOST/DEVICE, and the VF's index (0: the lowest free).
+
+    Without a device the coordinator chooses one.
+    """
     return migration_pb2.MoveRequest(
         function=check_name("function", function),
-        target_device=check_device_name("device", device),
+        target_device=check_device_name("device", device) if device else "",
         target_vf_index=_check_number("vf_index", vf_index, MAX_VF_INDEX),
     )
 
@@ -234,11 +238,31 @@ class FleetClient(_Client):
         request = fleet_pb2.ForgetHostRequest(host=check_name("host", host), force=force)
         return await self.caller.call(lambda channel: FleetServiceStub(channel).ForgetHost, request, repeatable=False)
 
-    async def plan_migration(self, moves: Sequence[migration_pb2.MoveRequest]) -> Migration:
+    async def cordon_host(self, host: str, *, reason: str = "") -> Cordon:
+        """Keep functions from being made on a host or moved there, and return its cordon."""
+        request = fleet_pb2.CordonHostRequest(host=check_name("host", host), reason=reason)
+        response = await self.caller.call(lambda channel: FleetServiceStub(channel).CordonHost, request)
+        return response.cordon
+
+    async def uncordon_host(self, host: str) -> None:
+        """End a host's cordon, if it has one. Sent once: by the next time it may be cordoned anew."""
+        request = fleet_pb2.UncordonHostRequest(host=check_name("host", host))
+        await self.caller.call(lambda channel: FleetServiceStub(channel).UncordonHost, request, repeatable=False)
+
+    async def plan_migration(
+        self, moves: Sequence[migration_pb2.MoveRequest], constraints: Constraints | None = None
+    ) -> Migration:
         """Return the migration that `create_migration` would begin, and do nothing."""
-        request = migration_pb2.PlanMigrationRequest(moves=moves)
+        request = migration_pb2.PlanMigrationRequest(moves=moves, constraints=constraints)
         response = await self.caller.call(lambda channel: MigrationServiceStub(channel).PlanMigration, request)
         return response.migration
+
+    async def explain_migration(
+        self, moves: Sequence[migration_pb2.MoveRequest], constraints: Constraints | None = None
+    ) -> migration_pb2.PlanMigrationResponse:
+        """Return the migration that `create_migration` would begin, if there is one, and why it is this or none."""
+        request = migration_pb2.PlanMigrationRequest(moves=moves, constraints=constraints, explain=True)
+        return await self.caller.call(lambda channel: MigrationServiceStub(channel).PlanMigration, request)
 
     async def create_migration(
         self,
@@ -246,13 +270,17 @@ class FleetClient(_Client):
         *,
         name: str = "",
         options: migration_pb2.MigrationOptions | None = None,
+        constraints: Constraints | None = None,
     ) -> Migration:
         """Begin a migration of one or more functions, all or none, and return it.
 
         `name` is the request ID: asking again with the same one gets the same migration. One is made if it is empty.
         """
         request = migration_pb2.CreateMigrationRequest(
-            request_id=check_name("request_id", name or request_id()), moves=moves, options=options
+            request_id=check_name("request_id", name or request_id()),
+            moves=moves,
+            options=options,
+            constraints=constraints,
         )
         response = await self.caller.call(lambda channel: MigrationServiceStub(channel).CreateMigration, request)
         return response.migration

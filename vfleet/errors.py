@@ -1,7 +1,8 @@
 """One error root, and the only place that knows gRPC status codes.
 
 Everything that vfleet refuses is a `VfleetError` with a `Reason`. At a server's edge it becomes a google.rpc.Status
-with ErrorInfo (domain "vfleet") and, for bad fields, BadRequest; a client gets the same error back.
+with ErrorInfo (domain "vfleet"), for bad fields BadRequest, and for obstacles PreconditionFailure; a client gets the
+same error back.
 """
 
 import enum
@@ -47,6 +48,8 @@ class Reason(enum.StrEnum):
     SEGMENT_TAKEN = "SEGMENT_TAKEN"
     INTERNAL = "INTERNAL"
     UNREACHABLE = "UNREACHABLE"
+    UNSATISFIABLE = "UNSATISFIABLE"
+    HOST_CORDONED = "HOST_CORDONED"
 
 
 _CODES: Mapping[Reason, grpc.StatusCode] = {
@@ -78,6 +81,8 @@ _CODES: Mapping[Reason, grpc.StatusCode] = {
     Reason.SEGMENT_TAKEN: grpc.StatusCode.ALREADY_EXISTS,
     Reason.INTERNAL: grpc.StatusCode.INTERNAL,
     Reason.UNREACHABLE: grpc.StatusCode.UNAVAILABLE,
+    Reason.UNSATISFIABLE: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.HOST_CORDONED: grpc.StatusCode.FAILED_PRECONDITION,
 }
 
 
@@ -89,11 +94,20 @@ class FieldViolation:
     description: str
 
 
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """What has to change before a request can be met: the kind of obstacle, what it is about, and what may be done."""
+
+    kind: str
+    subject: str
+    description: str
+
+
 class VfleetError(Exception):
     """The root, and the whole, of vfleet's errors.
 
     `reason` is for programs, the message for people: it names what was meant, what was found and what was expected.
-    `metadata` gives the names in it to programs.
+    `metadata` gives the names in it to programs. Of `obstacles` each by itself is in the way.
     """
 
     def __init__(
@@ -103,12 +117,14 @@ class VfleetError(Exception):
         *,
         metadata: Mapping[str, str] | None = None,
         violations: tuple[FieldViolation, ...] = (),
+        obstacles: tuple[Obstacle, ...] = (),
     ) -> None:
         super().__init__(message)
         self.reason = reason
         self.message = message
         self.metadata: Mapping[str, str] = dict(metadata or {})
         self.violations = violations
+        self.obstacles = obstacles
 
     @property
     def code(self) -> grpc.StatusCode:
@@ -148,6 +164,11 @@ def to_status(error: VfleetError) -> status_pb2.Status:
             ]
         )
         status.details.append(_packed(bad_request))
+    if error.obstacles:
+        failure = error_details_pb2.PreconditionFailure()
+        for obstacle in error.obstacles:
+            failure.violations.add(type=obstacle.kind, subject=obstacle.subject, description=obstacle.description)
+        status.details.append(_packed(failure))
     return status
 
 
@@ -174,7 +195,9 @@ def from_rpc_error(rpc_error: grpc.aio.AioRpcError, address: str) -> VfleetError
     return VfleetError(Reason.INTERNAL, f"{details} ({code.name})", metadata=metadata)
 
 
-def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest) -> any_pb2.Any:
+def _packed(
+    message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.PreconditionFailure,
+) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed
@@ -183,9 +206,11 @@ def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest)
 def _from_status(status: status_pb2.Status) -> VfleetError | None:
     info = error_details_pb2.ErrorInfo()
     bad_request = error_details_pb2.BadRequest()
+    failure = error_details_pb2.PreconditionFailure()
     for detail in status.details:
         detail.Unpack(info)
         detail.Unpack(bad_request)
+        detail.Unpack(failure)
     if info.domain != DOMAIN or info.reason not in Reason.__members__ or status.code == code_pb2.OK:
         return None
     return VfleetError(
@@ -193,4 +218,5 @@ def _from_status(status: status_pb2.Status) -> VfleetError | None:
         status.message,
         metadata=dict(info.metadata),
         violations=tuple(FieldViolation(v.field, v.description) for v in bad_request.field_violations),
+        obstacles=tuple(Obstacle(v.type, v.subject, v.description) for v in failure.violations),
     )

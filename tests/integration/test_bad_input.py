@@ -157,13 +157,13 @@ _PLAN: dict[str, Case] = {
         lambda a: a.migrate(("vf1", "h2/small")),
         Reason.INCOMPATIBLE_DEVICE,
         grpc.StatusCode.FAILED_PRECONDITION,
-        "its BAR 2 has 8192 bytes; expected at least 16384",
+        "bars: BAR 2 of 8192 bytes; expected at least 16384",
     ),
     "other manufacturer": (
         lambda a: a.migrate(("vf1", "h2/other")),
         Reason.INCOMPATIBLE_DEVICE,
         grpc.StatusCode.FAILED_PRECONDITION,
-        "its manufacturer is 8086:0001; expected 1af4:0001",
+        "manufacturer: 8086:0001; expected 1af4:0001",
     ),
     "oversize function name": (lambda a: a.migrate(("a" * 64, "h2/nic0")), *_INVALID, "moves[0].function is 'aaa"),
     "oversize request ID": (

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from vfleet.address import table_offset
-from vfleet.cli import cluster, fleet, migration, operations, workload
+from vfleet.cli import cluster, fleet, migration, operations, plan, workload
 from vfleet.cli.main import run
 from vfleet.errors import Reason, VfleetError, invalid_field, not_found
 from vfleet.rpc import Server
@@ -22,7 +22,23 @@ from vfleet.v1 import migration_service_pb2 as migration_pb2
 from vfleet.v1.driver_service_pb2_grpc import DriverServiceServicer, add_DriverServiceServicer_to_server
 from vfleet.v1.fleet_service_pb2_grpc import FleetServiceServicer, add_FleetServiceServicer_to_server
 from vfleet.v1.migration_service_pb2_grpc import MigrationServiceServicer, add_MigrationServiceServicer_to_server
+from vfleet.v1.placement_pb2 import (
+    Boundary,
+    BoundaryRule,
+    Candidate,
+    Constraints,
+    Explanation,
+    GroupRule,
+    Merit,
+    Placement,
+    PlacementFilter,
+    Preference,
+    Rejection,
+    Relation,
+    Relaxation,
+)
 from vfleet.v1.records_pb2 import (
+    Cordon,
     Device,
     Driver,
     Function,
@@ -88,7 +104,7 @@ def a_migration(request: migration_pb2.CreateMigrationRequest | migration_pb2.Pl
                 function=move.function,
                 source=Place(device="h1/nic0", vf_index=1, base=BASE, generation=1, segment=1, routing_id=0x180),
                 target=Place(
-                    device=move.target_device,
+                    device=move.target_device or "h2/nic0",
                     vf_index=move.target_vf_index or 1,
                     base=0x0002_1110_0000_0000,
                     generation=2,
@@ -101,6 +117,33 @@ def a_migration(request: migration_pb2.CreateMigrationRequest | migration_pb2.Pl
     )
 
 
+def an_explanation(chosen: str) -> Explanation:
+    """Return why vf1 goes to h2/nic0, or, if nothing is chosen, why nowhere."""
+    merits = [Merit(preference=Preference.PREFERENCE_LEAST_LOADED, value="3 of 64 slots in use")]
+    rejections = [
+        Rejection(
+            device="h1/nic0",
+            filter=PlacementFilter.PLACEMENT_FILTER_SOURCE,
+            found="h1/nic0",
+            expected="another device",
+        ),
+        Rejection(
+            device="h3/nic0",
+            filter=PlacementFilter.PLACEMENT_FILTER_GROUP,
+            group=1,
+            found="h3",
+            expected="not within h3",
+            by_plan=bool(chosen),
+        ),
+    ]
+    candidates = [Candidate(device="h2/nic0", merits=merits)] if chosen else []
+    placement = Placement(function="vf1", source="h1/nic0", device=chosen, candidates=candidates, rejections=rejections)
+    relaxation = Relaxation(
+        filter=PlacementFilter.PLACEMENT_FILTER_CORDON, remedy="uncordon h2", devices={"vf1": "h2/nic0"}
+    )
+    return Explanation(placements=[placement], relaxations=[] if chosen else [relaxation])
+
+
 @dataclass
 class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer):
     """Answers what a fleet of two hosts would; `refuse` makes it refuse everything. Records what it was asked."""
@@ -108,6 +151,7 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
     address: str = ""
     refuse: VfleetError | None = None
     outcome: Phase.ValueType = Phase.PHASE_DONE
+    explanation: Explanation | None = None
     requests: list[object] = field(default_factory=list)
 
     def seen(self, request: object) -> None:
@@ -120,6 +164,8 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
         # A page a host, however many were asked for.
         number = int(request.page_token or "1")
         host = Host(name=f"h{number}", segment=number, address=self.address, incarnation="abc", registered=True)
+        if number == 2:
+            host.cordon.reason = "firmware"
         return fleet_pb2.ListHostsResponse(hosts=[host], next_page_token="" if number == 2 else str(number + 1))
 
     async def ListDevices(self, request, context):
@@ -167,9 +213,20 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
         self.seen(request)
         return fleet_pb2.ForgetHostResponse(lost_functions=["vf1"])
 
+    async def CordonHost(self, request, context):
+        self.seen(request)
+        return fleet_pb2.CordonHostResponse(cordon=Cordon(host=request.host, reason=request.reason))
+
+    async def UncordonHost(self, request, context):
+        self.seen(request)
+        return fleet_pb2.UncordonHostResponse()
+
     async def PlanMigration(self, request, context):
         self.seen(request)
-        return migration_pb2.PlanMigrationResponse(migration=a_migration(request))
+        if self.explanation is not None:
+            return migration_pb2.PlanMigrationResponse(explanation=self.explanation)
+        explanation = an_explanation("h2/nic0") if request.explain else None
+        return migration_pb2.PlanMigrationResponse(migration=a_migration(request), explanation=explanation)
 
     async def CreateMigration(self, request, context):
         self.seen(request)
@@ -270,7 +327,7 @@ def vfleet(fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("hosts", ["h1", "h2", "0x0001", "yes"]),
+        ("hosts", ["h1", "h2", "0x0001", "yes", "yes: firmware"]),
         ("devices", ["h1/nic0", "0001:01:00.0", "0: 4 KiB, 2: 1 MiB"]),
         ("functions", ["vf1", "active", "0x0001018000000000", "d1"]),
         ("drivers", ["d1", "h1", "vf1"]),
@@ -383,6 +440,72 @@ async def test_a_dry_run_only_plans(vfleet: Vfleet, fake: Fake) -> None:
     assert [type(request) for request in fake.requests] == [migration_pb2.PlanMigrationRequest]
 
 
+async def test_plan_shows_the_verdict_on_each_device(vfleet: Vfleet, fake: Fake) -> None:
+    result = await vfleet("plan", "vf1")
+    assert (result.code, result.err) == (0, "")
+    assert re.search(r"vf1 +h2/nic0 +chosen +3 of 64 slots in use\n", result.out)
+    assert re.search(r"vf1 +h1/nic0 +rejected: source +h1/nic0 +another device\n", result.out)
+    assert re.search(r"vf1 +h3/nic0 +rejected by the plan: group 1 +h3 +not within h3\n", result.out)
+    assert re.search(r"vf1 +h1/nic0 +h2/nic0 +1\n", result.out)
+    brief = await vfleet("plan", "vf1", "--brief")
+    assert "h2/nic0" in brief.out
+    assert "rejected" not in brief.out
+    assert [request.explain for request in fake.requests] == [True, False]
+
+
+async def test_plan_for_programs_says_all(vfleet: Vfleet, fake: Fake) -> None:
+    result = await vfleet("plan", "vf1", "-o", "json")
+    (placement,) = json.loads(result.out)["explanation"]["placements"]
+    assert placement["device"] == "h2/nic0"
+    assert [(r["device"], r["filter"], r["found"], r["expected"]) for r in placement["rejections"]] == [
+        ("h1/nic0", "PLACEMENT_FILTER_SOURCE", "h1/nic0", "another device"),
+        ("h3/nic0", "PLACEMENT_FILTER_GROUP", "h3", "not within h3"),
+    ]
+
+
+async def test_a_plan_that_there_is_none_of_says_what_would_do(vfleet: Vfleet, fake: Fake) -> None:
+    fake.explanation = an_explanation("")
+    result = await vfleet("plan", "vf1")
+    assert (result.code, result.err) == (1, "vfleet: no choice of devices meets what is asked for vf1\n")
+    assert re.search(r"uncordon h2 +cordon +vf1=h2/nic0\n", result.out)
+    assert (await vfleet("plan", "vf1", "-o", "json")).code == 1
+    fake.explanation.ClearField("relaxations")
+    assert "no single change would make it possible" in (await vfleet("plan", "vf1")).out
+
+
+async def test_plan_and_migrate_ask_for_the_same(vfleet: Vfleet, fake: Fake) -> None:
+    options = ("--adapter", "same", "--power-domain", "different", "--attachment", "lan", "--attachment", "san")
+    options += ("--prefer", "pack", "--prefer", "driver-host", "--together", "vf1,vf2", "--apart", "vf1,vf3@bridge")
+    for command in (("plan",), ("migrate",), ("migrate", "--dry-run")):
+        assert (await vfleet(*command, "vf1", *options)).code == 0
+    assert [request.moves[0].target_device for request in fake.requests] == ["", "", ""]
+    wanted = Constraints(
+        boundaries=[
+            BoundaryRule(boundary=Boundary.BOUNDARY_PHYSICAL_ADAPTER, relation=Relation.RELATION_SAME),
+            BoundaryRule(boundary=Boundary.BOUNDARY_POWER_DOMAIN, relation=Relation.RELATION_DIFFERENT),
+        ],
+        groups=[
+            GroupRule(functions=["vf1", "vf2"], boundary=Boundary.BOUNDARY_HOST, relation=Relation.RELATION_SAME),
+            GroupRule(
+                functions=["vf1", "vf3"], boundary=Boundary.BOUNDARY_BRIDGE, relation=Relation.RELATION_DIFFERENT
+            ),
+        ],
+        preferences=[Preference.PREFERENCE_PACK, Preference.PREFERENCE_DRIVER_HOST],
+        attachments=["lan", "san"],
+    )
+    assert [request.constraints for request in fake.requests] == [wanted] * 3
+
+
+async def test_a_cordon_is_shown_with_its_reason(vfleet: Vfleet, fake: Fake) -> None:
+    assert (await vfleet("cordon", "h2", "--reason", "new firmware")).out == "h2 is cordoned: new firmware\n"
+    assert (await vfleet("uncordon", "h2")).out == "h2 is in use\n"
+    assert [(type(request), request.host) for request in fake.requests] == [
+        (fleet_pb2.CordonHostRequest, "h2"),
+        (fleet_pb2.UncordonHostRequest, "h2"),
+    ]
+    assert re.search(r"Cordoned +yes: firmware\n", (await vfleet("describe", "host", "h2")).out)
+
+
 async def test_migrate_waits_and_shows_how_it_ended(vfleet: Vfleet) -> None:
     result = await vfleet("migrate", "vf1=h2/nic0", "--wait", "--request-id", "mine")
     assert result.code == 0
@@ -408,7 +531,18 @@ async def test_watch_for_programs_is_a_line_an_update(vfleet: Vfleet) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["migrate", "vf1"],
+        ["migrate", "vf1:4"],
+        ["migrate", "vf1", "--host", "other"],
+        ["migrate", "vf1", "--prefer", "luck"],
+        ["migrate", "vf1", "--apart", "vf1"],
+        ["migrate", "vf1", "--together", "vf1,vf2@room"],
+        ["migrate", "vf1", "--together", "vf1,,vf2"],
+        ["migrate", "vf1", "--attachment", "Not A Name"],
+        ["plan"],
+        ["plan", "vf1", "--to", "h2"],
+        ["cordon"],
+        ["cordon", "Not A Name"],
+        ["uncordon", "h1/nic0"],
         ["migrate", "vf1=h2"],
         ["migrate", "vf1=h2/nic0:x"],
         ["migrate", "vf1=h2/nic0:-1"],
@@ -510,7 +644,7 @@ async def test_workload_report_is_the_drivers_own_view(vfleet: Vfleet) -> None:
 
 
 def examples() -> Iterator[str]:
-    for module in (cluster, fleet, migration, operations, workload):
+    for module in (cluster, fleet, migration, operations, plan, workload):
         for _, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__:
                 yield from re.findall(r"Example: (vfleet .*)", function.__doc__ or "")
@@ -524,7 +658,7 @@ async def test_the_examples_of_the_help_work(vfleet: Vfleet, example: str) -> No
 
 async def test_every_command_has_an_example(vfleet: Vfleet) -> None:
     words = re.findall(r"^  ([\w-]+)  ", (await vfleet()).out.partition("Commands:")[2], re.MULTILINE)
-    assert len(words) == 14
+    assert len(words) == 17
     for word in words:
         out = (await vfleet(word, "--help")).out
         inner = re.findall(r"^  ([\w-]+)  ", out.partition("Commands:")[2], re.MULTILINE)

@@ -5,7 +5,16 @@ import pytest
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
-from vfleet.errors import FieldViolation, Reason, VfleetError, from_rpc_error, invalid_field, not_found, to_status
+from vfleet.errors import (
+    FieldViolation,
+    Obstacle,
+    Reason,
+    VfleetError,
+    from_rpc_error,
+    invalid_field,
+    not_found,
+    to_status,
+)
 from vfleet.v1.types_pb2 import ErrorReason
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -38,6 +47,13 @@ def test_an_error_comes_back_as_it_was(reason: Reason) -> None:
     )  # fmt: skip
     assert error.code is not grpc.StatusCode.OK
     assert to_status(error).code == error.code.value[0]
+
+
+def test_obstacles_come_back_as_they_were() -> None:
+    obstacles = (Obstacle("CORDON", "h2/nic0", "uncordon h2"), Obstacle("HOST", "h1/nic1", "leave the host open"))
+    error = VfleetError(Reason.UNSATISFIABLE, "no choice of devices", obstacles=obstacles)
+    assert received(error).obstacles == obstacles
+    assert received(VfleetError(Reason.CONFLICT, "changed")).obstacles == ()
 
 
 def test_a_bad_field_says_field_value_and_expectation() -> None:

@@ -12,7 +12,7 @@ from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
 from vfleet.etcd.records import decode
 from vfleet.etcd.store import Compare, Delete, Put, Transaction, absent, unchanged
-from vfleet.v1.records_pb2 import Driver, Function, FunctionStatus, Migration, Phase, Slot, Step
+from vfleet.v1.records_pb2 import Cordon, Driver, Function, FunctionStatus, Migration, Phase, Slot, Step
 from vfleet.v1.types_pb2 import Decision, TableEntry
 
 commit = FleetValues.commit
@@ -55,6 +55,7 @@ def other_function(fleet: FleetValues) -> None:
         lambda fleet: fleet.put(keys.slot_key("h2/nic0", 1), Slot(function="vf7")),
         lambda fleet: fleet.put(keys.migration_key("m1"), Migration(name="m1")),
         lambda fleet: fleet.put(keys.FLEET_GENERATION, "2"),
+        lambda fleet: fleet.put(keys.cordon_key("h2"), Cordon(host="h2")),
         *(lambda fleet, host=host: fleet.put(keys.registration_key(host), "anew") for host in ("h1", "h2", "h3")),
         *(lambda fleet, host=host: fleet.items.pop(keys.registration_key(host)) for host in ("h1", "h2", "h3")),
     ],
@@ -65,6 +66,22 @@ def test_begin_does_nothing_if_what_the_plan_saw_has_changed(change):
     migration = plan(snapshot, [move("vf1", "h2/nic0")], name="m1", coordinator="c1", limits=LIMITS)
     change(fleet)
     assert not commit(fleet, transaction.begin(migration, 5, snapshot.fleet_generation_is_this))
+
+
+def test_what_leaves_a_cordoned_host_begins():
+    fleet = three_hosts()
+    for host in ("h1", "h3"):
+        fleet.put(keys.cordon_key(host), Cordon(host=host))
+    begun(fleet)
+
+
+def test_a_host_is_forgotten_with_its_cordon():
+    fleet = three_hosts()
+    fleet.put(keys.cordon_key("h2"), Cordon(host="h2"))
+    fleet.put(keys.segment_key(2), "h2")
+    del fleet.items[keys.registration_key("h2")]
+    assert commit(fleet, forget._delete_records(fleet.snapshot(), "h2"))
+    assert not any("h2" in key for key in fleet.items)
 
 
 def test_commit_moves_home_generation_and_entries_at_once():

@@ -263,6 +263,7 @@ def other(key: str, value: str) -> Callable[[FleetValues], object]:
         (fleet_of_generation_2, create, other(keys.FLEET_GENERATION, "3")),
         (fleet_of_generation_2, create, other(REGISTRATION2, "anew")),
         (fleet_of_generation_2, create, gone(REGISTRATION2)),
+        (fleet_of_generation_2, create, written(keys.cordon_key("h2"))),
         (fleet_creating, activate, written(VF9)),
         (fleet_creating, activate, gone(VF9)),
         (fleet_creating, activate, other(REGISTRATION2, "anew")),

@@ -44,9 +44,17 @@ def describe_host(host: Host, devices: Iterable[DeviceUse]) -> None:
             ("Address", host.address),
             ("Incarnation", host.incarnation),
             ("Registered", "yes" if host.registered else "no"),
+            ("Cordoned", cordon_word(host)),
         ]
     )
     print_devices(devices)
+
+
+def cordon_word(host: Host) -> str:
+    """Return whether a host is cordoned, and why."""
+    if not host.HasField("cordon"):
+        return "no"
+    return f"yes: {host.cordon.reason}" if host.cordon.reason else "yes"
 
 
 def print_devices(devices: Iterable[DeviceUse]) -> None:
@@ -90,6 +98,7 @@ def describe_device(use: DeviceUse) -> None:
             ("Parent bridge", device.parent_bridge or "none"),
             ("Power domain", device.power_domain),
             ("Attachments", ", ".join(device.attachments) or "none"),
+            ("State version", f"{device.state_version.format}.{device.state_version.model}"),
             ("VFs", f"{device.total_vfs}: {use.used_slots} used, {use.reserved_slots} reserved"),
             ("VF n", f"routing ID {device.routing_id:#06x} + {device.first_vf_offset} + (n - 1) * {device.vf_stride}"),
             ("VFs at", f"{format_routing_id(first)} to {format_routing_id(last)}"),

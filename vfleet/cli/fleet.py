@@ -88,9 +88,16 @@ async def _listing(fleet: FleetClient, kind: Kinds, *, active_only: bool) -> Mes
 def _print_listing(listing: Message) -> None:
     if isinstance(listing, ListHostsResponse):
         print_table(
-            ("HOST", "SEGMENT", "ADDRESS", "REGISTERED", "INCARNATION"),
+            ("HOST", "SEGMENT", "ADDRESS", "REGISTERED", "CORDONED", "INCARNATION"),
             (
-                (host.name, f"{host.segment:#06x}", host.address, "yes" if host.registered else "no", host.incarnation)
+                (
+                    host.name,
+                    f"{host.segment:#06x}",
+                    host.address,
+                    "yes" if host.registered else "no",
+                    describe.cordon_word(host),
+                    host.incarnation,
+                )
                 for host in listing.hosts
             ),
         )

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperOption
 
-from vfleet.cli import cluster, demo, fleet, migration, operations, workload
+from vfleet.cli import cluster, demo, fleet, migration, operations, plan, workload
 from vfleet.cli.session import FAILED, INTERRUPTED, exit_code
 from vfleet.errors import VfleetError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Options: --version, --install-completion, --help (-h).",
 )
 
 
@@ -48,9 +49,12 @@ app.add_typer(fleet.create_app, name="create", help="Make a function.")
 app.add_typer(fleet.delete_app, name="delete", help="End a function or a driver.")
 app.command("attach")(fleet.attach)
 app.command("detach")(fleet.detach)
+app.command("plan")(plan.plan)
 app.command("migrate")(migration.migrate)
 app.command("watch")(migration.watch)
 app.command("cancel")(migration.cancel)
+app.command("cordon")(operations.cordon)
+app.command("uncordon")(operations.uncordon)
 app.command("doctor")(operations.doctor)
 app.add_typer(operations.fleet_app, name="fleet", help="Raise the fleet generation, or forget a host.")
 app.add_typer(workload.app, name="workload", help="Start, stop or report a workload of a driver.")
@@ -59,9 +63,10 @@ app.add_typer(workload.app, name="workload", help="Start, stop or report a workl
 def run(arguments: Sequence[str]) -> int:
     """Carry out a command line and return its exit code. A failure is one line on standard error."""
     command = typer.main.get_command(app)
-    for option in command.params:
-        # Who needs it finds it in Typer's documentation; the help is to fit one screen.
-        if "--show-completion" in option.opts and isinstance(option, TyperOption):
+    # The help is to fit one screen, so that its last line names them instead. What --show-completion is for is said in
+    # Typer's documentation.
+    for option in (*command.params, command.get_help_option(typer.Context(command))):
+        if isinstance(option, TyperOption):
             option.hidden = True
     try:
         result: object = command.main(list(arguments) or ["--help"], prog_name="vfleet", standalone_mode=False)

@@ -1,12 +1,15 @@
 """The commands about migrations: migrate, watch, cancel."""
 
 import enum
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Annotated
 
 import typer
 
+from vfleet.cli import constraints as asked
 from vfleet.cli import describe
+from vfleet.cli.constraints import Rule
 from vfleet.cli.output import Output, OutputOption, console, print_message
 from vfleet.cli.progress import LiveProgress, progress_line
 from vfleet.cli.session import FAILED, CoordinatorOption, EtcdOption, fleet_client, run
@@ -40,13 +43,27 @@ _POLICIES = {OnLimit.ABORT: LimitPolicy.LIMIT_POLICY_ABORT, OnLimit.FORCE: Limit
 MigrationArgument = Annotated[str, typer.Argument(metavar="MIGRATION", help="The migration.")]
 
 
+FunctionsArgument = Annotated[
+    list[str], typer.Argument(metavar="FUNCTION[=DEVICE[:VF]]…", help="Functions, and where each is to go.")
+]
+ToOption = Annotated[
+    str | None,
+    typer.Option("--to", metavar="DEVICE[:VF]", help="Where functions named without a device go; else it is chosen."),
+]
+
+
 def migrate(
-    functions: Annotated[
-        list[str], typer.Argument(metavar="FUNCTION[=DEVICE[:VF]]…", help="Functions, and where each is to go.")
-    ],
-    to: Annotated[
-        str | None, typer.Option("--to", metavar="DEVICE[:VF]", help="Where functions named without a device go.")
-    ] = None,
+    functions: FunctionsArgument,
+    to: ToOption = None,
+    host: asked.HostOption = Rule.ANY,
+    adapter: asked.AdapterOption = Rule.ANY,
+    bridge: asked.BridgeOption = Rule.ANY,
+    parent_bridge: asked.ParentBridgeOption = Rule.ANY,
+    power_domain: asked.PowerDomainOption = Rule.ANY,
+    attachment: asked.AttachmentOption = None,
+    prefer: asked.PreferOption = None,
+    together: asked.TogetherOption = None,
+    apart: asked.ApartOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and do nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is over; exit 1 if it was aborted.")] = False,
     name: Annotated[
@@ -74,9 +91,12 @@ def migrate(
 ) -> None:
     """Move functions to other devices, all or none.
 
-    Their drivers go on meanwhile, at the same virtual addresses.
+    Their drivers go on meanwhile, at the same virtual addresses. Devices that aren't named are chosen, as `vfleet plan`
+    shows and explains.
 
     \b
+    Example: vfleet migrate vf1 --wait
+    Example: vfleet migrate vf1 vf2 --host different --apart vf1,vf2
     Example: vfleet migrate vf1 --to h2/nic0 --wait
     Example: vfleet migrate vf1=h2/nic0 vf2=h3/nic1:4
     Example: vfleet migrate vf1 --to h2/nic0 --downtime-limit 20 --on-limit force --bandwidth 200
@@ -89,15 +109,26 @@ def migrate(
         max_rounds=_fits("--max-rounds", max_rounds),
         bandwidth_mib_per_s=_fits("--bandwidth", bandwidth),
     )
-    moves = [_move(function, to) for function in functions]
-    if to is not None and all("=" in function for function in functions):
-        raise invalid_field("--to", to, "a function without a device of its own")
+    moves = move_requests(functions, to)
+    wanted = asked.constraints(
+        host=host,
+        adapter=adapter,
+        bridge=bridge,
+        parent_bridge=parent_bridge,
+        power_domain=power_domain,
+        attachments=attachment,
+        prefer=prefer,
+        together=together,
+        apart=apart,
+    )
 
     async def command() -> Migration:
         async with fleet_client(coordinator, etcd) as fleet:
             if dry_run:
-                return await fleet.plan_migration(moves)
-            migration = await fleet.create_migration(moves, name=name or request_id(), options=options)
+                return await fleet.plan_migration(moves, wanted)
+            migration = await fleet.create_migration(
+                moves, name=name or request_id(), options=options, constraints=wanted
+            )
             return await _follow(fleet, migration.name) if wait else migration
 
     migration = run(command())
@@ -157,11 +188,18 @@ def cancel(
         print_message(cancelled, output)
 
 
+def move_requests(functions: Sequence[str], to: str | None) -> list[MoveRequest]:
+    """Return the moves that a command line means. Raise INVALID_FIELD for what can't be meant."""
+    if to is not None and all("=" in function for function in functions):
+        raise invalid_field("--to", to, "a function without a device of its own")
+    return [_move(function, to) for function in functions]
+
+
 def _move(argument: str, to: str | None) -> MoveRequest:
     function, equals, own = argument.partition("=")
     target = own if equals else to
     if target is None:
-        raise invalid_field("FUNCTION", argument, "FUNCTION=DEVICE, or FUNCTION with --to DEVICE")
+        return move_request(function)
     device, colon, vf_index = target.partition(":")
     if colon and not (vf_index.isascii() and vf_index.isdigit()):
         raise invalid_field("device", target, "HOST/DEVICE or HOST/DEVICE:VF, for example h2/nic0:4")

@@ -1,4 +1,4 @@
-"""The commands for when something went wrong: doctor, fleet bump-generation, fleet forget-host."""
+"""The commands about hosts and the whole fleet: cordon, uncordon, doctor, fleet bump-generation, fleet forget-host."""
 
 from collections.abc import Iterable
 from typing import Annotated
@@ -14,8 +14,54 @@ from vfleet.v1.fleet_service_pb2 import (
     DifferenceKind,
     ForgetHostResponse,
 )
+from vfleet.v1.records_pb2 import Cordon
 
 fleet_app = typer.Typer()
+
+
+def cordon(
+    host: Annotated[str, typer.Argument(metavar="HOST", help="The host.")],
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for who asks.")] = "",
+    coordinator: CoordinatorOption = None,
+    etcd: EtcdOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Keep functions from being made on a host or moved there.
+
+    What is there, or on its way, stays.
+
+    \b
+    Example: vfleet cordon h1
+    Example: vfleet cordon h1 --reason firmware
+    """
+
+    async def command() -> Cordon:
+        async with fleet_client(coordinator, etcd) as fleet:
+            return await fleet.cordon_host(host, reason=reason)
+
+    made = run(command())
+    if output is Output.TABLE:
+        typer.echo(f"{host} is cordoned{f': {made.reason}' if made.reason else ''}")
+    else:
+        print_message(made, output)
+
+
+def uncordon(
+    host: Annotated[str, typer.Argument(metavar="HOST", help="The host.")],
+    coordinator: CoordinatorOption = None,
+    etcd: EtcdOption = None,
+) -> None:
+    """Put a cordoned host back in use.
+
+    Example: vfleet uncordon h1
+    """
+
+    async def command() -> None:
+        async with fleet_client(coordinator, etcd) as fleet:
+            await fleet.uncordon_host(host)
+        typer.echo(f"{host} is in use")
+
+    run(command())
 
 
 def doctor(

@@ -5,6 +5,7 @@
 | fleet/generation | the fleet generation, decimal; absent means 1 |
 | segments/SEGMENT | name of the host that claimed the PCI segment, for good |
 | hosts/HOST | Host |
+| cordons/HOST | Cordon |
 | registrations/HOST | incarnation, under the daemon's lease |
 | witnesses/HOST | what only this host writes, by which it knows its etcd again: random, new each time; never deleted |
 | coordinators/COORDINATOR | Coordinator, under its lease |
@@ -22,6 +23,7 @@ PREFIX = "/vfleet/"
 FLEET_GENERATION = f"{PREFIX}fleet/generation"
 SEGMENTS = f"{PREFIX}segments/"
 HOSTS = f"{PREFIX}hosts/"
+CORDONS = f"{PREFIX}cordons/"
 REGISTRATIONS = f"{PREFIX}registrations/"
 WITNESSES = f"{PREFIX}witnesses/"
 COORDINATORS = f"{PREFIX}coordinators/"
@@ -42,6 +44,11 @@ def segment_key(segment: int) -> str:
 def host_key(host: str) -> str:
     """Key of a host's record."""
     return f"{HOSTS}{host}"
+
+
+def cordon_key(host: str) -> str:
+    """Key that is there while the host is cordoned."""
+    return f"{CORDONS}{host}"
 
 
 def registration_key(host: str) -> str:

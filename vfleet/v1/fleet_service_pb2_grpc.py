@@ -96,6 +96,16 @@ class FleetServiceStub:
                 request_serializer=vfleet_dot_v1_dot_fleet__service__pb2.ForgetHostRequest.SerializeToString,
                 response_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.ForgetHostResponse.FromString,
                 _registered_method=True)
+        self.CordonHost = channel.unary_unary(
+                '/vfleet.v1.FleetService/CordonHost',
+                request_serializer=vfleet_dot_v1_dot_fleet__service__pb2.CordonHostRequest.SerializeToString,
+                response_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.CordonHostResponse.FromString,
+                _registered_method=True)
+        self.UncordonHost = channel.unary_unary(
+                '/vfleet.v1.FleetService/UncordonHost',
+                request_serializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostRequest.SerializeToString,
+                response_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer:
@@ -191,6 +201,21 @@ class FleetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CordonHost(self, request, context):
+        """CordonHost keeps functions from being made on a host or moved there; what is there, or on its way, stays. Repeating
+        it changes the reason.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UncordonHost(self, request, context):
+        """UncordonHost ends that. A host that isn't cordoned counts as done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -253,6 +278,16 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.ForgetHost,
                     request_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.ForgetHostRequest.FromString,
                     response_serializer=vfleet_dot_v1_dot_fleet__service__pb2.ForgetHostResponse.SerializeToString,
+            ),
+            'CordonHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.CordonHost,
+                    request_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.CordonHostRequest.FromString,
+                    response_serializer=vfleet_dot_v1_dot_fleet__service__pb2.CordonHostResponse.SerializeToString,
+            ),
+            'UncordonHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.UncordonHost,
+                    request_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostRequest.FromString,
+                    response_serializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -581,6 +616,60 @@ class FleetService:
             '/vfleet.v1.FleetService/ForgetHost',
             vfleet_dot_v1_dot_fleet__service__pb2.ForgetHostRequest.SerializeToString,
             vfleet_dot_v1_dot_fleet__service__pb2.ForgetHostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CordonHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vfleet.v1.FleetService/CordonHost',
+            vfleet_dot_v1_dot_fleet__service__pb2.CordonHostRequest.SerializeToString,
+            vfleet_dot_v1_dot_fleet__service__pb2.CordonHostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UncordonHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vfleet.v1.FleetService/UncordonHost',
+            vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostRequest.SerializeToString,
+            vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostResponse.FromString,
             options,
             channel_credentials,
             insecure,

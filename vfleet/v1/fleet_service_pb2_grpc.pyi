@@ -67,6 +67,12 @@ class FleetServiceStub:
     """ForgetHost takes a host that never comes back out of the fleet. ILLEGAL_STATE while it is registered; IN_USE, unless
     forced, while functions, drivers or migrations are there. Forced, its functions become LOST and its drivers go.
     """
+    CordonHost: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.CordonHostRequest, _fleet_service_pb2.CordonHostResponse]
+    """CordonHost keeps functions from being made on a host or moved there; what is there, or on its way, stays. Repeating
+    it changes the reason.
+    """
+    UncordonHost: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.UncordonHostRequest, _fleet_service_pb2.UncordonHostResponse]
+    """UncordonHost ends that. A host that isn't cordoned counts as done."""
 
 @_typing.type_check_only
 class FleetServiceAsyncStub(FleetServiceStub):
@@ -107,6 +113,12 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """ForgetHost takes a host that never comes back out of the fleet. ILLEGAL_STATE while it is registered; IN_USE, unless
     forced, while functions, drivers or migrations are there. Forced, its functions become LOST and its drivers go.
     """
+    CordonHost: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.CordonHostRequest, _fleet_service_pb2.CordonHostResponse]  # type: ignore[assignment]
+    """CordonHost keeps functions from being made on a host or moved there; what is there, or on its way, stays. Repeating
+    it changes the reason.
+    """
+    UncordonHost: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.UncordonHostRequest, _fleet_service_pb2.UncordonHostResponse]  # type: ignore[assignment]
+    """UncordonHost ends that. A host that isn't cordoned counts as done."""
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
     """FleetService shows hosts, devices, functions and drivers, and makes and ends functions and attachments. Any
@@ -216,5 +228,23 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         """ForgetHost takes a host that never comes back out of the fleet. ILLEGAL_STATE while it is registered; IN_USE, unless
         forced, while functions, drivers or migrations are there. Forced, its functions become LOST and its drivers go.
         """
+
+    @_abc_1.abstractmethod
+    def CordonHost(
+        self,
+        request: _fleet_service_pb2.CordonHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_service_pb2.CordonHostResponse, _abc.Awaitable[_fleet_service_pb2.CordonHostResponse]]:
+        """CordonHost keeps functions from being made on a host or moved there; what is there, or on its way, stays. Repeating
+        it changes the reason.
+        """
+
+    @_abc_1.abstractmethod
+    def UncordonHost(
+        self,
+        request: _fleet_service_pb2.UncordonHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_service_pb2.UncordonHostResponse, _abc.Awaitable[_fleet_service_pb2.UncordonHostResponse]]:
+        """UncordonHost ends that. A host that isn't cordoned counts as done."""
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from vfleet.v1 import placement_pb2 as _placement_pb2
 from vfleet.v1 import records_pb2 as _records_pb2
 from vfleet.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
@@ -58,9 +59,9 @@ class MoveRequest(_message.Message):
     function: _builtins.str
     """The function."""
     target_device: _builtins.str
-    """The device, as HOST/DEVICE."""
+    """The device, as HOST/DEVICE; empty to let the coordinator choose."""
     target_vf_index: _builtins.int
-    """The VF's index, from 1; 0 for the lowest that is free."""
+    """The VF's index, from 1, in a device that is named; 0 for the lowest that is free."""
     def __init__(
         self,
         *,
@@ -138,18 +139,28 @@ class PlanMigrationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MOVES_FIELD_NUMBER: _builtins.int
+    CONSTRAINTS_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    explain: _builtins.bool
+    """Whether to explain the choice."""
     @_builtins.property
     def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoveRequest]:
         """The moves: 1 or more, each of another function."""
+
+    @_builtins.property
+    def constraints(self) -> _placement_pb2.Constraints:
+        """What is asked of the devices."""
 
     def __init__(
         self,
         *,
         moves: _abc.Iterable[Global___MoveRequest] | None = ...,
+        constraints: _placement_pb2.Constraints | None = ...,
+        explain: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["moves", b"moves"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints", "explain", b"explain", "moves", b"moves"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -162,18 +173,24 @@ class PlanMigrationResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MIGRATION_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def migration(self) -> _records_pb2.Migration:
-        """The migration as it would begin; its phase is not set."""
+        """The migration as it would begin; its phase is not set. Missing if it was to be explained why there is none."""
+
+    @_builtins.property
+    def explanation(self) -> _placement_pb2.Explanation:
+        """Why, if that was asked."""
 
     def __init__(
         self,
         *,
         migration: _records_pb2.Migration | None = ...,
+        explanation: _placement_pb2.Explanation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "migration", b"migration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "migration", b"migration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -188,6 +205,7 @@ class CreateMigrationRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MOVES_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    CONSTRAINTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Becomes the migration's name. A second request with the same ID and moves gets the first one's migration; with
     other moves, ALREADY_EXISTS. Empty to let the coordinator make one, at the cost of idempotence.
@@ -200,16 +218,21 @@ class CreateMigrationRequest(_message.Message):
     def options(self) -> Global___MigrationOptions:
         """How to migrate."""
 
+    @_builtins.property
+    def constraints(self) -> _placement_pb2.Constraints:
+        """What is asked of the devices. Not looked at when a request is repeated."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         moves: _abc.Iterable[Global___MoveRequest] | None = ...,
         options: Global___MigrationOptions | None = ...,
+        constraints: _placement_pb2.Constraints | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["moves", b"moves", "options", b"options", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints", "moves", b"moves", "options", b"options", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

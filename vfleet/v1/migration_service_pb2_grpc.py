@@ -72,14 +72,16 @@ class MigrationServiceServicer:
     """
 
     def PlanMigration(self, request, context):
-        """PlanMigration shows what CreateMigration would do, and does nothing.
+        """PlanMigration shows what CreateMigration would do, and does nothing. It can explain why; then it answers also if the
+        constraints can't be met.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateMigration(self, request, context):
-        """CreateMigration begins a migration and returns once BEGIN is in etcd. Idempotent by request_id.
+        """CreateMigration begins a migration and returns once BEGIN is in etcd. Idempotent by request_id. FAILED_PRECONDITION,
+        UNSATISFIABLE, if the constraints can't be met: a google.rpc.PreconditionFailure names those without which they can.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,9 +34,13 @@ class MigrationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MigrationServiceAsyncStub: ...
     PlanMigration: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.PlanMigrationRequest, _migration_service_pb2.PlanMigrationResponse]
-    """PlanMigration shows what CreateMigration would do, and does nothing."""
+    """PlanMigration shows what CreateMigration would do, and does nothing. It can explain why; then it answers also if the
+    constraints can't be met.
+    """
     CreateMigration: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.CreateMigrationRequest, _migration_service_pb2.CreateMigrationResponse]
-    """CreateMigration begins a migration and returns once BEGIN is in etcd. Idempotent by request_id."""
+    """CreateMigration begins a migration and returns once BEGIN is in etcd. Idempotent by request_id. FAILED_PRECONDITION,
+    UNSATISFIABLE, if the constraints can't be met: a google.rpc.PreconditionFailure names those without which they can.
+    """
     GetMigration: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.GetMigrationRequest, _migration_service_pb2.GetMigrationResponse]
     """GetMigration shows a migration, running or over."""
     ListMigrations: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.ListMigrationsRequest, _migration_service_pb2.ListMigrationsResponse]
@@ -54,9 +58,13 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PlanMigration: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.PlanMigrationRequest, _migration_service_pb2.PlanMigrationResponse]  # type: ignore[assignment]
-    """PlanMigration shows what CreateMigration would do, and does nothing."""
+    """PlanMigration shows what CreateMigration would do, and does nothing. It can explain why; then it answers also if the
+    constraints can't be met.
+    """
     CreateMigration: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.CreateMigrationRequest, _migration_service_pb2.CreateMigrationResponse]  # type: ignore[assignment]
-    """CreateMigration begins a migration and returns once BEGIN is in etcd. Idempotent by request_id."""
+    """CreateMigration begins a migration and returns once BEGIN is in etcd. Idempotent by request_id. FAILED_PRECONDITION,
+    UNSATISFIABLE, if the constraints can't be met: a google.rpc.PreconditionFailure names those without which they can.
+    """
     GetMigration: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.GetMigrationRequest, _migration_service_pb2.GetMigrationResponse]  # type: ignore[assignment]
     """GetMigration shows a migration, running or over."""
     ListMigrations: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.ListMigrationsRequest, _migration_service_pb2.ListMigrationsResponse]  # type: ignore[assignment]
@@ -77,7 +85,9 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_service_pb2.PlanMigrationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_migration_service_pb2.PlanMigrationResponse, _abc.Awaitable[_migration_service_pb2.PlanMigrationResponse]]:
-        """PlanMigration shows what CreateMigration would do, and does nothing."""
+        """PlanMigration shows what CreateMigration would do, and does nothing. It can explain why; then it answers also if the
+        constraints can't be met.
+        """
 
     @_abc_1.abstractmethod
     def CreateMigration(
@@ -85,7 +95,9 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_service_pb2.CreateMigrationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_migration_service_pb2.CreateMigrationResponse, _abc.Awaitable[_migration_service_pb2.CreateMigrationResponse]]:
-        """CreateMigration begins a migration and returns once BEGIN is in etcd. Idempotent by request_id."""
+        """CreateMigration begins a migration and returns once BEGIN is in etcd. Idempotent by request_id. FAILED_PRECONDITION,
+        UNSATISFIABLE, if the constraints can't be met: a google.rpc.PreconditionFailure names those without which they can.
+        """
 
     @_abc_1.abstractmethod
     def GetMigration(

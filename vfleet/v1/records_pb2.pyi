@@ -145,6 +145,32 @@ STEP_UNDO: Step.ValueType  # 9
 Global___Step: _TypeAlias = Step  # noqa: Y015
 
 @_typing.final
+class StateVersion(_message.Message):
+    """The version of a function's state."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    format: _builtins.int
+    """Of the format in which it is sent."""
+    model: _builtins.int
+    """Of the model."""
+    def __init__(
+        self,
+        *,
+        format: _builtins.int = ...,
+        model: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StateVersion: _TypeAlias = StateVersion  # noqa: Y015
+
+@_typing.final
 class Device(_message.Message):
     """A device: a physical function (PF) whose virtual functions can be homes of functions."""
 
@@ -166,6 +192,7 @@ class Device(_message.Message):
     VF_STRIDE_FIELD_NUMBER: _builtins.int
     BARS_FIELD_NUMBER: _builtins.int
     MAX_DRIVERS_FIELD_NUMBER: _builtins.int
+    STATE_VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """HOST/DEVICE, for example "h1/nic0"."""
     host: _builtins.str
@@ -206,6 +233,10 @@ class Device(_message.Message):
     def bars(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Bar]:
         """The VF BARs."""
 
+    @_builtins.property
+    def state_version(self) -> Global___StateVersion:
+        """Version of a function's state as it is on its way: of the format, and of what the model's memory means."""
+
     def __init__(
         self,
         *,
@@ -225,10 +256,11 @@ class Device(_message.Message):
         vf_stride: _builtins.int = ...,
         bars: _abc.Iterable[_types_pb2.Bar] | None = ...,
         max_drivers: _builtins.int = ...,
+        state_version: Global___StateVersion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["manufacturer", b"manufacturer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manufacturer", b"manufacturer", "state_version", b"state_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "bars", b"bars", "bridge", b"bridge", "first_vf_offset", b"first_vf_offset", "host", b"host", "io_type", b"io_type", "manufacturer", b"manufacturer", "max_drivers", b"max_drivers", "model", b"model", "name", b"name", "parent_bridge", b"parent_bridge", "physical_adapter", b"physical_adapter", "power_domain", b"power_domain", "routing_id", b"routing_id", "total_vfs", b"total_vfs", "vf_stride", b"vf_stride"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "bars", b"bars", "bridge", b"bridge", "first_vf_offset", b"first_vf_offset", "host", b"host", "io_type", b"io_type", "manufacturer", b"manufacturer", "max_drivers", b"max_drivers", "model", b"model", "name", b"name", "parent_bridge", b"parent_bridge", "physical_adapter", b"physical_adapter", "power_domain", b"power_domain", "routing_id", b"routing_id", "state_version", b"state_version", "total_vfs", b"total_vfs", "vf_stride", b"vf_stride"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -247,6 +279,7 @@ class Host(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     REGISTERED_FIELD_NUMBER: _builtins.int
+    CORDON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The host's name."""
     schema_version: _builtins.int
@@ -263,6 +296,10 @@ class Host(_message.Message):
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
         """Its devices, in the order of the topology."""
 
+    @_builtins.property
+    def cordon(self) -> Global___Cordon:
+        """Its cordon, if it has one. Not stored here: a key of its own, which a registration leaves as it is."""
+
     def __init__(
         self,
         *,
@@ -273,14 +310,51 @@ class Host(_message.Message):
         incarnation: _builtins.str = ...,
         devices: _abc.Iterable[Global___Device] | None = ...,
         registered: _builtins.bool = ...,
+        cordon: Global___Cordon | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cordon", b"cordon"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "devices", b"devices", "incarnation", b"incarnation", "name", b"name", "registered", b"registered", "schema_version", b"schema_version", "segment", b"segment"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cordon", b"cordon", "devices", b"devices", "incarnation", b"incarnation", "name", b"name", "registered", b"registered", "schema_version", b"schema_version", "segment", b"segment"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Host: _TypeAlias = Host  # noqa: Y015
+
+@_typing.final
+class Cordon(_message.Message):
+    """What keeps a host from being chosen, or named, as a target. Key: cordons/HOST."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    SCHEMA_VERSION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    """The host."""
+    schema_version: _builtins.int
+    """Schema version of the record."""
+    reason: _builtins.str
+    """Why, as who asked for it said. May be empty."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """Since when, by the clock of the coordinator."""
+
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        schema_version: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "reason", b"reason", "schema_version", b"schema_version", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cordon: _TypeAlias = Cordon  # noqa: Y015
 
 @_typing.final
 class Function(_message.Message):

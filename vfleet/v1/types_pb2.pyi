@@ -132,7 +132,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_SLOT_TAKEN: _ErrorReason.ValueType  # 7
     """The slot is in use by another function."""
     ERROR_REASON_INCOMPATIBLE_DEVICE: _ErrorReason.ValueType  # 8
-    """The target can't be this function's home: its model, manufacturer or BARs differ."""
+    """The target can't be this function's home: its model, manufacturer, I/O type, BARs or state version differ."""
     ERROR_REASON_HOST_UNAVAILABLE: _ErrorReason.ValueType  # 9
     """The host is not registered, or can't be reached."""
     ERROR_REASON_INCARNATION_CHANGED: _ErrorReason.ValueType  # 10
@@ -173,6 +173,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A defect of vfleet itself."""
     ERROR_REASON_UNREACHABLE: _ErrorReason.ValueType  # 28
     """The daemon at the address did not answer."""
+    ERROR_REASON_UNSATISFIABLE: _ErrorReason.ValueType  # 29
+    """No choice of devices meets the constraints."""
+    ERROR_REASON_HOST_CORDONED: _ErrorReason.ValueType  # 30
+    """The host is cordoned."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused: the reason of the google.rpc.ErrorInfo (domain "vfleet"), without its prefix."""
@@ -194,7 +198,7 @@ ERROR_REASON_NO_FREE_SLOT: ErrorReason.ValueType  # 6
 ERROR_REASON_SLOT_TAKEN: ErrorReason.ValueType  # 7
 """The slot is in use by another function."""
 ERROR_REASON_INCOMPATIBLE_DEVICE: ErrorReason.ValueType  # 8
-"""The target can't be this function's home: its model, manufacturer or BARs differ."""
+"""The target can't be this function's home: its model, manufacturer, I/O type, BARs or state version differ."""
 ERROR_REASON_HOST_UNAVAILABLE: ErrorReason.ValueType  # 9
 """The host is not registered, or can't be reached."""
 ERROR_REASON_INCARNATION_CHANGED: ErrorReason.ValueType  # 10
@@ -235,6 +239,10 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 27
 """A defect of vfleet itself."""
 ERROR_REASON_UNREACHABLE: ErrorReason.ValueType  # 28
 """The daemon at the address did not answer."""
+ERROR_REASON_UNSATISFIABLE: ErrorReason.ValueType  # 29
+"""No choice of devices meets the constraints."""
+ERROR_REASON_HOST_CORDONED: ErrorReason.ValueType  # 30
+"""The host is cordoned."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
