@@ -18,9 +18,9 @@ from support.manual_clock import ManualClock, settle
 
 from hostd.access_queue import Waiting
 from hostd.direct import Access, DirectAccess, Grant
-from hostd.models import checker
+from hostd.models import MODELS, checker, create_model
 from hostd.translation import Entry, TranslationTable
-from vfleet.address import bar_layout, table_offset, translate
+from vfleet.address import BAR_INDICES, bar_layout, table_offset, translate
 from vfleet.errors import Reason
 from vfleet.limits import MAIN_MEMORY_VIRTUAL_ADDRESS, WINDOW
 from vfleet.v1.access_pb2 import (
@@ -132,6 +132,9 @@ async def test_what_nobody_claims_reads_as_ones(rig: Rig):
         (LOCAL, 8192, Reason.INVALID_FIELD),
         (VIRTUAL_ADDRESS + MEMORY_BYTES, 8, Reason.TRANSLATION_FAULT),
         (VIRTUAL_ADDRESS - 8, 8, Reason.TRANSLATION_FAULT),
+        (LOCAL - (1 << 40), 8, Reason.TRANSLATION_FAULT),
+        (LOCAL + (1 << 32), 8, Reason.TRANSLATION_FAULT),
+        (LOCAL + (1 << 64), 8, Reason.TRANSLATION_FAULT),
         (0, 8, Reason.TRANSLATION_FAULT),
     ],
 )
@@ -188,6 +191,14 @@ def test_a_batch_does_what_its_accesses_do_one_after_the_other(tmp_path_factory,
     asyncio.run(play())
 
 
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_plain_memory_is_a_whole_bar(name: str):
+    bars = dict.fromkeys(BAR_INDICES[: 1 if name == "virtio-net" else 2], 1 << 16)
+    plain = create_model(name, 1, bars).plain_memory
+    whole = [range(start, start + bars[index]) for index, start in bar_layout(bars).items()]
+    assert not plain or plain in whole
+
+
 async def test_a_batch_has_64_accesses_at_most(rig: Rig):
     assert rig.direct.access_many([(LOCAL, b"x")] * WINDOW) == [DONE] * WINDOW
     assert reason_of(rig.direct.access_many, [(LOCAL, b"x")] * (WINDOW + 1)) is Reason.INVALID_FIELD
@@ -203,7 +214,19 @@ async def test_a_batch_that_is_too_long_for_one_record_is_done_as_well(rig: Rig,
         assert rig.direct.read(LOCAL + number % 8 * length, length) == bytes([number]) * length
 
 
-@pytest.mark.parametrize("bad", [(LOCAL + 1, b"xx"), (LOCAL, b"xxx"), (0, b"x"), (0, 8), (LOCAL + 4, 8)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (LOCAL + 1, b"xx"),
+        (LOCAL, b"xxx"),
+        (0, b"x"),
+        (0, 8),
+        (LOCAL + 4, 8),
+        (LOCAL + (1 << 32), b"x"),
+        (LOCAL + (1 << 64), b"x"),
+        (LOCAL + (1 << 64), 1),
+    ],
+)
 async def test_a_batch_ends_before_what_is_refused(rig: Rig, bad: Access):
     done = rig.direct.access_many([(LOCAL, b"x"), (LOCAL, 1), bad, (LOCAL, b"y")])
     assert done == [DONE, (ACCESS_STATUS_OK, b"x")]
