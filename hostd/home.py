@@ -4,6 +4,8 @@ What is refused has had no effect and changes nothing; the sender sends it again
 """
 
 import asyncio
+from collections.abc import Iterable
+from typing import NoReturn
 
 from hostd.functions import Functions
 from hostd.image import order_of
@@ -23,6 +25,8 @@ from vfleet.v1.fabric_service_pb2 import (
 )
 
 ARRIVAL_WAIT_S = 0.005
+
+_LENGTHS = frozenset(1 << exponent for exponent in range(MAX_ACCESS_BYTES.bit_length()))
 
 
 async def let_arrive(functions: Functions, request: ExchangeRequest) -> None:
@@ -51,12 +55,13 @@ def exchange(functions: Functions, request: ExchangeRequest) -> ExchangeResponse
     """Carry out a batch from the fabric. Raise INVALID_FIELD for what no hostd sends; nothing was done then."""
     check_name("driver", request.driver)
     check_name("function", request.function)
-    accesses = [_checked(index, access) for index, access in enumerate(request.accesses)]
+    accesses = _checked(request.accesses)
     response = ExchangeResponse(
         driver=request.driver, function=request.function, generation=request.generation, session=request.session
     )
-    answers, session = response.answers, order_of(request.session)
+    add, session = response.answers.add, order_of(request.session)
     window = -1
+    is_gated = False
     for sequence, kind, address, length, data in accesses:
         # Nothing comes between two accesses of a batch: what leads to the same window is the same home still.
         if address >> WINDOW_SHIFT != window:
@@ -66,8 +71,9 @@ def exchange(functions: Functions, request: ExchangeRequest) -> ExchangeResponse
                 response.refusal = admitted
                 break
             instance, sequencer = admitted
+            is_gated = instance.is_gated
             sequencer.acknowledged = max(sequencer.acknowledged, request.acknowledged_sequence)
-        if instance.is_gated and instance.blocks([(window_offset(address), length)]):
+        if is_gated and instance.blocks([(window_offset(address), length)]):
             response.refusal = REFUSAL_NOT_YET
             break
         try:
@@ -76,7 +82,10 @@ def exchange(functions: Functions, request: ExchangeRequest) -> ExchangeResponse
             response.refusal = REFUSAL_SEQUENCE_GAP
             response.expected_sequence = gap.expected
             break
-        answers.add(sequence=sequence, status=status, data=answer)
+        message = add()
+        message.sequence = sequence
+        message.status = status
+        message.data = answer
     return response
 
 
@@ -123,24 +132,37 @@ def forget_driver(functions: Functions, request: ForgetDriverRequest) -> None:
             instance.master.detach(request.attachment)
 
 
-def _checked(index: int, access: Access) -> tuple[int, AccessKind.ValueType, int, int, bytes]:
-    """Return an access as sequence, kind, address, length and data."""
-    sequence, kind, address, length, data = (
-        access.sequence,
-        access.kind,
-        access.address,
-        access.length_bytes,
-        access.data,
-    )
+_CheckedAccess = tuple[int, AccessKind.ValueType, int, int, bytes]
+"""Sequence, kind, address, length and data."""
+
+
+def _checked(accesses: Iterable[Access]) -> list[_CheckedAccess]:
+    """Return a batch's accesses if each of them is one."""
+    checked: list[_CheckedAccess] = []
+    for access in accesses:
+        sequence, kind, address, length, data = (
+            access.sequence,
+            access.kind,
+            access.address,
+            access.length_bytes,
+            access.data,
+        )
+        is_sound = len(data) == length if kind == ACCESS_KIND_WRITE else kind == ACCESS_KIND_READ and not data
+        if not (is_sound and sequence and length in _LENGTHS and not address & (length - 1)):
+            _refuse(len(checked), access)
+        checked.append((sequence, kind, address, length, data))
+    return checked
+
+
+def _refuse(index: int, access: Access) -> NoReturn:
+    """Say what is wrong with an access."""
     try:
-        check_access(address, length)
+        check_access(access.address, access.length_bytes)
     except AddressError as error:
-        raise invalid_field(f"accesses[{index}]", f"{address:#x}+{length}", str(error)) from None
-    if kind not in (ACCESS_KIND_READ, ACCESS_KIND_WRITE):
-        raise invalid_field(f"accesses[{index}].kind", kind, "1 (READ) or 2 (WRITE)")
-    if len(data) != (length if kind == ACCESS_KIND_WRITE else 0):
+        raise invalid_field(f"accesses[{index}]", f"{access.address:#x}+{access.length_bytes}", str(error)) from None
+    if access.kind not in (ACCESS_KIND_READ, ACCESS_KIND_WRITE):
+        raise invalid_field(f"accesses[{index}].kind", access.kind, "1 (READ) or 2 (WRITE)")
+    if len(access.data) != (access.length_bytes if access.kind == ACCESS_KIND_WRITE else 0):
         expected = "length_bytes for a write, none for a read"
-        raise invalid_field(f"accesses[{index}].data", f"{len(data)} bytes", expected)
-    if not sequence:
-        raise invalid_field(f"accesses[{index}].sequence", 0, "from 1 on")
-    return sequence, kind, address, length, data
+        raise invalid_field(f"accesses[{index}].data", f"{len(access.data)} bytes", expected)
+    raise invalid_field(f"accesses[{index}].sequence", access.sequence, "from 1 on")

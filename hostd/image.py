@@ -30,16 +30,18 @@ from vfleet.v1.access_pb2 import AccessStatus, Answer, Session
 from vfleet.v1.transfer_service_pb2 import DriverSequence
 
 _REDO_BYTES = PLAIN_REDO_START
-_REDO_HEAD = struct.Struct("<IIQIIII")  # CRC-32, bytes after it, sequence, sequencer, status, answer bytes, stores
+_CRC_BYTES = 4  # of the CRC-32 of all that follows it
+_REDO_HEAD = struct.Struct("<IQIIII")  # bytes after it, sequence, sequencer, status, answer bytes, stores
 _STORE_HEAD = struct.Struct("<QI")  # offset in memory, bytes
 _NO_REDO = (1 << 64) - 1  # as the record's first word: longer than any can be
 _ENGINE = MAX_DRIVERS  # in the place of a sequencer's index
-MAX_STEP_BYTES = _REDO_BYTES - _REDO_HEAD.size  # of a step's stores, with 12 for each and 24 for each thing sent
+_BODY_START = _CRC_BYTES + _REDO_HEAD.size
+MAX_STEP_BYTES = _REDO_BYTES - _BODY_START  # of a step's stores, with 12 for each and 24 for each thing sent
 
 _NAME_BYTES = 64
 _ANSWERS_OFFSET = PAGE_BYTES
-_ANSWER_HEAD_BYTES = 16
-_ANSWER_BYTES = _ANSWER_HEAD_BYTES + MAX_ACCESS_BYTES
+_ANSWER_HEAD = struct.Struct("<QII")  # sequence, bytes of data, status
+_ANSWER_BYTES = _ANSWER_HEAD.size + MAX_ACCESS_BYTES
 _SEQUENCER_BYTES = _ANSWERS_OFFSET + -(-WINDOW * _ANSWER_BYTES // PAGE_BYTES) * PAGE_BYTES
 _SEQUENCERS_OFFSET = PLAIN_REDO_END
 _MEMORY_OFFSET = _SEQUENCERS_OFFSET + MAX_DRIVERS * _SEQUENCER_BYTES
@@ -69,6 +71,7 @@ class Sequencer:
     """
 
     __slots__ = (
+        "_answers",
         "_base",
         "_bytes",
         "_session_word",
@@ -86,6 +89,7 @@ class Sequencer:
         self._bytes = memory
         self._words = words
         self._base = _SEQUENCERS_OFFSET + index * _SEQUENCER_BYTES
+        self._answers = self._base + _ANSWERS_OFFSET
         self.index = index
         self.last_word = (self._base + 8 + _NAME_BYTES) // 8
         self._session_word = self.last_word + 1
@@ -125,14 +129,12 @@ class Sequencer:
 
     def advance(self, sequence: int, status: AccessStatus.ValueType, data: bytes) -> None:
         """Keep an answer, and only then count its access as applied."""
-        start = self._base + _ANSWERS_OFFSET + sequence % WINDOW * _ANSWER_BYTES
-        words = self._words
-        words[start // 8] = sequence
-        words[start // 8 + 1] = status << 32 | len(data)
+        start = self._answers + sequence % WINDOW * _ANSWER_BYTES
+        _ANSWER_HEAD.pack_into(self._bytes, start, sequence, len(data), status)
         if data:
-            self._bytes[start + _ANSWER_HEAD_BYTES : start + _ANSWER_HEAD_BYTES + len(data)] = data
-        words[self.last_word] = sequence
-        self.last = sequence
+            start += _ANSWER_HEAD.size
+            self._bytes[start : start + len(data)] = data
+        self._words[self.last_word] = self.last = sequence
 
     def skip_to(self, sequence: int) -> None:
         """Count accesses as applied whose answers nobody will ask for."""
@@ -147,13 +149,12 @@ class Sequencer:
 
     def answer(self, sequence: int) -> KeptAnswer | None:
         """Return the answer that an access got, or None once it is forgotten (more than 64 accesses ago)."""
-        start = self._base + _ANSWERS_OFFSET + sequence % WINDOW * _ANSWER_BYTES
-        if sequence > self.last or self._words[start // 8] != sequence:
+        start = self._answers + sequence % WINDOW * _ANSWER_BYTES
+        kept, length, status = _ANSWER_HEAD.unpack_from(self._bytes, start)
+        if sequence > self.last or kept != sequence:
             return None
-        head: int = self._words[start // 8 + 1]
-        data_start = start + _ANSWER_HEAD_BYTES
-        status = AccessStatus.ValueType(head >> 32)
-        return status, bytes(self._bytes[data_start : data_start + (head & 0xFFFFFFFF)])
+        start += _ANSWER_HEAD.size
+        return AccessStatus.ValueType(status), bytes(self._bytes[start : start + length])
 
     def export(self) -> DriverSequence:
         """Return the sequencer as it moves with the function's state."""
@@ -236,13 +237,11 @@ class FunctionImage:
     ) -> None:
         """Make an access's stores, its answer and its sequence durable, together."""
         if stores:
-            parts = [data]
+            body = data
             for offset, stored in stores:
-                parts += (_STORE_HEAD.pack(offset, len(stored)), stored)
-            body = b"".join(parts)
-            head = _REDO_HEAD.pack(0, len(body), sequence, sequencer.index, status, len(data), len(stores))
-            record = head[4:] + body
-            self.bytes[: len(record) + 4] = zlib.crc32(record).to_bytes(4, "little") + record
+                body += _STORE_HEAD.pack(offset, len(stored)) + stored
+            head = _REDO_HEAD.pack(len(body), sequence, sequencer.index, status, len(data), len(stores))
+            self._put_redo(head + body)
             self.store(stores)
         sequencer.advance(sequence, status, data)
 
@@ -282,8 +281,7 @@ class FunctionImage:
                 f"a step of the device stores {len(body)} bytes, heads included; expected at most {MAX_STEP_BYTES}",
             )
         number = self.word(self.engine_start) + 1
-        record = _REDO_HEAD.pack(0, len(body), number, _ENGINE, 0, 0, len(stores))[4:] + body
-        self.bytes[: len(record) + 4] = zlib.crc32(record).to_bytes(4, "little") + record
+        self._put_redo(_REDO_HEAD.pack(len(body), number, _ENGINE, 0, 0, len(stores)) + body)
         self.store(stores)
         self.put_word(self.engine_start, number)
 
@@ -334,6 +332,9 @@ class FunctionImage:
         self.bytes.release()
         self._mapped.close()
 
+    def _put_redo(self, record: bytes) -> None:
+        self.bytes[: _CRC_BYTES + len(record)] = zlib.crc32(record).to_bytes(_CRC_BYTES, "little") + record
+
     def _redo(self) -> None:
         found = self._redo_record()
         if found is None:
@@ -348,12 +349,14 @@ class FunctionImage:
             sequencer.advance(sequence, status, data)
 
     def _redo_record(self) -> tuple[Sequencer | None, int, AccessStatus.ValueType, bytes, list[Store]] | None:
-        crc, length, sequence, index, status, data_bytes, count = _REDO_HEAD.unpack_from(self.bytes)
-        end = _REDO_HEAD.size + length
-        if end > _REDO_BYTES or index > _ENGINE or zlib.crc32(self.bytes[4:end]) != crc:
+        length, sequence, index, status, data_bytes, count = _REDO_HEAD.unpack_from(self.bytes, _CRC_BYTES)
+        end = _BODY_START + length
+        if end > _REDO_BYTES or index > _ENGINE:
             return None
-        data_end = _REDO_HEAD.size + data_bytes
-        data = bytes(self.bytes[_REDO_HEAD.size : data_end])
+        if zlib.crc32(self.bytes[_CRC_BYTES:end]) != int.from_bytes(self.bytes[:_CRC_BYTES], "little"):
+            return None
+        data_end = _BODY_START + data_bytes
+        data = bytes(self.bytes[_BODY_START:data_end])
         stores = list(self._redo_stores(data_end, count))
         sequencer = self._sequencers[index] if index != _ENGINE else None
         return sequencer, sequence, AccessStatus.ValueType(status), data, stores

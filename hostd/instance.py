@@ -146,10 +146,11 @@ class Instance:
 
         Raise SequenceGapError if an earlier sequence is missing.
         """
-        if sequence <= sequencer.last:
+        following = sequencer.last + 1
+        if sequence < following:
             return sequencer.answer(sequence) or (ACCESS_STATUS_FORGOTTEN, b"")
-        if sequence != sequencer.last + 1:
-            raise SequenceGapError(sequencer.last + 1)
+        if sequence > following:
+            raise SequenceGapError(following)
         offset, memory = window_offset(address), self.image.memory
         if kind == ACCESS_KIND_READ:
             read = self.model.read(memory, offset, length)

@@ -19,7 +19,7 @@ from vfleet.v1 import function_service_pb2 as function_pb2
 from vfleet.v1 import hold_service_pb2 as hold_pb2
 from vfleet.v1 import transfer_service_pb2 as transfer_pb2
 from vfleet.v1 import translation_service_pb2 as translation_pb2
-from vfleet.v1.access_pb2 import ACCESS_STATUS_OK, Answer
+from vfleet.v1.access_pb2 import ACCESS_STATUS_OK
 from vfleet.v1.fabric_service_pb2_grpc import FabricServiceServicer, add_FabricServiceServicer_to_server
 from vfleet.v1.function_service_pb2_grpc import FunctionServiceServicer, add_FunctionServiceServicer_to_server
 from vfleet.v1.hold_service_pb2_grpc import HoldServiceServicer, add_HoldServiceServicer_to_server
@@ -103,11 +103,17 @@ class Fabric(FabricServiceServicer):
     async def Exchange(self, request_iterator, context) -> AsyncIterator[fabric_pb2.ExchangeResponse]:
         async for request in request_iterator:
             response = fabric_pb2.ExchangeResponse(
-                driver=request.driver, function=request.function, generation=request.generation
+                driver=request.driver,
+                function=request.function,
+                generation=request.generation,
+                session=request.session,
             )
             for access in request.accesses:
-                data = b"" if access.data else bytes(access.length_bytes)
-                response.answers.append(Answer(sequence=access.sequence, status=ACCESS_STATUS_OK, data=data))
+                answer = response.answers.add()
+                answer.sequence = access.sequence
+                answer.status = ACCESS_STATUS_OK
+                if not access.data:
+                    answer.data = bytes(access.length_bytes)
             yield response
 
 

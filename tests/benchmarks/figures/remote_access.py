@@ -12,8 +12,9 @@ of the same size. Both ends make the messages anew each time, access by access, 
 import asyncio
 from random import Random
 
+import grpc
 from benchmarks.measure import Figure, Size, alternate_async, at_least, seconds_of_async
-from benchmarks.rig import Bench, bench
+from benchmarks.rig import bench
 
 from hostd.access_queue import AccessQueue, Reach, Waiting
 from hostd.directory import Directory, Peer
@@ -23,7 +24,7 @@ from vfleet.address import location_of, table_offset
 from vfleet.clock import SystemClock
 from vfleet.limits import WINDOW
 from vfleet.rpc import Channels
-from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, ACCESS_STATUS_OK, Access, Session
+from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, ACCESS_STATUS_OK, Session
 from vfleet.v1.fabric_service_pb2 import ExchangeRequest
 from vfleet.v1.fabric_service_pb2_grpc import FabricServiceStub
 
@@ -59,13 +60,14 @@ async def run(size: Size) -> list[Figure]:
         count = size.of(1024, 128)
         try:
             await queue.synchronized()
-            floor = Stream(rig, function.base)
+            floor = Stream(rig.channel(0), function.base)
             measured = await alternate_async(
                 size.of(100, 2),
                 lambda: seconds_of_async(lambda: accesses(queue, count)),
                 lambda: seconds_of_async(lambda: floor.run(count)),
             )
         finally:
+            floor.close()
             queue.close(ConnectionError("the benchmark ends"))
             await fabric.close()
             await channels.close()
@@ -90,25 +92,25 @@ async def accesses(queue: AccessQueue, count: int) -> None:
 
 
 class Stream:
-    """The floor: one stream, opened anew for each run as nothing in it lasts."""
+    """The floor: one stream, which lasts as ours does."""
 
-    def __init__(self, rig: Bench, base: int) -> None:
-        self._stub = FabricServiceStub(rig.channel(0))
+    def __init__(self, channel: grpc.aio.Channel, base: int) -> None:
+        self._stream = FabricServiceStub(channel).Exchange()
         self._base = base
 
     async def run(self, count: int) -> None:
+        batches = range(0, count, BATCH)
         room = asyncio.Semaphore(WINDOW // BATCH)
-        stream = self._stub.Exchange()
 
         async def send() -> None:
-            for first in range(0, count, BATCH):
+            for first in batches:
                 await room.acquire()
-                await stream.write(self._batch(first))
-            await stream.done_writing()
+                await self._stream.write(self._batch(first))
 
         sending = asyncio.create_task(send())
         answered = 0
-        async for response in stream:
+        for _ in batches:
+            response = await self._stream.read()
             for answer in response.answers:
                 assert answer.status == ACCESS_STATUS_OK
                 answered += len(answer.data) // WORD
@@ -116,19 +118,19 @@ class Stream:
         await sending
         assert answered == count // 2
 
-    def _batch(self, first: int) -> ExchangeRequest:
-        return ExchangeRequest(
-            driver="d1",
-            function="vf1",
-            generation=1,
-            acknowledged_sequence=first,
-            session=Session(start=1),
-            accesses=[self._access(number) for number in range(first, first + BATCH)],
-        )
+    def close(self) -> None:
+        self._stream.cancel()
 
-    def _access(self, number: int) -> Access:
-        address = self._base + LOCAL_MEMORY + number // 2 * WORD
-        if number % 2:
-            return Access(sequence=number + 1, kind=ACCESS_KIND_READ, address=address, length_bytes=WORD)
-        data = number.to_bytes(WORD, "little")
-        return Access(sequence=number + 1, kind=ACCESS_KIND_WRITE, address=address, length_bytes=WORD, data=data)
+    def _batch(self, first: int) -> ExchangeRequest:
+        request = ExchangeRequest(
+            driver="d1", function="vf1", generation=1, acknowledged_sequence=first, session=Session(start=1)
+        )
+        for number in range(first, first + BATCH):
+            access = request.accesses.add()
+            access.sequence = number + 1
+            access.kind = ACCESS_KIND_READ if number % 2 else ACCESS_KIND_WRITE
+            access.address = self._base + LOCAL_MEMORY + number // 2 * WORD
+            access.length_bytes = WORD
+            if not number % 2:
+                access.data = number.to_bytes(WORD, "little")
+        return request
