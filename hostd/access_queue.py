@@ -9,21 +9,19 @@ been made (also by a restart of the daemon) asks the function first how far it g
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from random import Random
 
 from hostd.arrival import Range
 from hostd.direct import Grant
-from hostd.fabric import MAX_JOINED, Fabric, Link
-from hostd.functions import Functions
-from hostd.home import forget_driver, last_sequence
+from hostd.fabric import MAX_JOINED, Link
 from hostd.image import Sequencer, order_of
 from hostd.instance import Instance, Result, SequenceGapError
+from hostd.reach import Reach, segment_of
 from hostd.translation import Entry
-from vfleet.address import location_of, translate, window_offset
-from vfleet.clock import Clock, backoff_delays
+from hostd.waiting import Waiting
+from vfleet.address import translate, window_offset
+from vfleet.clock import backoff_delays
 from vfleet.errors import Reason, VfleetError
 from vfleet.limits import WINDOW
 from vfleet.v1.access_pb2 import AccessKind, Session
@@ -33,61 +31,11 @@ from vfleet.v1.fabric_service_pb2 import (
     DmaWindow,
     ExchangeRequest,
     ExchangeResponse,
-    ForgetDriverRequest,
-    GetSequenceRequest,
 )
 
 MAX_WAITING = 4096  # accesses in a queue, sent or not
 RETRY_FIRST_S = 0.002
 RETRY_LONGEST_S = 0.2
-
-
-@dataclass(slots=True, eq=False)
-class Waiting:
-    """An access without an answer. Its sequence is 0 until it is first sent, unless its client gave it one.
-
-    A client that gives sequences may ask again for an answer that this host already has.
-    """
-
-    kind: AccessKind.ValueType
-    virtual_address: int
-    length: int
-    data: bytes
-    sequence: int = 0
-    may_ask_again: bool = False
-    _outcome: Result | BaseException | None = None
-    _answer: "asyncio.Future[Result] | None" = None
-
-    @property
-    def answer(self) -> "asyncio.Future[Result]":
-        """The answer, for whoever waits for it: made when it is asked for, as of many accesses few are waited for."""
-        if self._answer is None:
-            self._answer = asyncio.get_running_loop().create_future()
-            if self._outcome is not None:
-                _settle(self._answer, self._outcome)
-        return self._answer
-
-    def finish(self, outcome: Result | BaseException) -> None:
-        """Give the answer, or what came instead of it, to whoever still waits for it."""
-        self._outcome = outcome
-        if self._answer is not None and not self._answer.done():
-            _settle(self._answer, outcome)
-
-
-@dataclass(frozen=True, slots=True)
-class Reach:
-    """How a queue reaches homes: this host's own functions, and the fabric.
-
-    `starts` is how often the daemon was started, and grows with it; `fleet_generation` is the present one.
-    """
-
-    segment: int
-    starts: int
-    fleet_generation: Callable[[], int]
-    functions: Functions
-    fabric: Fabric
-    clock: Clock
-    random: Random
 
 
 class AccessQueue:
@@ -98,7 +46,7 @@ class AccessQueue:
         self._driver = driver
         self._dma = dma
         self._entry = entry
-        self._segment = _segment_of(entry)
+        self._segment = segment_of(entry)
         self._reach = reach
         self._accesses: deque[Waiting] = deque()
         self._repeats: dict[int, Waiting] = {}
@@ -196,7 +144,7 @@ class AccessQueue:
         self._revoke()
         is_moved = entry.generation != self._entry.generation
         self._entry = entry
-        self._segment = _segment_of(entry)
+        self._segment = segment_of(entry)
         self._home = None
         self._sent = 0
         self._delays = self._new_delays()
@@ -216,18 +164,7 @@ class AccessQueue:
     def detach(self, error: VfleetError) -> None:
         """End the queue, and let the function forget the driver. What has no answer fails with `error`."""
         self.close(error)
-        entry, reach = self._entry, self._reach
-        request = ForgetDriverRequest(
-            driver=self._driver,
-            function=entry.function,
-            generation=entry.generation,
-            session=self._session,
-            attachment=self._dma.attachment if self._dma is not None else None,
-        )
-        if self._segment == reach.segment:
-            forget_driver(reach.functions, request)
-        else:
-            reach.fabric.to(self._segment).forget_driver(request)
+        self._reach.forget(self._entry, self._session, self._dma)
 
     def close(self, error: VfleetError) -> None:
         """End the queue. What has no answer fails with `error`."""
@@ -296,7 +233,7 @@ class AccessQueue:
         unanswered = (*self._repeats.values(), *self._accesses)
         first = next((waiting for waiting in unanswered if waiting.sequence == access.sequence), None)
         if first is not None:
-            first.answer.add_done_callback(lambda answer: _copy(answer, access))
+            access.finish_as(first)
         else:
             self._repeats[access.sequence] = access
             self._pump()
@@ -492,34 +429,5 @@ class AccessQueue:
 
     async def _ask_sequence(self) -> int:
         if not self._next_sequence:
-            self._session = Session(
-                fleet_generation=self._reach.fleet_generation(), revision=self._entry.revision, start=self._reach.starts
-            )
-        request = GetSequenceRequest(
-            driver=self._driver,
-            function=self._entry.function,
-            generation=self._entry.generation,
-            session=self._session,
-            dma=self._dma,
-        )
-        if self._segment == self._reach.segment:
-            return last_sequence(self._reach.functions, request)
-        return await self._reach.fabric.to(self._segment).get_sequence(request)
-
-
-def _segment_of(entry: Entry) -> int:
-    return location_of(translate(entry.virtual_address, entry.offset)).segment
-
-
-def _copy(answer: "asyncio.Future[Result]", access: Waiting) -> None:
-    error = answer.exception()
-    access.finish(answer.result() if error is None else error)
-
-
-def _settle(answer: "asyncio.Future[Result]", outcome: Result | BaseException) -> None:
-    if isinstance(outcome, BaseException):
-        answer.set_exception(outcome)
-        # Nobody may be left who asks for it.
-        answer.exception()
-    else:
-        answer.set_result(outcome)
+            self._session = self._reach.new_session(self._entry)
+        return await self._reach.ask_sequence(self._entry, self._session, self._dma)

@@ -1,14 +1,12 @@
 """DMA over the fabric: what this host's functions send to drivers on other hosts."""
 
-import asyncio
-from collections.abc import Callable
 from random import Random
 from typing import Protocol, TypeAlias
 
 import grpc
 
 from hostd.directory import Directory, Peer
-from hostd.fabric_stream import FabricStream
+from hostd.fabric_stream import FabricStream, Links
 from vfleet.clock import Clock
 from vfleet.rpc import Channels, meant_for
 from vfleet.v1.fabric_service_pb2 import ExchangeDmaRequest, ExchangeDmaResponse
@@ -65,19 +63,4 @@ class DmaLink:
         await self._stream.close()
 
 
-class DmaLinks:
-    """The links of a host, one a segment, opened when first needed."""
-
-    def __init__(self, open_link: Callable[[int], DmaLink]) -> None:
-        self._open_link = open_link
-        self._links: dict[int, DmaLink] = {}
-
-    def to(self, segment: int) -> DmaLink:
-        """Return the link to the host of a segment."""
-        if segment not in self._links:
-            self._links[segment] = self._open_link(segment)
-        return self._links[segment]
-
-    async def close(self) -> None:
-        """End all streams."""
-        await asyncio.gather(*(link.close() for link in self._links.values()))
+DmaLinks = Links[DmaLink]

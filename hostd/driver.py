@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from hostd.access_queue import AccessQueue, Reach, Waiting
+from hostd.access_queue import AccessQueue
 from hostd.direct import DirectAccess, Grant
 from hostd.dma_receiver import DmaReceiver, Receivers
 from hostd.instance import Result
+from hostd.reach import Reach
 from hostd.translation import Entry, TranslationTable
+from hostd.waiting import Waiting
 from vfleet.address import AddressError, check_access
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.limits import MAIN_MEMORY_VIRTUAL_ADDRESS

@@ -12,13 +12,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from hostd.access_queue import Reach
 from hostd.dma_receiver import Receivers, file_of
 from hostd.driver import Driver
 from hostd.fence import Fences
 from hostd.functions import check_deadline
 from hostd.ledger import Ledger
 from hostd.main_memory import MainMemory
+from hostd.reach import Reach
 from hostd.translation import Entry, TranslationTable
 from vfleet import failpoint
 from vfleet.address import Location

@@ -1,32 +1,31 @@
 """The fabric: accesses to functions that live on other hosts.
 
-A `Link` is one stream to one host, opened again whenever it breaks. It promises nothing but order while it lasts: what
-has no answer when it breaks is sent again by the queue that it came from, and the function's sequences see to it that
-it takes effect once. Batches that wait for their turn on the stream are joined.
+A `Link` is what goes over one stream to one host. What has no answer when the stream breaks is sent again by the queue
+that it came from, and the function's sequences see to it that it takes effect once. Batches that wait for their turn
+are joined.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable
 from random import Random
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import grpc
 
-from hostd.directory import Directory
+from hostd.directory import Directory, Peer
+from hostd.fabric_stream import RECONNECT_FIRST_S, RECONNECT_LONGEST_S, FabricStream, Links
 from vfleet.clock import Clock, backoff_delays
-from vfleet.errors import Reason, VfleetError, from_rpc_error
+from vfleet.errors import Reason, VfleetError
 from vfleet.limits import WINDOW
 from vfleet.rpc import Channels, call, meant_for
 from vfleet.v1.fabric_service_pb2 import ExchangeRequest, ExchangeResponse, ForgetDriverRequest, GetSequenceRequest
 from vfleet.v1.fabric_service_pb2_grpc import FabricServiceStub
 
 CALL_TIMEOUT_S = 2.0
-CONNECT_TIMEOUT_S = 2.0
-RECONNECT_FIRST_S = 0.02
-RECONNECT_LONGEST_S = 0.5
 FORGET_FOR_S = 60.0
 MAX_JOINED = WINDOW // 2
+
+_Stream: TypeAlias = "grpc.aio.StreamStreamCall[ExchangeRequest, ExchangeResponse]"
 
 _log = logging.getLogger(__name__)
 
@@ -51,11 +50,13 @@ class Link:
         self._clock = clock
         self._random = random
         self._senders: dict[tuple[str, str], Sender] = {}
-        # Bounded by the senders: none has more than its window on the way.
-        self._outbox: asyncio.Queue[ExchangeRequest] = asyncio.Queue()
-        self._connected = False
         self._forgetting: set[asyncio.Task[None]] = set()
-        self._task = asyncio.create_task(self._run(), name=f"link to segment {segment}")
+
+        def open_stream(peer: Peer) -> _Stream:
+            stub = FabricServiceStub(channels.to(peer.address))
+            return stub.Exchange(metadata=meant_for(peer.incarnation))
+
+        self._stream = FabricStream(segment, directory, clock, random, open_stream, self, _join)
 
     def leave(self, driver: str, function: str) -> None:
         """Forget a sender that sends no more."""
@@ -64,9 +65,18 @@ class Link:
     def send(self, request: ExchangeRequest, sender: Sender) -> bool:
         """Send a batch. Return False if the link is down; `sender.connected` is called when it is open again."""
         self._senders[request.driver, request.function] = sender
-        if self._connected:
-            self._outbox.put_nowait(request)
-        return self._connected
+        return self._stream.send(request)
+
+    def arrived(self, response: ExchangeResponse) -> None:
+        """Give a response to whom it is for (as the stream's user)."""
+        sender = self._senders.get((response.driver, response.function))
+        if sender is not None:
+            sender.answered(response)
+
+    def connected(self) -> None:
+        """Tell all senders (as the stream's user)."""
+        for sender in list(self._senders.values()):
+            sender.connected()
 
     async def get_sequence(self, request: GetSequenceRequest) -> int:
         """Ask the home how far it got with a driver. Raise UNREACHABLE, or what the home answers."""
@@ -93,10 +103,9 @@ class Link:
 
     async def close(self) -> None:
         """End the stream."""
-        tasks = [self._task, *self._forgetting]
-        for task in tasks:
+        for task in self._forgetting:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(self._stream.close(), *self._forgetting, return_exceptions=True)
 
     async def _forget_driver(self, request: ForgetDriverRequest) -> None:
         give_up_s = self._clock.monotonic() + FORGET_FOR_S
@@ -120,70 +129,13 @@ class Link:
                 return
             await self._clock.sleep(delay_s)
 
-    async def _run(self) -> None:
-        delays = backoff_delays(self._random, RECONNECT_FIRST_S, RECONNECT_LONGEST_S)
-        while True:
-            changed = self._directory.changed
-            peer = self._directory.peer(self._segment)
-            if peer is None:
-                await changed.wait()
-                continue
-            address = peer.address
-            try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                    stream = FabricServiceStub(self._channels.to(address)).Exchange(
-                        metadata=meant_for(peer.incarnation)
-                    )
-                    await stream.wait_for_connection()
-                delays = backoff_delays(self._random, RECONNECT_FIRST_S, RECONNECT_LONGEST_S)
-                await self._carry(stream)
-            except grpc.aio.AioRpcError as error:
-                _log.info("link to segment %d: %s", self._segment, from_rpc_error(error, address))
-            except TimeoutError:
-                _log.info("link to segment %d: no connection to %s", self._segment, address)
-            await self._clock.sleep(next(delays))
 
-    async def _carry(self, stream: "grpc.aio.StreamStreamCall[ExchangeRequest, ExchangeResponse]") -> None:
-        self._outbox = asyncio.Queue()
-        self._connected = True
-        sending = asyncio.create_task(self._send_all(stream))
-        try:
-            for sender in list(self._senders.values()):
-                sender.connected()
-            async for response in stream:
-                self._dispatch(response)
-        finally:
-            self._connected = False
-            sending.cancel()
-            # What it failed with is what ended the reading, too.
-            await asyncio.gather(sending, return_exceptions=True)
-            stream.cancel()
-
-    async def _send_all(self, stream: "grpc.aio.StreamStreamCall[ExchangeRequest, ExchangeResponse]") -> None:
-        outbox = self._outbox
-        request = await outbox.get()
-        while True:
-            following = None
-            while following is None and not outbox.empty():
-                following = outbox.get_nowait()
-                if _can_join(request, following):
-                    _join(request, following)
-                    following = None
-            await stream.write(request)
-            request = following if following is not None else await outbox.get()
-
-    def _dispatch(self, response: ExchangeResponse) -> None:
-        sender = self._senders.get((response.driver, response.function))
-        if sender is not None:
-            sender.answered(response)
-
-
-def _can_join(request: ExchangeRequest, following: ExchangeRequest) -> bool:
-    """Return whether two batches may go as one: of one sender, in order, and not more than half of a window.
+def _join(request: ExchangeRequest, following: ExchangeRequest) -> bool:
+    """Make two batches one: of one sender, in order, and not more than half of a window.
 
     Two halves are on their way at once, so that one end of the link works while the other does.
     """
-    return (
+    can_join = (
         request.driver == following.driver
         and request.function == following.function
         and request.generation == following.generation
@@ -191,26 +143,10 @@ def _can_join(request: ExchangeRequest, following: ExchangeRequest) -> bool:
         and len(request.accesses) + len(following.accesses) <= MAX_JOINED
         and request.accesses[-1].sequence < following.accesses[0].sequence
     )
+    if can_join:
+        request.accesses.extend(following.accesses)
+        request.acknowledged_sequence = following.acknowledged_sequence
+    return can_join
 
 
-def _join(request: ExchangeRequest, following: ExchangeRequest) -> None:
-    request.accesses.extend(following.accesses)
-    request.acknowledged_sequence = following.acknowledged_sequence
-
-
-class Fabric:
-    """The links of a host, one a segment, opened when first needed."""
-
-    def __init__(self, open_link: Callable[[int], Link]) -> None:
-        self._open_link = open_link
-        self._links: dict[int, Link] = {}
-
-    def to(self, segment: int) -> Link:
-        """Return the link to the host of a segment."""
-        if segment not in self._links:
-            self._links[segment] = self._open_link(segment)
-        return self._links[segment]
-
-    async def close(self) -> None:
-        """End all streams."""
-        await asyncio.gather(*(link.close() for link in self._links.values()))
+Fabric = Links[Link]

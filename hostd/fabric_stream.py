@@ -1,4 +1,7 @@
-"""One stream to a segment's host, opened again whenever it breaks. It promises nothing but order while it lasts."""
+"""Streams to other hosts, one to each segment's, opened again whenever they break.
+
+A stream promises nothing but order while it lasts: what has no answer when it breaks is sent again by its user.
+"""
 
 import asyncio
 import logging
@@ -35,7 +38,10 @@ class User(Protocol[ArrivedT]):
 
 
 class FabricStream(Generic[RequestT, ResponseT]):
-    """The stream. `open_stream` begins the call at a peer."""
+    """The stream. `open_stream` begins the call at a peer.
+
+    `join`, if given, puts what follows a request into it while both wait for their turn, or returns False.
+    """
 
     def __init__(
         self,
@@ -45,6 +51,7 @@ class FabricStream(Generic[RequestT, ResponseT]):
         random: Random,
         open_stream: "Callable[[Peer], grpc.aio.StreamStreamCall[RequestT, ResponseT]]",
         user: User[ResponseT],
+        join: Callable[[RequestT, RequestT], bool] | None = None,
     ) -> None:
         self._segment = segment
         self._directory = directory
@@ -52,6 +59,7 @@ class FabricStream(Generic[RequestT, ResponseT]):
         self._random = random
         self._open_stream = open_stream
         self._user = user
+        self._join = join
         # Bounded by its users: each has no more on the way than its window.
         self._outbox: asyncio.Queue[RequestT] = asyncio.Queue()
         self._is_connected = False
@@ -105,5 +113,40 @@ class FabricStream(Generic[RequestT, ResponseT]):
 
     async def _send_all(self, stream: "grpc.aio.StreamStreamCall[RequestT, ResponseT]") -> None:
         outbox = self._outbox
+        request = await outbox.get()
         while True:
-            await stream.write(await outbox.get())
+            following = None
+            while following is None and not outbox.empty():
+                following = outbox.get_nowait()
+                if self._join is not None and self._join(request, following):
+                    following = None
+            await stream.write(request)
+            request = following if following is not None else await outbox.get()
+
+
+class Link(Protocol):
+    """What goes over one stream."""
+
+    async def close(self) -> None:
+        """End the stream."""
+
+
+LinkT = TypeVar("LinkT", bound=Link)
+
+
+class Links(Generic[LinkT]):
+    """The links of a host, one a segment, opened when first needed."""
+
+    def __init__(self, open_link: Callable[[int], LinkT]) -> None:
+        self._open_link = open_link
+        self._links: dict[int, LinkT] = {}
+
+    def to(self, segment: int) -> LinkT:
+        """Return the link to the host of a segment."""
+        if segment not in self._links:
+            self._links[segment] = self._open_link(segment)
+        return self._links[segment]
+
+    async def close(self) -> None:
+        """End all streams."""
+        await asyncio.gather(*(link.close() for link in self._links.values()))

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Coroutine
 from random import Random
 
-from hostd.access_queue import Reach
 from hostd.directory import Directory
 from hostd.dma_link import DmaLink, DmaLinks
 from hostd.dma_receiver import Receivers
@@ -20,6 +19,7 @@ from hostd.fence import Fences
 from hostd.functions import Functions
 from hostd.history import History
 from hostd.ledger import Ledger
+from hostd.reach import Reach
 from hostd.registration import Registration
 from hostd.resolution import Resolver
 from hostd.rest import Rest

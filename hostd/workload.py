@@ -10,7 +10,7 @@ import logging
 from array import array
 from collections.abc import Callable, Sequence
 
-from hostd.access_queue import AccessQueue, Waiting
+from hostd.access_queue import AccessQueue
 from hostd.checker_script import WORD_BYTES, CheckerScript, Step
 from hostd.direct import Access
 from hostd.drivers import Drivers
@@ -18,6 +18,7 @@ from hostd.instance import Result
 from hostd.ledger import Ledger
 from hostd.models import checker
 from hostd.translation import Entry
+from hostd.waiting import Waiting
 from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError, invalid_field, not_found
 from vfleet.limits import WINDOW

@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import Callable
 
-from hostd.access_queue import Waiting
 from hostd.dma_receiver import DmaReceiver
 from hostd.driver import Driver
 from hostd.instance import Result
+from hostd.waiting import Waiting
 from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.limits import INTERRUPT_PAGE_ADDRESS, MAIN_MEMORY_VIRTUAL_ADDRESS

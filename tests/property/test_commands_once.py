@@ -48,7 +48,7 @@ class DmaWorld(World):
 
     def connect(self) -> None:
         super().connect()
-        self.dma_links.hosts[1] = self.driver_host.drivers
+        self.dma_links.peers[1] = self.driver_host.drivers
 
     def new_workloads(self) -> Workloads:
         host = self.driver_host

@@ -34,10 +34,10 @@ from support.fake_transfer import Network
 from support.manual_clock import ManualClock, settle
 
 from hostd import transfer
-from hostd.access_queue import Waiting
 from hostd.checker_script import WORD_BYTES, CheckerScript, Step
 from hostd.instance import Instance
 from hostd.models import create_model
+from hostd.waiting import Waiting
 from vfleet.address import bar_layout, bar_span
 from vfleet.errors import Reason, VfleetError
 from vfleet.limits import WINDOW
@@ -131,7 +131,7 @@ class World:
     def connect(self) -> None:
         """Join the hosts' daemons by the fabric, as they are now."""
         for name, segment in SEGMENTS.items():
-            self.fabric.homes[segment] = self.hosts[name].functions
+            self.fabric.peers[segment] = self.hosts[name].functions
 
     # The driver
 

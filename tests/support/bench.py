@@ -9,7 +9,6 @@ from support.fake_dma import FakeDmaLinks
 from support.fake_fabric import FakeFabric
 from support.manual_clock import ManualClock
 
-from hostd.access_queue import Reach
 from hostd.dma_receiver import Receivers
 from hostd.dma_sender import DmaReach
 from hostd.drivers import Drivers
@@ -18,6 +17,7 @@ from hostd.fence import Fences
 from hostd.functions import Functions
 from hostd.instance import Instance
 from hostd.ledger import Ledger
+from hostd.reach import Reach
 from hostd.segment import Segment
 from hostd.topology import load
 from hostd.translation import Entry

@@ -8,10 +8,12 @@ from support.bench import MEMORY_BYTES, VIRTUAL_ADDRESS, Bench
 from support.fake_fabric import FakeFabric, FakeLink
 from support.manual_clock import ManualClock, settle
 
-from hostd.access_queue import AccessQueue, Reach, Waiting
+from hostd.access_queue import AccessQueue
 from hostd.instance import Instance
 from hostd.models import checker
+from hostd.reach import Reach
 from hostd.translation import Entry
+from hostd.waiting import Waiting
 from vfleet.address import table_offset
 from vfleet.errors import Reason, VfleetError
 from vfleet.v1.access_pb2 import (
@@ -33,7 +35,7 @@ class Rig:
         self.h1 = Bench(path / "h1", "h1", self.clock)
         self.h2 = Bench(path / "h2", "h2", self.clock)
         self.fabric = FakeFabric()
-        self.fabric.homes = {1: self.h1.functions, 2: self.h2.functions}
+        self.fabric.peers = {1: self.h1.functions, 2: self.h2.functions}
         self.home = self.h1 if home == "h1" else self.h2
         self.instance = self.home.create()
         self.session = 0

@@ -42,8 +42,8 @@ class Rig:
 
     def connect(self) -> None:
         for name, segment in (("h1", 1), ("h2", 2)):
-            self.fabric.homes[segment] = self.hosts[name].functions
-            self.links.hosts[segment] = self.hosts[name].drivers
+            self.fabric.peers[segment] = self.hosts[name].functions
+            self.links.peers[segment] = self.hosts[name].drivers
 
     def new_workloads(self) -> Workloads:
         h1 = self.hosts["h1"]

@@ -9,9 +9,10 @@ from support.bench import IDENTITY, VIRTUAL_ADDRESS, reason_of
 from support.manual_clock import settle
 from support.queue_rig import ENDED, Rig, all_rung, done
 
-from hostd.access_queue import MAX_WAITING, Waiting
+from hostd.access_queue import MAX_WAITING
 from hostd.fabric import MAX_JOINED
 from hostd.models import checker
+from hostd.waiting import Waiting
 from vfleet.errors import Reason
 from vfleet.limits import WINDOW
 from vfleet.v1.access_pb2 import (

@@ -16,10 +16,10 @@ from support.killed_image import MEMORY_BYTES as IMAGE_BYTES
 from support.killed_image import content_of, new_image, snapshots_during, torn
 from support.manual_clock import ManualClock, settle
 
-from hostd.access_queue import Waiting
 from hostd.direct import Access, DirectAccess, Grant
 from hostd.models import MODELS, checker, create_model
 from hostd.translation import Entry, TranslationTable
+from hostd.waiting import Waiting
 from vfleet.address import BAR_INDICES, bar_layout, table_offset, translate
 from vfleet.errors import Reason
 from vfleet.limits import MAIN_MEMORY_VIRTUAL_ADDRESS, WINDOW

@@ -109,8 +109,8 @@ class Rig:
             Bench(path / name, name, self.clock, fabric, self.links, "counter") for name in ("h1", "h2")
         )
         self.home = {"h1": self.h1, "h2": self.h2}[home]
-        fabric.homes = {1: self.h1.functions, 2: self.h2.functions}
-        self.links.hosts = {1: self.h1.drivers}
+        fabric.peers = {1: self.h1.functions, 2: self.h2.functions}
+        self.links.peers = {1: self.h1.drivers}
         self.instance = self.home.create(bars={0: 4096})
         self.h1.drivers.recorded("d1", MEMORY_BYTES)
         self.h1.drivers.attach(self.h1.message(self.instance.about.base, length=4096))

@@ -27,8 +27,8 @@ class Rig:
         clock, fabric, links = ManualClock(), FakeFabric(is_automatic=True), FakeDmaLinks(is_automatic=True)
         self.hosts = {name: Bench(path / name, name, clock, fabric, links, model="nvme") for name in ("h1", "h2")}
         for name, segment in (("h1", 1), ("h2", 2)):
-            fabric.homes[segment] = self.hosts[name].functions
-            links.hosts[segment] = self.hosts[name].drivers
+            fabric.peers[segment] = self.hosts[name].functions
+            links.peers[segment] = self.hosts[name].drivers
         h1 = self.hosts["h1"]
         base = self.hosts[home].create(bars=BARS).about.base
         h1.drivers.recorded("d1", MEMORY)

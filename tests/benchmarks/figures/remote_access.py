@@ -16,10 +16,12 @@ import grpc
 from benchmarks.measure import Figure, Size, alternate_async, at_least, seconds_of_async
 from benchmarks.rig import bench
 
-from hostd.access_queue import AccessQueue, Reach, Waiting
+from hostd.access_queue import AccessQueue
 from hostd.directory import Directory, Peer
 from hostd.fabric import Fabric, Link
+from hostd.reach import Reach
 from hostd.translation import Entry
+from hostd.waiting import Waiting
 from vfleet.address import location_of, table_offset
 from vfleet.clock import SystemClock
 from vfleet.limits import WINDOW

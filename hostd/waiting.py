@@ -1,0 +1,56 @@
+"""An access of a driver on its way to its function, from when it is submitted until it has its answer."""
+
+import asyncio
+from dataclasses import dataclass
+
+from hostd.instance import Result
+from vfleet.v1.access_pb2 import AccessKind
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """An access without an answer. Its sequence is 0 until it is first sent, unless its client gave it one.
+
+    A client that gives sequences may ask again for an answer that this host already has.
+    """
+
+    kind: AccessKind.ValueType
+    virtual_address: int
+    length: int
+    data: bytes
+    sequence: int = 0
+    may_ask_again: bool = False
+    _outcome: Result | BaseException | None = None
+    _answer: "asyncio.Future[Result] | None" = None
+
+    @property
+    def answer(self) -> "asyncio.Future[Result]":
+        """The answer, for whoever waits for it: made when it is asked for, as of many accesses few are waited for."""
+        if self._answer is None:
+            self._answer = asyncio.get_running_loop().create_future()
+            if self._outcome is not None:
+                _settle(self._answer, self._outcome)
+        return self._answer
+
+    def finish(self, outcome: Result | BaseException) -> None:
+        """Give the answer, or what came instead of it, to whoever still waits for it."""
+        self._outcome = outcome
+        if self._answer is not None and not self._answer.done():
+            _settle(self._answer, outcome)
+
+    def finish_as(self, first: "Waiting") -> None:
+        """Give it the answer of another access of the same sequence, once that has it."""
+        first.answer.add_done_callback(self._finish_as)
+
+    def _finish_as(self, answer: "asyncio.Future[Result]") -> None:
+        error = answer.exception()
+        self.finish(answer.result() if error is None else error)
+
+
+def _settle(answer: "asyncio.Future[Result]", outcome: Result | BaseException) -> None:
+    if isinstance(outcome, BaseException):
+        answer.set_exception(outcome)
+        # Nobody may be left who asks for it.
+        answer.exception()
+    else:
+        answer.set_result(outcome)
