@@ -9,7 +9,8 @@ of the instance's state, dirty tracking, an access that waits in the queue, the 
 A write, or a batch of up to 64 of one length, writes the record's offsets and data first, then its name, one word that
 says whose it is, of which length, and the last sequence; then the effect; then the sequence. So a kill leaves all of a
 batch or nothing of it, and whoever opens the image finishes what has a name that the sequence has not reached.
-Answers are not kept: the driver, in this very process, has each before anything else can happen.
+Answers are not kept: the driver, in this very process, has each before anything else can happen. Other drivers' plain
+writes have the same record, one at a time, and their answers are kept.
 """
 
 from __future__ import annotations
@@ -271,6 +272,14 @@ def _each(count: int, select: int, low: int) -> tuple[int, int]:
     return ones * (select & (1 << 8 * _WORD_BYTES) - 1), ones * low
 
 
+def record_plain_write(image: FunctionImage, sequencer: Sequencer, sequence: int, offset: int, data: bytes) -> None:
+    """Write the redo record of one write, by a driver that may be on another host and ask for the answer again."""
+    length = len(data)
+    _ONE_WRITE[length].pack_into(image.bytes, PLAIN_REDO_BODY, offset, data)
+    tag = 1 << _COUNT_SHIFT | _EXPONENTS[length] << _EXPONENT_SHIFT | sequencer.index
+    image.words[PLAIN_REDO_NAME] = sequence << _SEQUENCE_SHIFT | tag
+
+
 def finish_plain_writes(image: FunctionImage) -> None:
     """Do the writes of a redo record whose sequence a killed daemon had not stored yet."""
     name: int = image.words[PLAIN_REDO_NAME]
@@ -284,4 +293,7 @@ def finish_plain_writes(image: FunctionImage) -> None:
     start = PLAIN_REDO_BODY + count * _WORD_BYTES
     for number, offset in enumerate(offsets):
         image.store([(offset, bytes(image.bytes[start + number * length : start + (number + 1) * length]))])
-    sequencer.skip_to(sequence)
+    if count == 1:
+        sequencer.advance(sequence, *_DONE)
+    else:
+        sequencer.skip_to(sequence)

@@ -85,7 +85,8 @@ def exchange(functions: Functions, request: ExchangeRequest) -> ExchangeResponse
         message = add()
         message.sequence = sequence
         message.status = status
-        message.data = answer
+        if answer:
+            message.data = answer
     return response
 
 

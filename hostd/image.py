@@ -21,12 +21,19 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from hostd.direct import PLAIN_REDO_END, PLAIN_REDO_NAME, PLAIN_REDO_START, Grant, finish_plain_writes
+from hostd.direct import (
+    PLAIN_REDO_END,
+    PLAIN_REDO_NAME,
+    PLAIN_REDO_START,
+    Grant,
+    finish_plain_writes,
+    record_plain_write,
+)
 from hostd.models.base import Store
 from vfleet.address import MAX_ACCESS_BYTES, PAGE_BYTES
 from vfleet.errors import Reason, VfleetError
 from vfleet.limits import MAX_DRIVERS, WINDOW
-from vfleet.v1.access_pb2 import AccessStatus, Answer, Session
+from vfleet.v1.access_pb2 import ACCESS_STATUS_OK, AccessStatus, Answer, Session
 from vfleet.v1.transfer_service_pb2 import DriverSequence
 
 _REDO_BYTES = PLAIN_REDO_START
@@ -244,6 +251,12 @@ class FunctionImage:
             self._put_redo(head + body)
             self.store(stores)
         sequencer.advance(sequence, status, data)
+
+    def write_plain(self, sequencer: Sequencer, sequence: int, offset: int, data: bytes) -> None:
+        """Make a write to plain memory, its answer and its sequence durable, together: as `apply`, in half the time."""
+        record_plain_write(self, sequencer, sequence, offset, data)
+        self.store(((offset, data),))
+        sequencer.advance(sequence, ACCESS_STATUS_OK, b"")
 
     def store(self, stores: Iterable[Store]) -> None:
         """Put bytes into memory, outside of any access (a reset) or within one that has its redo record."""

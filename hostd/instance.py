@@ -53,6 +53,7 @@ class Instance:
         self.kicked = asyncio.Event()
         self.on_close: Callable[[], None] = lambda: None
         self.master = EnginePart(image, image.engine_start) if image.engine_start is not None else None
+        self._plain_start, self._plain_end = model.plain_memory.start, model.plain_memory.stop
         self.resets = 0
         self.unsupported_requests = 0
         self.frames_dropped = 0
@@ -152,6 +153,13 @@ class Instance:
         if sequence > following:
             raise SequenceGapError(following)
         offset, memory = window_offset(address), self.image.memory
+        if self._plain_start <= offset < self._plain_end:
+            if kind == ACCESS_KIND_READ:
+                data = bytes(memory[offset : offset + length])
+                sequencer.advance(sequence, ACCESS_STATUS_OK, data)
+                return ACCESS_STATUS_OK, data
+            self.image.write_plain(sequencer, sequence, offset, data)
+            return ACCESS_STATUS_OK, b""
         if kind == ACCESS_KIND_READ:
             read = self.model.read(memory, offset, length)
             answer, stores = read if read is not None else (b"\xff" * length, None)

@@ -193,15 +193,25 @@ EFFECTS: list[Effect] = [
 ]
 
 
-@pytest.mark.parametrize("effect", EFFECTS)
-def test_a_kill_at_any_instruction_leaves_an_access_done_or_not_begun(image: FunctionImage, effect: Effect):
+def write_plain(image: FunctionImage, driver: str, effect: Effect) -> None:
+    """Do an access as a write to plain memory, which it is."""
+    (_, ((offset, data),)) = effect
+    sequencer = image.sequencer(driver)
+    image.write_plain(sequencer, sequencer.last + 1, offset, data)
+
+
+@pytest.mark.parametrize(
+    ("access", "effect"),
+    [*((apply, effect) for effect in EFFECTS), (write_plain, EFFECTS[0]), (write_plain, EFFECTS[3])],
+)
+def test_a_kill_at_any_instruction_leaves_an_access_done_or_not_begun(image: FunctionImage, access, effect: Effect):
     random = Random(1)
     for number in range(WINDOW + 3):
         apply(image, "d1", (b"%d" % number, [(number * 8, b"%08d" % number)]))
     apply(image, "d2", (b"other", [(0, b"other")]))
     done_before = image.sequencer("d1").last
     memory_before = bytes(image.memory)
-    steps = snapshots_during(image, lambda: apply(image, "d1", effect))
+    steps = snapshots_during(image, lambda: access(image, "d1", effect))
     assert len(steps) > 3
     memory_after = bytes(image.memory)
     torn_steps = [content for a, b in pairwise(steps) for content in torn(a, b, random)]
@@ -216,7 +226,7 @@ def test_a_kill_at_any_instruction_leaves_an_access_done_or_not_begun(image: Fun
             (OK, b"%d" % (n - 1)) for n in range(5, done_before)
         ]
         if sequencer.last == done_before:
-            apply(again, "d1", effect)
+            access(again, "d1", effect)
         assert again.memory == memory_after
         assert seen(sequencer) == seen(image.sequencer("d1"))
         again.close()

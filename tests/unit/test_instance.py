@@ -162,7 +162,7 @@ def test_a_reset_leaves_a_medium_as_it_is(tmp_path: Path):
 class NoRegisters:
     """A device model whose registers are all 0 after a reset."""
 
-    local_memory = range(0)
+    local_memory = plain_memory = range(0)
     keeps_local_memory = False
 
     def reset(self) -> tuple:
