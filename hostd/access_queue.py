@@ -387,7 +387,8 @@ class AccessQueue:
             message.kind = access.kind
             message.address = translate(access.virtual_address, offset)
             message.length_bytes = access.length
-            message.data = access.data
+            if access.data:
+                message.data = access.data
         return request
 
     def _start_repair(self) -> None:
