@@ -127,7 +127,7 @@ class Run:
     async def _unless_decided(self, work: Coroutine[None, None, None]) -> None:
         """Do `work`, but stop it as soon as etcd shows that another has written the record or the owner key."""
         doing = asyncio.create_task(work)
-        watching = asyncio.create_task(self._context.inventory.until(self._journal.is_overtaken))
+        watching = asyncio.create_task(self._until(self._journal.is_overtaken))
         try:
             await asyncio.wait((doing, watching), return_when=asyncio.FIRST_COMPLETED)
             if doing.done():
@@ -195,7 +195,7 @@ class Run:
                     self._ready.add(move.function)
                 if response.complete:
                     self._complete.add(move.function)
-                self._context.inventory.notify()
+                self._context.inventory.notify(self.record.name)
         if move.function not in self._complete:
             message = (
                 f"host {move.target.host!r}, ImportState: ended before the state of {move.function!r} was complete"
@@ -211,7 +211,7 @@ class Run:
 
     async def _hold_when_copied(self, options: Options) -> None:
         moves = self.record.moves
-        await self._context.inventory.until(lambda: len(self._ready) == len(moves))
+        await self._until(lambda: len(self._ready) == len(moves))
         if options.limit_policy != LimitPolicy.LIMIT_POLICY_FORCE:
             self.copies.check_limit(options.downtime_limit_ms)
         self._advance(Event.COPIED)
@@ -223,7 +223,7 @@ class Run:
                     *(self._stop(move, options) for move in moves),
                 )
             )
-            await self._context.inventory.until(lambda: len(self._complete) == len(moves))
+            await self._until(lambda: len(self._complete) == len(moves))
 
     async def _place_hold(self, host: str, entries: list[EntryName], options: Options) -> None:
         request = PlaceHoldRequest(
@@ -286,7 +286,7 @@ class Run:
                 async for response in responses:
                     is_all_there = not response.missing_bytes
                     self.copies.is_missing(move.function, response.missing_bytes)
-                    self._context.inventory.notify()
+                    self._context.inventory.notify(self.record.name)
             if not is_all_there:
                 message = f"host {target.host!r}, WatchArrival: ended before all of {move.function!r} was there"
                 raise VfleetError(Reason.BAD_STATE, message)
@@ -399,12 +399,15 @@ class Run:
                 entries.setdefault(entry.host, []).append(name)
         return entries
 
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        await self._context.inventory.until(condition, self.record.name)
+
     def _advance(self, event: Event) -> None:
         now_s = self._context.clock.monotonic()
         self._time_step(self.state.step, now_s - self._step_began_s)
         self._step_began_s = now_s
         self.state = next_state(self.state, event)
-        self._context.inventory.notify()
+        self._context.inventory.notify(self.record.name)
 
     def _time_step(self, step: Step.ValueType, seconds: float) -> None:
         duration = StepDuration(step=step)

@@ -16,8 +16,11 @@ from vfleet.errors import VfleetError
 from vfleet.etcd import keys
 from vfleet.etcd.records import decode
 from vfleet.etcd.store import Changes, Compare, Event, KeyValue, Listing, absent, unchanged
-from vfleet.v1.records_pb2 import Coordinator, Device, Driver, Function, Host, Migration, Slot
+from vfleet.v1.records_pb2 import Coordinator, Device, Driver, Function, FunctionStatus, Host, Migration, Slot
 from vfleet.v1.types_pb2 import TableEntry
+
+# Statuses of a function that is being made or deleted.
+UNFINISHED = frozenset({FunctionStatus.FUNCTION_STATUS_CREATING, FunctionStatus.FUNCTION_STATUS_DELETING})
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ class Snapshot:
         self.registrations: dict[str, Stored[str]] = {}
         self.coordinators: dict[str, Stored[Coordinator]] = {}
         self.functions: dict[str, Stored[Function]] = {}
+        self.unfinished_functions: set[str] = set()
         self.locks: dict[str, Stored[str]] = {}
         self.slots: dict[str, Stored[Slot]] = {}
         self.drivers: dict[str, Stored[Driver]] = {}
@@ -115,6 +119,13 @@ class Snapshot:
         if event.value is not None:
             self.devices.update((device.name, device) for device in self.hosts[name].record.devices)
 
+    def _set_function(self, name: str, event: Event) -> None:
+        self.unfinished_functions.discard(name)
+        _put(self.functions, name, event, _decoder(Function))
+        stored = self.functions.get(name)
+        if stored is not None and stored.record.status in UNFINISHED:
+            self.unfinished_functions.add(name)
+
     def _set_slot(self, name: str, event: Event) -> None:
         device, _, index = name.rpartition("/")
         _put(self.slots, name, event, _decoder(Slot))
@@ -164,7 +175,7 @@ _TABLES: tuple[tuple[str, Callable[[Snapshot, str, Event], None]], ...] = (
     (keys.HOSTS, Snapshot._set_host),  # noqa: SLF001
     (keys.REGISTRATIONS, lambda s, name, event: _put(s.registrations, name, event, _text)),
     (keys.COORDINATORS, lambda s, name, event: _put(s.coordinators, name, event, _decoder(Coordinator))),
-    (keys.FUNCTIONS, lambda s, name, event: _put(s.functions, name, event, _decoder(Function))),
+    (keys.FUNCTIONS, Snapshot._set_function),  # noqa: SLF001
     (keys.LOCKS, lambda s, name, event: _put(s.locks, name, event, _text)),
     (keys.SLOTS, Snapshot._set_slot),  # noqa: SLF001
     (keys.DRIVERS, lambda s, name, event: _put(s.drivers, name, event, _decoder(Driver))),

@@ -175,7 +175,7 @@ class Term:
             await self._context.clock.sleep(RETRY_LONGEST_S)
         finally:
             del self.runs[name]
-            self._context.inventory.notify()
+            self._context.inventory.notify(name)
 
 
 async def _result(task: asyncio.Task[ResultT]) -> ResultT:

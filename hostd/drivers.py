@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from hostd.access_queue import Reach
+from hostd.deadlines import Deadlines
 from hostd.dma_receiver import Receivers, file_of
 from hostd.driver import Driver
 from hostd.fence import Fences
@@ -52,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 
 class Drivers:
-    """All drivers of the host. `deadlines_changed` is set whenever a hold is placed or lifted."""
+    """All drivers of the host. `deadlines` are those of its holds."""
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class Drivers:
         self._acknowledgements: dict[EntryId, asyncio.Event] = {}
         self._followed_revision = 0
         self._detached: dict[EntryId, int] = {}  # by calls ahead of the watch, which may tell of the attachment still
-        self.deadlines_changed = asyncio.Event()
+        self.deadlines = Deadlines()
         entries: dict[str, list[Entry]] = defaultdict(list)
         for message in ledger.all(_ENTRY, TableEntry):
             held = (message.driver, message.function) in self._holds
@@ -196,6 +197,7 @@ class Drivers:
                 )
                 self._ledger.put(_HOLD, _key(_id(entry)), hold)
                 self._holds[_id(entry)] = hold
+        self.deadlines.note(resolve_time)
         self._replace([replace(entry, held=True) for entry in entries])
         failpoint.reach("hostd.hold.after")
         return await self._told(entries, request.attempt, request.acknowledge_timeout_ms / 1000)
@@ -285,6 +287,7 @@ class Drivers:
                 later.resolve_time = resolve_time
                 self._holds[hold.driver, hold.function] = later
                 self._ledger.put(_HOLD, _key((hold.driver, hold.function)), later)
+        self.deadlines.note(resolve_time)
 
     def holds(self, migration: str | None = None) -> list[Hold]:
         """Return all holds, or those of a migration, by driver and function."""
@@ -408,7 +411,6 @@ class Drivers:
         for identifier in identifiers:
             if self._holds.pop(identifier, None) is not None:
                 self._ledger.delete(_HOLD, _key(identifier))
-        self.deadlines_changed.set()
 
     async def _told(self, entries: Sequence[Entry], attempt: Attempt, timeout_s: float) -> list[str]:
         """Tell the drivers that they are held, and wait for those that listen."""

@@ -77,27 +77,35 @@ class Sequencer:
         "driver",
         "grant",
         "index",
+        "is_blank",
         "last",
         "last_word",
         "session",
     )
 
-    def __init__(self, memory: memoryview, words: memoryview, index: int) -> None:
+    def __init__(self, memory: memoryview, words: memoryview, index: int, *, is_blank: bool = False) -> None:
+        """Take one of the sequencers of an image; `is_blank` says that all of it is zero, and spares looking."""
+        self.is_blank = is_blank
         self._bytes = memory
         self._words = words
         self._base = _SEQUENCERS_OFFSET + index * _SEQUENCER_BYTES
         self.index = index
         self.last_word = (self._base + 8 + _NAME_BYTES) // 8
         self._session_word = self.last_word + 1
+        self.last: int
+        self.session: SessionOrder
         self.grant: Grant | None = None
+        self.acknowledged = 0
+        if is_blank:
+            self.driver, self.last, self.session = "", 0, (0, 0, 0)
+            return
         # Its length stands before the name: 0 where there is no driver.
         name_bytes = words[self._base // 8]
         start = self._base + 8
         self.driver = bytes(memory[start : start + name_bytes]).decode()
-        self.last: int = words[self.last_word]
+        self.last = words[self.last_word]
         start, revision, fleet_generation = words[self._session_word : self._session_word + 3]
-        self.session: SessionOrder = (fleet_generation, revision, start)
-        self.acknowledged = 0
+        self.session = (fleet_generation, revision, start)
 
     def take(self, driver: str) -> None:
         """Make this the sequencer of a driver that has none; it has seen nothing yet."""
@@ -105,7 +113,9 @@ class Sequencer:
         self.revoke()
         # What it says of this sequencer is another driver's writes, and done.
         self._words[PLAIN_REDO_NAME] = 0
-        self._bytes[self._base : self._base + _SEQUENCER_BYTES] = bytes(_SEQUENCER_BYTES)
+        if not self.is_blank:
+            self._bytes[self._base : self._base + _SEQUENCER_BYTES] = bytes(_SEQUENCER_BYTES)
+        self.is_blank = False
         self._bytes[self._base + 8 : self._base + 8 + len(name)] = name
         self._words[self._base // 8] = len(name)
         self.driver, self.last, self.session, self.acknowledged = driver, 0, (0, 0, 0), 0
@@ -178,8 +188,11 @@ class Sequencer:
 class FunctionImage:
     """The image in its mapped file. Opening one finishes what a killed daemon had begun."""
 
-    def __init__(self, mapped: mmap.mmap, engine_start: int | None = None) -> None:
-        """Take the file; `engine_start` is where in memory a bus master's engine has its part, a multiple of 8."""
+    def __init__(self, mapped: mmap.mmap, engine_start: int | None = None, *, is_new: bool = False) -> None:
+        """Take the file; `engine_start` is where in memory a bus master's engine has its part, a multiple of 8.
+
+        `is_new` says that all of the file is zero. What is never looked at then takes no memory, and no time.
+        """
         self._mapped = mapped
         self.engine_start = engine_start
         self.bytes = memoryview(mapped)
@@ -189,11 +202,12 @@ class FunctionImage:
         self._end = _MEMORY_OFFSET + (pages - -(-pages // (PAGE_BYTES + 1))) * PAGE_BYTES
         self.memory = self.bytes[_MEMORY_OFFSET : self._end]
         self.arrived = self.bytes[self._end : self._end + len(self.memory) // PAGE_BYTES]
-        self._sequencers = [Sequencer(self.bytes, self.words, index) for index in range(MAX_DRIVERS)]
+        self._sequencers = [Sequencer(self.bytes, self.words, n, is_blank=is_new) for n in range(MAX_DRIVERS)]
         self._by_driver = {s.driver: s for s in self._sequencers if s.driver}
         self._dirty: set[int] | None = None
-        self._redo()
-        finish_plain_writes(self)
+        if not is_new:
+            self._redo()
+            finish_plain_writes(self)
 
     def known_sequencer(self, driver: str) -> Sequencer | None:
         """Return the driver's sequencer, or None."""

@@ -37,10 +37,14 @@ class Ledger:
         row = self._database.execute("SELECT value FROM records WHERE kind = ? AND key = ?", (kind, key)).fetchone()
         return None if row is None else message_type.FromString(row[0])
 
+    def items(self, kind: str, message_type: type[MessageT]) -> list[tuple[str, MessageT]]:
+        """Return all records of a kind with their keys, by key."""
+        rows = self._database.execute("SELECT key, value FROM records WHERE kind = ? ORDER BY key", (kind,))
+        return [(key, message_type.FromString(value)) for key, value in rows]
+
     def all(self, kind: str, message_type: type[MessageT]) -> list[MessageT]:
         """Return all records of a kind, by key."""
-        rows = self._database.execute("SELECT value FROM records WHERE kind = ? ORDER BY key", (kind,))
-        return [message_type.FromString(value) for (value,) in rows]
+        return [record for _, record in self.items(kind, message_type)]
 
     def put(self, kind: str, key: str, record: Message) -> None:
         """Write a record."""

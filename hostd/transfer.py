@@ -290,8 +290,10 @@ async def import_state(
     )
     instance.is_importing = True
     try:
-        # What an import before this one left is not of this stream.
-        instance.image.clear()
+        if not instance.is_blank:
+            # What an import before this one left is not of this stream.
+            instance.image.clear()
+        instance.is_blank = False
         receiver = Receiver(instance, options.mode)
         async for part in export:
             _check_not_gone(instance)

@@ -405,9 +405,9 @@ async def test_the_progress_of_the_copies_is_shown(rig: Rig):
     seen = []
     notify = rig.inventory.notify
 
-    def noted() -> None:
+    def noted(migration: str = "") -> None:
         seen.append(migrating.copies.progress()[0])
-        notify()
+        notify(migration)
 
     rig.inventory.notify = noted
     running = asyncio.create_task(migrating.run())
