@@ -8,6 +8,7 @@ the function's home proves that the move to it was committed, and so lets a prep
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 from hostd.arrival import Arrival
 from hostd.deadlines import Deadlines
@@ -373,6 +374,10 @@ class Functions:
                 metadata={"function": function},
             )
         return instance
+
+    def open_image(self, instance: Instance) -> BinaryIO:
+        """Open the file of an instance's image, for a copy."""
+        return self._ledger.open_file(instance.record.file)
 
     def with_deadline(self) -> Iterator[Instance]:
         """Yield the instances that wait for a decision, each until its `record.resolve_time`."""

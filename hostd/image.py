@@ -16,10 +16,13 @@ which need no model, have a record of their own (hostd/direct.py).
 `arrived` counts only while the state is still coming after the lift (post-copy): a page's byte is set after its bytes.
 """
 
+import errno
 import mmap
+import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO
 
 from hostd.direct import PLAIN_REDO_END, PLAIN_REDO_NAME, PLAIN_REDO_START, Grant, finish_plain_writes
 from hostd.models.base import Store
@@ -43,6 +46,8 @@ _ANSWER_BYTES = _ANSWER_HEAD_BYTES + MAX_ACCESS_BYTES
 _SEQUENCER_BYTES = _ANSWERS_OFFSET + -(-WINDOW * _ANSWER_BYTES // PAGE_BYTES) * PAGE_BYTES
 _SEQUENCERS_OFFSET = PLAIN_REDO_END
 _MEMORY_OFFSET = _SEQUENCERS_OFFSET + MAX_DRIVERS * _SEQUENCER_BYTES
+
+SHORT_GAP_PAGES = 8  # to send so many pages of zeros costs less than another message
 
 KeptAnswer = tuple[AccessStatus.ValueType, bytes]
 
@@ -267,6 +272,41 @@ class FunctionImage:
             memory[offset : offset + len(data)] = data
             if dirty is not None:
                 dirty.update(range(offset // PAGE_BYTES, (offset + len(data) - 1) // PAGE_BYTES + 1))
+
+    def store_through(self, file: BinaryIO, offset: int, data: bytes) -> None:
+        """Do what `store` does through the image's file: of many pages that are new, several times as fast."""
+        view, position = memoryview(data), _MEMORY_OFFSET + offset
+        while view:
+            count = os.pwrite(file.fileno(), view, position)
+            view, position = view[count:], position + count
+        if self._dirty is not None:
+            self._dirty.update(range(offset // PAGE_BYTES, (offset + len(data) - 1) // PAGE_BYTES + 1))
+
+    def written(self, file: BinaryIO, pages: range) -> Iterator[range]:
+        """Yield which of `pages` may be other than zero, in ascending order: those that its file has, and short gaps.
+
+        A page that is written to while this goes on may be left out.
+        """
+        position, end = (_MEMORY_OFFSET + page * PAGE_BYTES for page in (pages.start, pages.stop))
+        found: range | None = None
+        while position < end:
+            try:
+                start = os.lseek(file.fileno(), position, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # no data from there on
+                    raise
+                break
+            if start >= end:
+                break
+            position = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            first = (start - _MEMORY_OFFSET) // PAGE_BYTES
+            stop = min(-(-(position - _MEMORY_OFFSET) // PAGE_BYTES), pages.stop)
+            if found is not None and first - found.stop > SHORT_GAP_PAGES:
+                yield found
+                found = None
+            found = range(first if found is None else found.start, stop)
+        if found is not None:
+            yield found
 
     def grant(self, sequencer: Sequencer, base: int, span: int, plain: range) -> Grant | None:
         """Give a driver that sees the image's `span` bytes at `base` leave to access `plain` of them directly.

@@ -8,7 +8,7 @@ nothing: whatever is missing, repeated, damaged or meant for another function, m
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from hostd.instance import Instance
 from hostd.models.base import Section
@@ -133,10 +133,11 @@ class Writer:
 
 
 class Receiver:
-    """Takes the parts of a stream in and checks each; complete only after the end."""
+    """Takes the parts of a stream in and checks each; complete only after the end. `store` takes offset and bytes."""
 
-    def __init__(self, instance: Instance, mode: TransferMode.ValueType) -> None:
+    def __init__(self, instance: Instance, mode: TransferMode.ValueType, store: Callable[[int, bytes], None]) -> None:
         self._instance = instance
+        self._store = store
         self._mode = mode
         self._sections = instance.sections
         self._checks = [SectionCheck() for _ in self._sections]
@@ -194,7 +195,7 @@ class Receiver:
             raise bad_state(self._instance, f"pages at {offset:#x} are of local memory, which follows after COMMIT")
         self._order_crc = _count(self._checks[index], pages.crc, self._order_crc)
         self.received_bytes += len(data)
-        self._instance.image.store([(offset, data)])
+        self._store(offset, data)
 
     def _check_round(self, end: RoundEnd) -> None:
         self._rounds += 1

@@ -9,8 +9,10 @@ the same is done for everything but the local memory, which the stopped source h
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from functools import partial
 from itertools import chain
+from typing import BinaryIO
 
 from hostd.functions import Functions
 from hostd.instance import Instance
@@ -61,8 +63,10 @@ PROGRESS_BYTES = 8 << 20
 class Export:
     """One export of one instance that runs; its driver writes on meanwhile."""
 
-    def __init__(self, instance: Instance, clock: Clock, options: CopyOptions) -> None:
+    def __init__(self, instance: Instance, file: BinaryIO, clock: Clock, options: CopyOptions) -> None:
+        """Take the instance and the file of its image."""
         self._instance = instance
+        self._file = file
         self._clock = clock
         self._writer = Writer(instance, options.mode)
         self._pace = Pace(clock, options.bandwidth_bytes_per_s)
@@ -78,7 +82,7 @@ class Export:
         instance = self._instance
         failpoint.reach("hostd.export.header")
         yield self._writer.header()
-        async for part in self._round(chain.from_iterable(self._moving), dirty, skip_zero=True):
+        async for part in self._round(_written(instance, self._file, self._moving), dirty, skip_zero=True):
             yield part
         while instance.state == DEVICE_STATE_PRE_COPY and not instance.is_closed:
             if self._rounds.is_ready and not await self._refresh_is_due(dirty):
@@ -173,9 +177,11 @@ async def export_state(
             functions.keep_rest(instance)
         writer = Writer(instance, options.mode)
         yield writer.header()
-        for part in writer.pages(chain.from_iterable(moving_pages(instance, options.mode)), skip_zero=True):
-            if part is not None:
-                yield part
+        with functions.open_image(instance) as file:
+            pages = _written(instance, file, moving_pages(instance, options.mode))
+            for part in writer.pages(pages, skip_zero=True):
+                if part is not None:
+                    yield part
         yield writer.end()
         return
     if instance.state != DEVICE_STATE_RUNNING:
@@ -184,6 +190,7 @@ async def export_state(
             f"function {request.function!r} is being exported already",
             metadata={"function": request.function},
         )
+    file = functions.open_image(instance)
     # An export of an attempt that was aborted may still end later than this one begins; it has another set.
     dirty = instance.image.track()
     instance.is_post_copied = False
@@ -191,7 +198,7 @@ async def export_state(
         functions.keep_rest(instance)
     instance.exported_to = request.attempt
     instance.go_to(DEVICE_STATE_PRE_COPY)
-    export = Export(instance, clock, options)
+    export = Export(instance, file, clock, options)
     try:
         async for part in export.until_stopped(dirty):
             yield part
@@ -201,9 +208,15 @@ async def export_state(
             yield part
         failpoint.reach("hostd.export.end")
     finally:
+        file.close()
         export.release()
         if not instance.is_closed and instance.image.untrack(dirty) and instance.state == DEVICE_STATE_PRE_COPY:
             instance.go_to(DEVICE_STATE_RUNNING)
+
+
+def _written(instance: Instance, file: BinaryIO, moving: Sequence[range]) -> Iterator[int]:
+    """Return the pages, among those that move, that may be other than zero; short of those that change meanwhile."""
+    return chain.from_iterable(chain.from_iterable(instance.image.written(file, pages) for pages in moving))
 
 
 async def fetch_state(
@@ -288,13 +301,14 @@ async def import_state(
         address=request.source_address,
         incarnation=request.source_incarnation,
     )
+    file = functions.open_image(instance)
     instance.is_importing = True
     try:
         if not instance.is_blank:
             # What an import before this one left is not of this stream.
             instance.image.clear()
         instance.is_blank = False
-        receiver = Receiver(instance, options.mode)
+        receiver = Receiver(instance, options.mode, partial(instance.image.store_through, file))
         async for part in export:
             _check_not_gone(instance)
             receiver.take(part)
@@ -309,6 +323,7 @@ async def import_state(
         _check_not_gone(instance)
         functions.complete_import(instance, _rest_source(instance, request, options))
     finally:
+        file.close()
         instance.is_importing = False
         await export.aclose()
     progress.received_bytes = receiver.received_bytes
