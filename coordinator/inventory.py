@@ -56,15 +56,15 @@ class Inventory:
             self._highest_generation = self.snapshot.fleet_generation
             self.is_behind = False
 
-    def notify(self, migration: str = "") -> None:
-        """Let those who wait look at their conditions again: all, or those whom a change of `migration` can concern."""
-        self._notify(*({"", migration} if migration else list(self._waiters)))
+    def notify(self, *migrations: str) -> None:
+        """Let those who wait look at their conditions again: all, or those who wait for something of `migrations`."""
+        self._notify(*(migrations or list(self._waiters)))
 
     async def until(self, condition: Callable[[], bool], migration: str = "") -> None:
         """Wait until `condition` holds. It is looked at now and after each change of the snapshot or `notify`.
 
-        Given `migration`, nothing but that migration's record, its owner key, and what `notify` is called for with its
-        name can make it hold. A VfleetError that `condition` raises is raised here. It may hold no more when the
+        Given `migration`, it is looked at only after changes of that migration's record and owner key, and after
+        `notify` with its name. A VfleetError that `condition` raises is raised here. It may hold no more when the
         waiting task runs, if the fleet has changed again by then.
         """
         if condition():

@@ -1,6 +1,6 @@
 """A function's state, out of the source and into the target, which pulls it.
 
-    header -> (pages -> round end) ... -> the source is stopped -> pages -> sequences, end
+    header -> (pages -> round end) ... -> the source is stopped -> pages, sequences, end
 
 Rounds are sent while the function runs: first all pages that aren't zero (a new instance's are), then those that
 changed meanwhile, as `hostd.rounds` decides. Then the source waits to be stopped by the same attempt, and sends the
@@ -9,6 +9,7 @@ the same is done for everything but the local memory, which the stopped source h
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -93,8 +94,7 @@ class Export:
 
     def rest(self, dirty: set[int]) -> Iterator[ExportStateResponse]:
         """Yield the last pages and the end. The function is stopped."""
-        yield from (part for part in self._writer.pages(self._take(dirty)) if part is not None)
-        yield self._writer.end()
+        yield from self._writer.rest(self._take(dirty))
 
     def release(self) -> None:
         """Slow the function down no more."""
@@ -176,8 +176,8 @@ async def export_state(
         if options.mode == TRANSFER_MODE_POST_COPY:
             functions.keep_rest(instance)
         writer = Writer(instance, options.mode)
-        yield writer.header()
         with functions.open_image(instance) as file:
+            yield writer.header()
             pages = _written(instance, file, moving_pages(instance, options.mode))
             for part in writer.pages(pages, skip_zero=True):
                 if part is not None:
@@ -291,7 +291,7 @@ async def import_state(
     # In post-copy it is little, and what accesses wait for comes by the connection that it has opened.
     is_bulk = options.mode != TRANSFER_MODE_POST_COPY
     export = stream(
-        TransferServiceStub(channels.to(request.source_address, bulk=is_bulk)).ExportState,
+        channels.stub(TransferServiceStub, request.source_address, bulk=is_bulk).ExportState,
         ExportStateRequest(
             attempt=request.attempt,
             function=request.function,
@@ -315,6 +315,8 @@ async def import_state(
             if part.HasField("round_end"):
                 _note_round(progress, part.round_end)
                 failpoint.reach("hostd.import.round")
+            elif part.HasField("end"):
+                break
             elif receiver.received_bytes < progress.received_bytes + PROGRESS_BYTES:
                 continue
             progress.received_bytes = receiver.received_bytes
@@ -322,14 +324,18 @@ async def import_state(
         receiver.check_complete()
         _check_not_gone(instance)
         functions.complete_import(instance, _rest_source(instance, request, options))
+        progress.received_bytes = receiver.received_bytes
+        progress.dirty_bytes = 0
+        progress.complete = True
+        yield progress
+        # A driver waits for the word that it is complete; the stream may end afterwards, however it does.
+        with contextlib.suppress(VfleetError):
+            async for _ in export:
+                pass
     finally:
         file.close()
         instance.is_importing = False
         await export.aclose()
-    progress.received_bytes = receiver.received_bytes
-    progress.dirty_bytes = 0
-    progress.complete = True
-    yield progress
 
 
 def _note_round(progress: ImportStateResponse, end: RoundEnd) -> None:

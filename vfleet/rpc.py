@@ -61,6 +61,7 @@ _log = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
+StubT = TypeVar("StubT")
 
 
 def connect(address: str) -> grpc.aio.Channel:
@@ -74,6 +75,7 @@ class Channels:
     def __init__(self, connect: Callable[[str], grpc.aio.Channel] = connect) -> None:
         self._connect = connect
         self._channels: dict[tuple[str, bool], grpc.aio.Channel] = {}
+        self._stubs: dict[tuple[object, str, bool], object] = {}
 
     def to(self, address: str, *, bulk: bool = False) -> grpc.aio.Channel:
         """Return the channel to HOST:PORT, or that for `bulk`: behind megabytes nobody should have to wait."""
@@ -81,9 +83,17 @@ class Channels:
             self._channels[address, bulk] = self._connect(address)
         return self._channels[address, bulk]
 
+    def stub(self, kind: Callable[[grpc.aio.Channel], StubT], address: str, *, bulk: bool = False) -> StubT:
+        """Return the stub of this kind on the channel that `to` returns, made once."""
+        known = self._stubs.get((kind, address, bulk))
+        if known is None:
+            known = self._stubs[kind, address, bulk] = kind(self.to(address, bulk=bulk))
+        return cast("StubT", known)
+
     async def close(self) -> None:
         """Close all; calls under way fail."""
         channels, self._channels = list(self._channels.values()), {}
+        self._stubs.clear()
         await asyncio.gather(*(channel.close() for channel in channels))
 
 
