@@ -222,8 +222,9 @@ class Run:
         async with within(options.hold_timeout_ms, "the last difference was copied"):
             await together(
                 (
-                    *(self._place_hold(host, names, options) for host, names in self._entries_by_host().items()),
+                    # What follows the stop takes longest.
                     *(self._stop(move, options) for move in moves),
+                    *(self._place_hold(host, names, options) for host, names in self._entries_by_host().items()),
                 )
             )
             await self._until(lambda: len(self._complete) == len(moves))

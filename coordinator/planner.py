@@ -5,7 +5,7 @@ target is the source. Free slots are handed out lowest first, after the slots th
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from coordinator import transaction
@@ -23,6 +23,9 @@ from vfleet.v1.types_pb2 import Attempt
 # What a record may grow by between BEGIN and FINISH: times, durations of steps, and a reason in 4-byte characters.
 RECORD_GROWTH_BYTES = 4 * MAX_ABORT_REASON_CHARACTERS + 1024
 
+Slot = tuple[str, int]
+"""A device, as HOST/DEVICE, and the index of a VF."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -33,9 +36,17 @@ class Limits:
 
 
 def plan(
-    snapshot: Snapshot, requests: Sequence[MoveRequest], *, name: str, coordinator: str, limits: Limits
+    snapshot: Snapshot,
+    requests: Sequence[MoveRequest],
+    *,
+    name: str,
+    coordinator: str,
+    limits: Limits,
+    spoken_for: Collection[Slot] = (),
 ) -> Migration:
     """Return the migration that does `requests`, with its phase not set. Names in requests are well-formed.
+
+    Slots `spoken_for` are not handed out, though they are free still.
 
     Raise VfleetError: INVALID_FIELD (no moves, a function or a slot twice, an index that the device hasn't),
     NOT_FOUND, FUNCTION_LOST, ILLEGAL_STATE, IN_MIGRATION, TARGET_IS_SOURCE, INCOMPATIBLE_DEVICE, NO_FREE_SLOT,
@@ -57,7 +68,7 @@ def plan(
             )
         check_compatible(function, find_device(snapshot, function.device), device)
         functions.append(function)
-    indices = _target_indices(snapshot, requests)
+    indices = _target_indices(snapshot, requests, spoken_for)
     moves = [
         _move(snapshot, function, request.target_device, vf_index)
         for function, request, vf_index in zip(functions, requests, indices, strict=True)
@@ -146,9 +157,7 @@ def registered_incarnation(snapshot: Snapshot, host: str) -> str:
     return incarnation
 
 
-def pick_slot(
-    snapshot: Snapshot, device: Device, wanted: int, *, field: str, reserved: Mapping[int, str] | None = None
-) -> int:
+def pick_slot(snapshot: Snapshot, device: Device, wanted: int, *, field: str, reserved: Collection[int] = ()) -> int:
     """Return VF index `wanted` of the device, or with 0 the lowest that is neither taken nor `reserved`.
 
     Raise SLOT_TAKEN, NO_FREE_SLOT, or INVALID_FIELD naming `field` for an index that the device hasn't.
@@ -166,7 +175,7 @@ def pick_slot(
     if wanted:
         return wanted
     for index in range(1, device.total_vfs + 1):
-        if index not in taken and index not in (reserved or {}):
+        if index not in taken and index not in reserved:
             return index
     raise VfleetError(
         Reason.NO_FREE_SLOT,
@@ -242,7 +251,7 @@ def _transactions(migration: Migration) -> list[Transaction]:
     ]
 
 
-def _target_indices(snapshot: Snapshot, requests: Sequence[MoveRequest]) -> list[int]:
+def _target_indices(snapshot: Snapshot, requests: Sequence[MoveRequest], spoken_for: Collection[Slot]) -> list[int]:
     reserved: dict[str, dict[int, str]] = {}
     indices = [request.target_vf_index for request in requests]
     for explicit in (True, False):
@@ -252,7 +261,8 @@ def _target_indices(snapshot: Snapshot, requests: Sequence[MoveRequest]) -> list
             field = f"moves[{position}].target_vf_index"
             device = snapshot.devices[request.target_device]
             others = reserved.setdefault(device.name, {})
-            index = pick_slot(snapshot, device, request.target_vf_index, field=field, reserved=others)
+            reserved_here = {*others, *(index for name, index in spoken_for if name == device.name)}
+            index = pick_slot(snapshot, device, request.target_vf_index, field=field, reserved=reserved_here)
             if index in others:
                 raise invalid_field(field, index, f"a slot that the move of function {others[index]!r} doesn't take")
             others[index] = request.function

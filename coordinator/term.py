@@ -4,15 +4,16 @@ One task drives one migration. Whoever asks for one waits for BEGIN only; giving
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import TypeVar
 
 from coordinator import transaction
 from coordinator.context import Context
 from coordinator.journal import RETRY_FIRST_S, RETRY_LONGEST_S, UNCERTAIN
 from coordinator.migration import Options, Run
-from coordinator.planner import plan
+from coordinator.planner import Slot, plan
 from coordinator.snapshot import Stored
 from coordinator.tasks import Tasks
 from vfleet import failpoint
@@ -39,7 +40,8 @@ class Term:
         self._context = context.under(session.check)
         self._session = session
         self._tasks = Tasks()
-        self._planning = asyncio.Lock()
+        # The slots of the plans whose BEGIN is under way, by what is done when that is over.
+        self._beginning_slots: dict[asyncio.Future[None], frozenset[Slot]] = {}
         self._beginning: dict[str, asyncio.Task[Stored[Migration]]] = {}
 
     async def close(self) -> None:
@@ -114,13 +116,12 @@ class Term:
             if existing is not None:
                 await context.be_current()
                 return _the_same(context.snapshot.migrations.get(name, existing), requests)
-            # One at a time, so that those that begin together don't plan for the same slot.
-            async with self._planning:
-                migration = plan(context.snapshot, requests, name=name, coordinator=context.name, limits=context.limits)
-                migration.mode = options.mode
-                migration.begin_time.FromNanoseconds(round(context.clock.time() * 1e9))
-                begin = transaction.begin(migration, self._session.lease, context.snapshot.fleet_generation_is_this)
-                commit_began_s = context.clock.monotonic()
+            migration = await self._plan(name, requests)
+            migration.mode = options.mode
+            migration.begin_time.FromNanoseconds(round(context.clock.time() * 1e9))
+            begin = transaction.begin(migration, self._session.lease, context.snapshot.fleet_generation_is_this)
+            commit_began_s = context.clock.monotonic()
+            with self._taking(migration):
                 with failpoint.around("coordinator.begin"):
                     committed = await self._commit_begin(name, begin)
                 commit_s = context.clock.monotonic() - commit_began_s
@@ -140,6 +141,38 @@ class Term:
                 self._drive(run)
                 return stored
         raise VfleetError(Reason.CONFLICT, f"the fleet changed {TRIES} times while the migration was planned")
+
+    async def _plan(self, name: str, requests: Sequence[MoveRequest]) -> Migration:
+        """Return a plan for none of the slots that others, whose BEGIN is under way, are about to take."""
+        context = self._context
+        while True:
+            taken = frozenset().union(*self._beginning_slots.values())
+            try:
+                return plan(
+                    context.snapshot,
+                    requests,
+                    name=name,
+                    coordinator=context.name,
+                    limits=context.limits,
+                    spoken_for=taken,
+                )
+            except VfleetError as error:
+                is_taken = any(device == error.metadata.get("device") for device, _ in taken)
+                if error.reason is not Reason.NO_FREE_SLOT or not is_taken:
+                    raise
+            # One of them may fail and leave its slot.
+            await asyncio.wait(self._beginning_slots, return_when=asyncio.FIRST_COMPLETED)
+
+    @contextlib.contextmanager
+    def _taking(self, migration: Migration) -> Iterator[None]:
+        """Keep the slots of a plan from other plans until the inventory has them, or they are free again."""
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._beginning_slots[ended] = frozenset((m.target.device, m.target.vf_index) for m in migration.moves)
+        try:
+            yield
+        finally:
+            del self._beginning_slots[ended]
+            ended.set_result(None)
 
     async def _commit_begin(self, name: str, begin: Transaction) -> Committed:
         """Carry out BEGIN until it is known whether it happened. Raise STORE_UNAVAILABLE if it surely did not."""

@@ -185,20 +185,19 @@ class Drivers:
             self._fences.prepare(entry.function, request.attempt)
         failpoint.reach("hostd.hold.before")
         resolve_time = self._clock.time() + request.resolve_after_ms / 1000
-        with self._ledger.together():
-            for entry in entries:
-                hold = Hold(
-                    attempt=request.attempt,
-                    migration=request.migration,
-                    driver=entry.driver,
-                    function=entry.function,
-                    generation=entry.generation,
-                    resolve_time=resolve_time,
-                )
-                self._ledger.put(_HOLD, _key(_id(entry)), hold)
-                self._holds[_id(entry)] = hold
+        holds = [
+            Hold(
+                attempt=request.attempt,
+                migration=request.migration,
+                driver=entry.driver,
+                function=entry.function,
+                generation=entry.generation,
+                resolve_time=resolve_time,
+            )
+            for entry in entries
+        ]
+        self._replace([replace(entry, held=True) for entry in entries], placed=holds)
         self.deadlines.note(resolve_time)
-        self._replace([replace(entry, held=True) for entry in entries])
         failpoint.reach("hostd.hold.after")
         return await self._told(entries, request.attempt, request.acknowledge_timeout_ms / 1000)
 
@@ -393,8 +392,8 @@ class Drivers:
         for entry in lost:
             self._notify(entry.driver, entry.function, NOTIFICATION_KIND_LOST, None)
 
-    def _replace(self, entries: Sequence[Entry], lifted: Sequence[EntryId] = ()) -> None:
-        """Make entries durable, with the end of the holds `lifted`, and swap them in, by one swap a driver."""
+    def _replace(self, entries: Sequence[Entry], lifted: Sequence[EntryId] = (), placed: Sequence[Hold] = ()) -> None:
+        """Make entries durable, with the end of the holds `lifted` and those `placed`; swap them in, once a driver."""
         by_driver: dict[str, list[Entry]] = defaultdict(list)
         for entry in entries:
             by_driver[entry.driver].append(entry)
@@ -402,6 +401,9 @@ class Drivers:
         tables = {name: self._drivers[name].table.with_entries(own) for name, own in by_driver.items()}
         with self._ledger.together():
             self._forget_holds(lifted)
+            for hold in placed:
+                self._ledger.put(_HOLD, _key((hold.driver, hold.function)), hold)
+                self._holds[hold.driver, hold.function] = hold
             for entry in entries:
                 self._ledger.put(_ENTRY, _key(_id(entry)), entry.to_proto())
         for name, table in tables.items():
@@ -420,6 +422,8 @@ class Drivers:
                 told = self._acknowledgements[_id(entry)] = asyncio.Event()
                 awaited.append((entry.driver, told))
             self._notify(entry.driver, entry.function, NOTIFICATION_KIND_HELD, attempt)
+        if not awaited:
+            return []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 for _, told in awaited:
@@ -427,7 +431,8 @@ class Drivers:
         return sorted({driver for driver, told in awaited if not told.is_set()})
 
     def _notify(self, driver: str, function: str, kind: NotificationKind.ValueType, attempt: Attempt | None) -> None:
-        self._drivers[driver].notify(WatchNotificationsResponse(kind=kind, function=function, attempt=attempt))
+        if self._drivers[driver].listeners:
+            self._drivers[driver].notify(WatchNotificationsResponse(kind=kind, function=function, attempt=attempt))
 
 
 def _is_as_new(own: Entry, entry: Entry, goes_back: bool) -> bool:

@@ -276,7 +276,7 @@ class Functions:
     def prove(self, instance: Instance) -> None:
         """Take it that etcd names this instance as home, because somebody who has read so said so."""
         if instance.state == DEVICE_STATE_STOP and instance.about.complete:
-            with failpoint.around("hostd.prove"):
+            with failpoint.around("hostd.prove"), self._ledger.together():
                 self._fences.end(instance.about.function, instance.about.attempt)
                 self.run(instance)
 

@@ -116,9 +116,9 @@ class Sequencer:
         """Make this the sequencer of a driver that has none; it has seen nothing yet."""
         name = driver.encode()
         self.revoke()
-        # What it says of this sequencer is another driver's writes, and done.
-        self._words[PLAIN_REDO_NAME] = 0
         if not self.is_blank:
+            # What it says of this sequencer is another driver's writes, and done.
+            self._words[PLAIN_REDO_NAME] = 0
             self._bytes[self._base : self._base + _SEQUENCER_BYTES] = bytes(_SEQUENCER_BYTES)
         self.is_blank = False
         self._bytes[self._base + 8 : self._base + 8 + len(name)] = name
@@ -225,8 +225,9 @@ class FunctionImage:
             free = next((s for s in self._sequencers if not s.driver), None)
             if free is None:
                 raise VfleetError(Reason.LIMIT_EXCEEDED, f"the function has {MAX_DRIVERS} drivers; expected no more")
-            # What it says of this sequencer is another driver's access, and done.
-            self.words[0] = _NO_REDO
+            if not free.is_blank:
+                # What it says of this sequencer is another driver's access, and done.
+                self.words[0] = _NO_REDO
             free.take(driver)
             self._by_driver[driver] = found = free
         return found
