@@ -183,7 +183,9 @@ class Sequencer:
 
     def load(self, exported: DriverSequence) -> None:
         """Become what another instance's sequencer was."""
-        self.take(exported.driver)
+        # One that was just taken has nothing that would have to be zeroed.
+        if self.driver != exported.driver or self.last or self.session:
+            self.take(exported.driver)
         for answer in exported.answers:
             self.advance(answer.sequence, answer.status, answer.data)
         self.skip_to(exported.last_sequence)
