@@ -164,7 +164,7 @@ class Hosts:
 
     async def forget_driver(self, host: str, request: ForgetDriverRequest) -> None:
         """Let a function forget a driver."""
-        method = FabricServiceStub(self._channel(host)).ForgetDriver
+        method = self._stub(FabricServiceStub, host).ForgetDriver
         await self._call(host, "ForgetDriver", method, request, DRIVER_TIMEOUT_S)
 
     async def state(self, host: str) -> HostState:

@@ -184,7 +184,7 @@ class Sequencer:
     def load(self, exported: DriverSequence) -> None:
         """Become what another instance's sequencer was."""
         # One that was just taken has nothing that would have to be zeroed.
-        if self.driver != exported.driver or self.last or self.session:
+        if self.driver != exported.driver or self.last or any(self.session):
             self.take(exported.driver)
         for answer in exported.answers:
             self.advance(answer.sequence, answer.status, answer.data)

@@ -27,7 +27,7 @@ from vfleet.v1.transfer_service_pb2 import (
 )
 from vfleet.v1.types_pb2 import TRANSFER_MODE_POST_COPY, TransferMode
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CHUNK_PAGES = 64  # 256 KiB: as fast as larger ones, and an access waits for no more than one
 
 BYTES_WITH_END = CHUNK_PAGES * PAGE_BYTES

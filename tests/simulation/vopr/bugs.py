@@ -70,7 +70,8 @@ def _no_fence() -> list[Patch]:
     def admit(self, function, attempt):
         fence = self._fences.get(function)
         if fence is None or fence.attempt.revision < attempt.revision:
-            self._put(function, Fence(attempt=attempt))
+            self._fences[function] = Fence(attempt=attempt)
+            self._ledger.put("fence", function, self._fences[function])
 
     return [(Fences, "prepare", admit), (Fences, "conclude", admit)]
 
