@@ -6,7 +6,7 @@ A repair is either one transaction that compares what was read, or one consequen
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from coordinator.snapshot import Snapshot, Stored
+from coordinator.snapshot import UNFINISHED, Snapshot, Stored
 from coordinator.states import is_over
 from vfleet.address import table_offset
 from vfleet.etcd.keys import entry_key, function_key, lock_key, migration_key
@@ -39,8 +39,6 @@ Request = (
 )
 
 SERVING_STATES = frozenset({DeviceState.DEVICE_STATE_RUNNING, DeviceState.DEVICE_STATE_PRE_COPY})
-# Statuses of a function that is being made or deleted.
-UNFINISHED = frozenset({FunctionStatus.FUNCTION_STATUS_CREATING, FunctionStatus.FUNCTION_STATUS_DELETING})
 # States in which an instance is, or was, its function's home.
 HOME_STATES = SERVING_STATES | {DeviceState.DEVICE_STATE_STOP_COPY, DeviceState.DEVICE_STATE_ERROR}
 

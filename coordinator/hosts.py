@@ -13,7 +13,7 @@ from coordinator.findings import HostState, Request
 from coordinator.inventory import Inventory
 from coordinator.planner import registered_incarnation
 from vfleet.errors import VfleetError, not_found
-from vfleet.rpc import Channels, RequestT, ResponseT, call, stream
+from vfleet.rpc import Channels, RequestT, ResponseT, StubT, call, stream
 from vfleet.v1.driver_service_pb2 import (
     AttachFunctionRequest,
     CreateDriverRequest,
@@ -83,24 +83,24 @@ class Hosts:
 
     async def create_function(self, host: str, request: CreateFunctionRequest) -> None:
         """Make an instance."""
-        method = FunctionServiceStub(self._channel(host)).CreateFunction
+        method = self._stub(FunctionServiceStub, host).CreateFunction
         await self._call(host, "CreateFunction", method, request, CREATE_FUNCTION_TIMEOUT_S)
 
     async def destroy_function(self, host: str, request: DestroyFunctionRequest) -> None:
         """Destroy an instance."""
-        method = FunctionServiceStub(self._channel(host)).DestroyFunction
+        method = self._stub(FunctionServiceStub, host).DestroyFunction
         await self._call(host, "DestroyFunction", method, request, DESTROY_FUNCTION_TIMEOUT_S)
 
     async def change_state(self, host: str, request: ChangeStateRequest) -> bool:
         """Stop an instance, or let it run again. Return whether the host has it."""
-        method = FunctionServiceStub(self._channel(host)).ChangeState
+        method = self._stub(FunctionServiceStub, host).ChangeState
         response = await self._call(host, "ChangeState", method, request, CHANGE_STATE_TIMEOUT_S)
         return response.HasField("instance")
 
     async def import_state(self, host: str, request: ImportStateRequest) -> AsyncGenerator[ImportStateResponse, None]:
         """Yield the progress of an import. The stream has no deadline of its own: the migration bounds it."""
         self._check()
-        method = TransferServiceStub(self._channel(host)).ImportState
+        method = self._stub(TransferServiceStub, host).ImportState
         try:
             async with aclosing(
                 stream(method, request, address=self.address(host), incarnation=self.incarnation(host))
@@ -115,7 +115,7 @@ class Hosts:
     ) -> AsyncGenerator[WatchArrivalResponse, None]:
         """Yield how much of a function's state is still at its source, until all is at its home."""
         self._check()
-        method = TransferServiceStub(self._channel(host)).WatchArrival
+        method = self._stub(TransferServiceStub, host).WatchArrival
         try:
             async with aclosing(
                 stream(method, request, address=self.address(host), incarnation=self.incarnation(host))
@@ -127,50 +127,50 @@ class Hosts:
 
     async def place_hold(self, host: str, request: PlaceHoldRequest) -> tuple[str, ...]:
         """Hold entries. Return the drivers that listen and did not acknowledge."""
-        method = HoldServiceStub(self._channel(host)).PlaceHold
+        method = self._stub(HoldServiceStub, host).PlaceHold
         timeout_s = request.acknowledge_timeout_ms / 1000 + HOLD_TIMEOUT_S
         response = await self._call(host, "PlaceHold", method, request, timeout_s)
         return tuple(response.unacknowledged_drivers)
 
     async def lift_hold(self, host: str, request: LiftHoldRequest) -> None:
         """Lift holds and leave the offsets."""
-        method = HoldServiceStub(self._channel(host)).LiftHold
+        method = self._stub(HoldServiceStub, host).LiftHold
         await self._call(host, "LiftHold", method, request, HOLD_TIMEOUT_S)
 
     async def update_table(self, host: str, request: UpdateTableRequest) -> None:
         """Change drivers' tables."""
-        method = TranslationServiceStub(self._channel(host)).UpdateTable
+        method = self._stub(TranslationServiceStub, host).UpdateTable
         await self._call(host, "UpdateTable", method, request, TABLE_TIMEOUT_S)
 
     async def create_driver(self, host: str, request: CreateDriverRequest) -> None:
         """Make a driver."""
-        method = DriverServiceStub(self._channel(host)).CreateDriver
+        method = self._stub(DriverServiceStub, host).CreateDriver
         await self._call(host, "CreateDriver", method, request, DRIVER_TIMEOUT_S)
 
     async def delete_driver(self, host: str, request: DeleteDriverRequest) -> None:
         """End a driver."""
-        method = DriverServiceStub(self._channel(host)).DeleteDriver
+        method = self._stub(DriverServiceStub, host).DeleteDriver
         await self._call(host, "DeleteDriver", method, request, DRIVER_TIMEOUT_S)
 
     async def attach_function(self, host: str, request: AttachFunctionRequest) -> None:
         """Put an entry into a driver's table."""
-        method = DriverServiceStub(self._channel(host)).AttachFunction
+        method = self._stub(DriverServiceStub, host).AttachFunction
         await self._call(host, "AttachFunction", method, request, DRIVER_TIMEOUT_S)
 
     async def detach_function(self, host: str, request: DetachFunctionRequest) -> None:
         """Take an entry out of a driver's table."""
-        method = DriverServiceStub(self._channel(host)).DetachFunction
+        method = self._stub(DriverServiceStub, host).DetachFunction
         await self._call(host, "DetachFunction", method, request, DRIVER_TIMEOUT_S)
 
     async def forget_driver(self, host: str, request: ForgetDriverRequest) -> None:
         """Let a function forget a driver."""
-        method = FabricServiceStub(self._channel(host)).ForgetDriver
+        method = self._stub(FabricServiceStub, host).ForgetDriver
         await self._call(host, "ForgetDriver", method, request, DRIVER_TIMEOUT_S)
 
     async def state(self, host: str) -> HostState:
         """Return what the host has: instances, holds, drivers."""
-        channel = self._channel(host)
-        functions, holds, drivers = FunctionServiceStub(channel), HoldServiceStub(channel), DriverServiceStub(channel)
+        functions, holds = self._stub(FunctionServiceStub, host), self._stub(HoldServiceStub, host)
+        drivers = self._stub(DriverServiceStub, host)
         instances, held, there = await asyncio.gather(
             self._call(host, "ListFunctions", functions.ListFunctions, ListFunctionsRequest(), LIST_TIMEOUT_S),
             self._call(host, "ListHolds", holds.ListHolds, ListHoldsRequest(), LIST_TIMEOUT_S),
@@ -198,8 +198,8 @@ class Hosts:
             case ForgetDriverRequest():
                 await self.forget_driver(host, request)
 
-    def _channel(self, host: str) -> grpc.aio.Channel:
-        return self._channels.to(self.address(host))
+    def _stub(self, kind: Callable[[grpc.aio.Channel], StubT], host: str) -> StubT:
+        return self._channels.stub(kind, self.address(host))
 
     async def _call(
         self,

@@ -1,7 +1,9 @@
 """The inventory: a snapshot of the fleet, kept by one watch on everything that vfleet stores.
 
 The watch survives reconnects and compaction (then it brings a new listing). Whoever wrote to etcd waits for the
-revision of the write and then reads it here; whoever waits for a change waits for a condition on the snapshot.
+revision of the write and then reads it here; whoever waits for a change waits for a condition on the snapshot. Most
+wait for something of one migration; these look only when that one changes, so that a hundred at once don't cost the
+square of it.
 
 In an etcd that was restored from a backup nothing that was read before counts; nor does what is read there, until the
 fleet generation is raised, which the watch begins anew with.
@@ -13,8 +15,10 @@ from contextlib import aclosing
 
 from coordinator.snapshot import Snapshot
 from vfleet.errors import Reason, VfleetError
-from vfleet.etcd.keys import PREFIX
-from vfleet.etcd.store import Listing, Store
+from vfleet.etcd.keys import MIGRATIONS, OWNERS, PREFIX
+from vfleet.etcd.store import Changes, Listing, Store
+
+_Waiters = dict[asyncio.Future[None], Callable[[], bool]]
 
 
 class Inventory:
@@ -27,7 +31,7 @@ class Inventory:
         # Whether that is so and the fleet generation has not been raised since.
         self.is_behind = False
         self._highest_generation = 1
-        self._waiters: dict[asyncio.Future[None], Callable[[], bool]] = {}
+        self._waiters: dict[str, _Waiters] = {}  # by the migration that they wait for; "" for any change
 
     async def run(self, store: Store) -> None:
         """Follow the store for ever. Raise VfleetError if it can't be listed at all."""
@@ -36,9 +40,10 @@ class Inventory:
                 async for update in updates:
                     if isinstance(update, Listing):
                         self._take(update)
+                        self.notify()
                     else:
                         self.snapshot.apply(update)
-                    self.notify()
+                        self._notify("", *_concerned(update))
                     if self.snapshot.fleet_generation > self._highest_generation:
                         break
 
@@ -51,31 +56,28 @@ class Inventory:
             self._highest_generation = self.snapshot.fleet_generation
             self.is_behind = False
 
-    def notify(self) -> None:
-        """Let everyone who waits look at their conditions again."""
-        for waiter, condition in list(self._waiters.items()):
-            if waiter.done():
-                continue
-            try:
-                if condition():
-                    waiter.set_result(None)
-            except VfleetError as error:
-                waiter.set_exception(error)
+    def notify(self, *migrations: str) -> None:
+        """Let those who wait look at their conditions again: all, or those who wait for something of `migrations`."""
+        self._notify(*(migrations or list(self._waiters)))
 
-    async def until(self, condition: Callable[[], bool]) -> None:
+    async def until(self, condition: Callable[[], bool], migration: str = "") -> None:
         """Wait until `condition` holds. It is looked at now and after each change of the snapshot or `notify`.
 
-        A VfleetError that `condition` raises is raised here. It may hold no more when the
+        Given `migration`, it is looked at only after changes of that migration's record and owner key, and after
+        `notify` with its name. A VfleetError that `condition` raises is raised here. It may hold no more when the
         waiting task runs, if the fleet has changed again by then.
         """
         if condition():
             return
         waiter = asyncio.get_running_loop().create_future()
-        self._waiters[waiter] = condition
+        waiters = self._waiters.setdefault(migration, {})
+        waiters[waiter] = condition
         try:
             await waiter
         finally:
-            del self._waiters[waiter]
+            del waiters[waiter]
+            if not waiters and self._waiters.get(migration) is waiters:
+                del self._waiters[migration]
 
     async def wait_for(self, revision: int) -> None:
         """Wait until the snapshot includes `revision`, which is to be that of a change of vfleet's own keys.
@@ -90,3 +92,24 @@ class Inventory:
             return self.snapshot.revision >= revision
 
         await self.until(reached)
+
+    def _notify(self, *migrations: str) -> None:
+        for migration in migrations:
+            for waiter, condition in list(self._waiters.get(migration, {}).items()):
+                if waiter.done():
+                    continue
+                try:
+                    if condition():
+                        waiter.set_result(None)
+                except VfleetError as error:
+                    waiter.set_exception(error)
+
+
+def _concerned(changes: Changes) -> set[str]:
+    """Return the migrations whose record or owner key has changed."""
+    return {
+        event.key.removeprefix(prefix)
+        for event in changes.events
+        for prefix in (MIGRATIONS, OWNERS)
+        if event.key.startswith(prefix)
+    }

@@ -127,15 +127,15 @@ class Run:
     async def _unless_decided(self, work: Coroutine[None, None, None]) -> None:
         """Do `work`, but stop it as soon as etcd shows that another has written the record or the owner key."""
         doing = asyncio.create_task(work)
-        watching = asyncio.create_task(self._context.inventory.until(self._journal.is_overtaken))
+        doing.add_done_callback(lambda _: self._notify())
         try:
-            await asyncio.wait((doing, watching), return_when=asyncio.FIRST_COMPLETED)
+            await self._until(lambda: doing.done() or self._journal.is_overtaken())
             if doing.done():
                 return doing.result()
         finally:
-            for task in (doing, watching):
-                task.cancel()
-            await asyncio.gather(doing, watching, return_exceptions=True)
+            if not doing.done():
+                doing.cancel()
+                await asyncio.gather(doing, return_exceptions=True)
         await self._journal.read_back()
         if self.record.phase == Phase.PHASE_PREPARING:
             raise VfleetError(Reason.CONFLICT, f"migration {self.record.name!r} is another coordinator's")
@@ -195,7 +195,10 @@ class Run:
                     self._ready.add(move.function)
                 if response.complete:
                     self._complete.add(move.function)
-                self._context.inventory.notify()
+                self._notify()
+                if response.complete:
+                    # How the stream ends says nothing any more, and drivers are on hold.
+                    break
         if move.function not in self._complete:
             message = (
                 f"host {move.target.host!r}, ImportState: ended before the state of {move.function!r} was complete"
@@ -211,7 +214,7 @@ class Run:
 
     async def _hold_when_copied(self, options: Options) -> None:
         moves = self.record.moves
-        await self._context.inventory.until(lambda: len(self._ready) == len(moves))
+        await self._until(lambda: len(self._ready) == len(moves))
         if options.limit_policy != LimitPolicy.LIMIT_POLICY_FORCE:
             self.copies.check_limit(options.downtime_limit_ms)
         self._advance(Event.COPIED)
@@ -219,11 +222,12 @@ class Run:
         async with within(options.hold_timeout_ms, "the last difference was copied"):
             await together(
                 (
-                    *(self._place_hold(host, names, options) for host, names in self._entries_by_host().items()),
+                    # What follows the stop takes longest.
                     *(self._stop(move, options) for move in moves),
+                    *(self._place_hold(host, names, options) for host, names in self._entries_by_host().items()),
                 )
             )
-            await self._context.inventory.until(lambda: len(self._complete) == len(moves))
+            await self._until(lambda: len(self._complete) == len(moves))
 
     async def _place_hold(self, host: str, entries: list[EntryName], options: Options) -> None:
         request = PlaceHoldRequest(
@@ -286,7 +290,7 @@ class Run:
                 async for response in responses:
                     is_all_there = not response.missing_bytes
                     self.copies.is_missing(move.function, response.missing_bytes)
-                    self._context.inventory.notify()
+                    self._notify()
             if not is_all_there:
                 message = f"host {target.host!r}, WatchArrival: ended before all of {move.function!r} was there"
                 raise VfleetError(Reason.BAD_STATE, message)
@@ -399,12 +403,18 @@ class Run:
                 entries.setdefault(entry.host, []).append(name)
         return entries
 
+    def _notify(self) -> None:
+        self._context.inventory.notify(self.record.name)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        await self._context.inventory.until(condition, self.record.name)
+
     def _advance(self, event: Event) -> None:
         now_s = self._context.clock.monotonic()
         self._time_step(self.state.step, now_s - self._step_began_s)
         self._step_began_s = now_s
         self.state = next_state(self.state, event)
-        self._context.inventory.notify()
+        self._notify()
 
     def _time_step(self, step: Step.ValueType, seconds: float) -> None:
         duration = StepDuration(step=step)

@@ -5,8 +5,8 @@ Only what is over, or never was, is taken away; what is under way is passed.
 
 from collections.abc import Iterator
 
-from coordinator.findings import UNFINISHED, Finding, View, describe_entry, describe_home, finding, key_of, led_to
-from coordinator.snapshot import Stored
+from coordinator.findings import Finding, View, describe_entry, describe_home, finding, key_of, led_to
+from coordinator.snapshot import UNFINISHED, Stored
 from vfleet.address import Location, vf_routing_id
 from vfleet.etcd.keys import function_key, lock_key, owner_key, slot_key
 from vfleet.etcd.records import encode

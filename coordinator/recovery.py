@@ -8,7 +8,6 @@ that grow: several at once do no harm, because each write compares the record an
 import logging
 
 from coordinator.context import Context
-from coordinator.findings import UNFINISHED
 from coordinator.fleet import Fleet
 from coordinator.journal import RETRY_FIRST_S, RETRY_LONGEST_S
 from coordinator.term import Term
@@ -42,8 +41,7 @@ async def finish_functions(context: Context, term: Term, fleet: Fleet) -> None:
     driven: set[str] = set()
 
     def unfinished() -> list[str]:
-        functions = context.snapshot.functions
-        return [name for name in functions if functions[name].record.status in UNFINISHED and name not in driven]
+        return sorted(context.snapshot.unfinished_functions - driven)
 
     async def drive(name: str) -> None:
         try:

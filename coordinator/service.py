@@ -108,13 +108,16 @@ class MigrationService(MigrationServiceServicer):
     async def WatchMigration(
         self, request: migration_pb.WatchMigrationRequest, context: RpcContext
     ) -> AsyncIterator[migration_pb.WatchMigrationResponse]:
-        """Send the migration now and whenever it gets further, until it is over."""
+        """Send the migration now and whenever it gets further, until it is over; or only when it is over."""
         name = check_name("name", request.name)
-        stored = await self._read(name)
-        await self._context.inventory.wait_for(stored.mod_revision)
+        inventory = self._context.inventory
+        if self._run(name) is None:
+            await inventory.wait_for((await self._read(name)).mod_revision)
+        if request.until_over:
+            await inventory.until(lambda: is_over(self._stored(name).record.phase), name)
         sent: migration_pb.WatchMigrationResponse | None = None
         while sent is None or not is_over(sent.migration.phase):
-            await self._context.inventory.until(lambda: self._progress(name) != sent)  # noqa: B023
+            await inventory.until(lambda: self._progress(name) != sent, name)  # noqa: B023
             sent = self._progress(name)
             yield sent
 
@@ -169,11 +172,14 @@ class MigrationService(MigrationServiceServicer):
         term = self._term()
         return term.runs.get(name) if term else None
 
-    def _progress(self, name: str) -> migration_pb.WatchMigrationResponse:
+    def _stored(self, name: str) -> Stored[Migration]:
         stored = self._context.snapshot.migrations.get(name)
         if stored is None:
             raise not_found("migration", name)
-        response = migration_pb.WatchMigrationResponse(migration=_shown(stored))
+        return stored
+
+    def _progress(self, name: str) -> migration_pb.WatchMigrationResponse:
+        response = migration_pb.WatchMigrationResponse(migration=_shown(self._stored(name)))
         run = self._run(name)
         if run is not None:
             response.step = run.state.step

@@ -4,8 +4,9 @@ A snapshot is built from a listing and moved forward by changes; between two `aw
 reads it without waiting sees one consistent fleet. Only the inventory moves it.
 """
 
+import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -17,8 +18,21 @@ from vfleet.errors import VfleetError
 from vfleet.etcd import keys
 from vfleet.etcd.records import decode
 from vfleet.etcd.store import Changes, Compare, Event, KeyValue, Listing, absent, unchanged
-from vfleet.v1.records_pb2 import Coordinator, Cordon, Device, Driver, Function, Host, Migration, Slot
+from vfleet.v1.records_pb2 import (
+    Coordinator,
+    Cordon,
+    Device,
+    Driver,
+    Function,
+    FunctionStatus,
+    Host,
+    Migration,
+    Slot,
+)
 from vfleet.v1.types_pb2 import TableEntry
+
+# Statuses of a function that is being made or deleted.
+UNFINISHED = frozenset({FunctionStatus.FUNCTION_STATUS_CREATING, FunctionStatus.FUNCTION_STATUS_DELETING})
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +60,7 @@ class Snapshot:
         self.registrations: dict[str, Stored[str]] = {}
         self.coordinators: dict[str, Stored[Coordinator]] = {}
         self.functions: dict[str, Stored[Function]] = {}
+        self.unfinished_functions: set[str] = set()
         self.locks: dict[str, Stored[str]] = {}
         self.slots: dict[str, Stored[Slot]] = {}
         self.drivers: dict[str, Stored[Driver]] = {}
@@ -97,6 +112,21 @@ class Snapshot:
         """Return the slots of a device that are taken, by VF index."""
         return self._slots_by_device.get(device, {})
 
+    def with_targets_taken(self, plans: Iterable[Migration]) -> "Snapshot":
+        """Return what the fleet will be once the targets of `plans` are reserved. It is for reading only."""
+        taken: dict[str, dict[int, Stored[Slot]]] = {}
+        for migration in plans:
+            for move in migration.moves:
+                slot = Stored(Slot(function=move.function, migration=migration.name), 0, 0)
+                taken.setdefault(move.target.device, dict(self.slots_of(move.target.device)))[move.target.vf_index] = (
+                    slot
+                )
+        if not taken:
+            return self
+        later = copy.copy(self)
+        later._slots_by_device = {**self._slots_by_device, **taken}  # noqa: SLF001
+        return later
+
     def entries_of(self, driver: str) -> Mapping[str, Stored[TableEntry]]:
         """Return a driver's entries, by function."""
         return self._entries_by_driver.get(driver, {})
@@ -118,6 +148,13 @@ class Snapshot:
         if event.value is not None:
             for device in self.hosts[name].record.devices:
                 self.devices[device.name], self.sites[device.name] = device, Site.of(device)
+
+    def _set_function(self, name: str, event: Event) -> None:
+        self.unfinished_functions.discard(name)
+        _put(self.functions, name, event, _decoder(Function))
+        stored = self.functions.get(name)
+        if stored is not None and stored.record.status in UNFINISHED:
+            self.unfinished_functions.add(name)
 
     def _set_slot(self, name: str, event: Event) -> None:
         device, _, index = name.rpartition("/")
@@ -169,7 +206,7 @@ _TABLES: tuple[tuple[str, Callable[[Snapshot, str, Event], None]], ...] = (
     (keys.CORDONS, lambda s, name, event: _put(s.cordons, name, event, _decoder(Cordon))),
     (keys.REGISTRATIONS, lambda s, name, event: _put(s.registrations, name, event, _text)),
     (keys.COORDINATORS, lambda s, name, event: _put(s.coordinators, name, event, _decoder(Coordinator))),
-    (keys.FUNCTIONS, lambda s, name, event: _put(s.functions, name, event, _decoder(Function))),
+    (keys.FUNCTIONS, Snapshot._set_function),  # noqa: SLF001
     (keys.LOCKS, lambda s, name, event: _put(s.locks, name, event, _text)),
     (keys.SLOTS, Snapshot._set_slot),  # noqa: SLF001
     (keys.DRIVERS, lambda s, name, event: _put(s.drivers, name, event, _decoder(Driver))),

@@ -14,12 +14,16 @@ ResultT = TypeVar("ResultT")
 
 async def together(works: Iterable[Coroutine[None, None, None]]) -> None:
     """Do all at once; the first failure cancels the others and is raised as it is."""
+    several = list(works)
+    if len(several) == 1:
+        return await several[0]
     try:
         async with asyncio.TaskGroup() as group:
-            for work in works:
+            for work in several:
                 group.create_task(work)
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
+    return None
 
 
 @asynccontextmanager

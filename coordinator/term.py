@@ -4,8 +4,9 @@ One task drives one migration. Whoever asks for one waits for BEGIN only; giving
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import TypeVar
 
 from coordinator import transaction
@@ -27,6 +28,8 @@ from vfleet.v1.records_pb2 import Migration
 
 TRIES = 16
 
+_FOR_WANT_OF_SLOTS = frozenset({Reason.NO_FREE_SLOT, Reason.SLOT_TAKEN, Reason.UNSATISFIABLE})
+
 ResultT = TypeVar("ResultT")
 
 _log = logging.getLogger(__name__)
@@ -40,7 +43,8 @@ class Term:
         self._context = context.under(session.check)
         self._session = session
         self._tasks = Tasks()
-        self._planning = asyncio.Lock()
+        # The plans whose BEGIN is under way, by what is done when that is over.
+        self._beginning_plans: dict[asyncio.Future[None], Migration] = {}
         self._beginning: dict[str, asyncio.Task[Stored[Migration]]] = {}
 
     async def close(self) -> None:
@@ -119,20 +123,12 @@ class Term:
             if existing is not None:
                 await context.be_current()
                 return _the_same(context.snapshot.migrations.get(name, existing), requests)
-            # One at a time, so that those that begin together don't plan for the same slot.
-            async with self._planning:
-                migration = plan(
-                    context.snapshot,
-                    requests,
-                    name=name,
-                    coordinator=context.name,
-                    limits=context.limits,
-                    constraints=constraints,
-                )
-                migration.mode = options.mode
-                migration.begin_time.FromNanoseconds(round(context.clock.time() * 1e9))
-                begin = transaction.begin(migration, self._session.lease, context.snapshot.fleet_generation_is_this)
-                commit_began_s = context.clock.monotonic()
+            migration = await self._plan(name, requests, constraints)
+            migration.mode = options.mode
+            migration.begin_time.FromNanoseconds(round(context.clock.time() * 1e9))
+            begin = transaction.begin(migration, self._session.lease, context.snapshot.fleet_generation_is_this)
+            commit_began_s = context.clock.monotonic()
+            with self._taking(migration):
                 with failpoint.around("coordinator.begin"):
                     committed = await self._commit_begin(name, begin)
                 commit_s = context.clock.monotonic() - commit_began_s
@@ -152,6 +148,36 @@ class Term:
                 self._drive(run)
                 return stored
         raise VfleetError(Reason.CONFLICT, f"the fleet changed {TRIES} times while the migration was planned")
+
+    async def _plan(self, name: str, requests: Sequence[MoveRequest], constraints: Constraints | None) -> Migration:
+        """Return a plan for none of the slots that others, whose BEGIN is under way, are about to take."""
+        context = self._context
+        while True:
+            try:
+                return plan(
+                    context.snapshot.with_targets_taken(self._beginning_plans.values()),
+                    requests,
+                    name=name,
+                    coordinator=context.name,
+                    limits=context.limits,
+                    constraints=constraints,
+                )
+            except VfleetError as error:
+                if error.reason not in _FOR_WANT_OF_SLOTS or not self._beginning_plans:
+                    raise
+            # One of them may fail and leave its slot.
+            await asyncio.wait(self._beginning_plans, return_when=asyncio.FIRST_COMPLETED)
+
+    @contextlib.contextmanager
+    def _taking(self, migration: Migration) -> Iterator[None]:
+        """Keep the slots of a plan from other plans until the inventory has them, or they are free again."""
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._beginning_plans[ended] = migration
+        try:
+            yield
+        finally:
+            del self._beginning_plans[ended]
+            ended.set_result(None)
 
     async def _commit_begin(self, name: str, begin: Transaction) -> Committed:
         """Carry out BEGIN until it is known whether it happened. Raise STORE_UNAVAILABLE if it surely did not."""
@@ -187,7 +213,8 @@ class Term:
             await self._context.clock.sleep(RETRY_LONGEST_S)
         finally:
             del self.runs[name]
-            self._context.inventory.notify()
+            # Whoever looks for migrations that nobody drives waits for no particular one.
+            self._context.inventory.notify("", name)
 
 
 async def _result(task: asyncio.Task[ResultT]) -> ResultT:

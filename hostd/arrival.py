@@ -8,6 +8,7 @@ written to it. A daemon that is killed in between finds the page missing, and ge
 
 import asyncio
 from collections.abc import Iterable
+from typing import BinaryIO
 
 from hostd.image import FunctionImage
 from vfleet.address import PAGE_BYTES
@@ -25,6 +26,7 @@ class Arrival:
 
     def __init__(self, image: FunctionImage, local_memory: range) -> None:
         self._image = image
+        self._file: BinaryIO | None = None
         self._pages = range(local_memory.start // PAGE_BYTES, local_memory.stop // PAGE_BYTES)
         self._bytes = local_memory
         self._missing = bytes(image.arrived[self._pages.start : self._pages.stop]).count(0)
@@ -69,17 +71,21 @@ class Arrival:
         there = self._image.arrived[first : first + count]
         if not any(there):
             if data:
-                self._image.store([(first * PAGE_BYTES, data)])
+                self._store(first * PAGE_BYTES, data)
             there[:] = _ALL * count
             self._missing -= count
         else:
             for page in (page for page in range(count) if not there[page]):
                 if data:
                     start = page * PAGE_BYTES
-                    self._image.store([((first + page) * PAGE_BYTES, data[start : start + PAGE_BYTES])])
+                    self._store((first + page) * PAGE_BYTES, data[start : start + PAGE_BYTES])
                 there[page] = 1
                 self._missing -= 1
         self._tell()
+
+    def through(self, file: BinaryIO | None) -> None:
+        """Take pages through the image's file from now on, or (None) no more."""
+        self._file = file
 
     def need_nothing(self) -> None:
         """Take no more from the source: the function has forgotten what was there."""
@@ -107,6 +113,12 @@ class Arrival:
             start, end = max(offset, self._bytes.start), min(offset + length, self._bytes.stop)
             if start < end:
                 yield from range(start // PAGE_BYTES, (end - 1) // PAGE_BYTES + 1)
+
+    def _store(self, offset: int, data: bytes) -> None:
+        if self._file is not None:
+            self._image.store_through(self._file, offset, data)
+        else:
+            self._image.store([(offset, data)])
 
     def _tell(self) -> None:
         news, self._news = self._news, asyncio.Event()

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from hostd.deadlines import Deadlines
 from hostd.dma_receiver import Receivers, file_of
 from hostd.driver import Driver
 from hostd.fence import Fences
@@ -52,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 
 class Drivers:
-    """All drivers of the host. `deadlines_changed` is set whenever a hold is placed or lifted."""
+    """All drivers of the host. `deadlines` are those of its holds."""
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class Drivers:
         self._acknowledgements: dict[EntryId, asyncio.Event] = {}
         self._followed_revision = 0
         self._detached: dict[EntryId, int] = {}  # by calls ahead of the watch, which may tell of the attachment still
-        self.deadlines_changed = asyncio.Event()
+        self.deadlines = Deadlines()
         entries: dict[str, list[Entry]] = defaultdict(list)
         for message in ledger.all(_ENTRY, TableEntry):
             held = (message.driver, message.function) in self._holds
@@ -184,19 +185,19 @@ class Drivers:
             self._fences.prepare(entry.function, request.attempt)
         failpoint.reach("hostd.hold.before")
         resolve_time = self._clock.time() + request.resolve_after_ms / 1000
-        with self._ledger.together():
-            for entry in entries:
-                hold = Hold(
-                    attempt=request.attempt,
-                    migration=request.migration,
-                    driver=entry.driver,
-                    function=entry.function,
-                    generation=entry.generation,
-                    resolve_time=resolve_time,
-                )
-                self._ledger.put(_HOLD, _key(_id(entry)), hold)
-                self._holds[_id(entry)] = hold
-        self._replace([replace(entry, held=True) for entry in entries])
+        holds = [
+            Hold(
+                attempt=request.attempt,
+                migration=request.migration,
+                driver=entry.driver,
+                function=entry.function,
+                generation=entry.generation,
+                resolve_time=resolve_time,
+            )
+            for entry in entries
+        ]
+        self._replace([replace(entry, held=True) for entry in entries], placed=holds)
+        self.deadlines.note(resolve_time)
         failpoint.reach("hostd.hold.after")
         return await self._told(entries, request.attempt, request.acknowledge_timeout_ms / 1000)
 
@@ -285,6 +286,7 @@ class Drivers:
                 later.resolve_time = resolve_time
                 self._holds[hold.driver, hold.function] = later
                 self._ledger.put(_HOLD, _key((hold.driver, hold.function)), later)
+        self.deadlines.note(resolve_time)
 
     def holds(self, migration: str | None = None) -> list[Hold]:
         """Return all holds, or those of a migration, by driver and function."""
@@ -390,8 +392,8 @@ class Drivers:
         for entry in lost:
             self._notify(entry.driver, entry.function, NOTIFICATION_KIND_LOST, None)
 
-    def _replace(self, entries: Sequence[Entry], lifted: Sequence[EntryId] = ()) -> None:
-        """Make entries durable, with the end of the holds `lifted`, and swap them in, by one swap a driver."""
+    def _replace(self, entries: Sequence[Entry], lifted: Sequence[EntryId] = (), placed: Sequence[Hold] = ()) -> None:
+        """Make entries durable, with the end of the holds `lifted` and those `placed`; swap them in, once a driver."""
         by_driver: dict[str, list[Entry]] = defaultdict(list)
         for entry in entries:
             by_driver[entry.driver].append(entry)
@@ -399,6 +401,9 @@ class Drivers:
         tables = {name: self._drivers[name].table.with_entries(own) for name, own in by_driver.items()}
         with self._ledger.together():
             self._forget_holds(lifted)
+            for hold in placed:
+                self._ledger.put(_HOLD, _key((hold.driver, hold.function)), hold)
+                self._holds[hold.driver, hold.function] = hold
             for entry in entries:
                 self._ledger.put(_ENTRY, _key(_id(entry)), entry.to_proto())
         for name, table in tables.items():
@@ -408,7 +413,6 @@ class Drivers:
         for identifier in identifiers:
             if self._holds.pop(identifier, None) is not None:
                 self._ledger.delete(_HOLD, _key(identifier))
-        self.deadlines_changed.set()
 
     async def _told(self, entries: Sequence[Entry], attempt: Attempt, timeout_s: float) -> list[str]:
         """Tell the drivers that they are held, and wait for those that listen."""
@@ -418,6 +422,8 @@ class Drivers:
                 told = self._acknowledgements[_id(entry)] = asyncio.Event()
                 awaited.append((entry.driver, told))
             self._notify(entry.driver, entry.function, NOTIFICATION_KIND_HELD, attempt)
+        if not awaited:
+            return []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 for _, told in awaited:
@@ -425,7 +431,8 @@ class Drivers:
         return sorted({driver for driver, told in awaited if not told.is_set()})
 
     def _notify(self, driver: str, function: str, kind: NotificationKind.ValueType, attempt: Attempt | None) -> None:
-        self._drivers[driver].notify(WatchNotificationsResponse(kind=kind, function=function, attempt=attempt))
+        if self._drivers[driver].listeners:
+            self._drivers[driver].notify(WatchNotificationsResponse(kind=kind, function=function, attempt=attempt))
 
 
 def _is_as_new(own: Entry, entry: Entry, goes_back: bool) -> bool:

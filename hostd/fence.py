@@ -25,6 +25,8 @@ class Fences:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
+        # As they are in the ledger, by function.
+        self._fences = dict(ledger.items(_KIND, Fence))
         # How often, since the daemon's start, a fence has changed, or something was done under one that counts as much.
         self.changes = 0
 
@@ -51,23 +53,24 @@ class Fences:
 
     def end(self, function: str, attempt: Attempt) -> None:
         """End an attempt whose decision is known here. One that is lower than one seen is over already."""
-        fence = self._ledger.get(_KIND, function, Fence)
+        fence = self._fences.get(function)
         if fence is None or order_of(attempt) >= order_of(fence.attempt):
             self._put(function, Fence(attempt=attempt, ended=True))
 
     def highest(self) -> AttemptOrder:
         """Return the highest attempt seen for any function; zeros if there is none."""
-        return max((order_of(fence.attempt) for fence in self._ledger.all(_KIND, Fence)), default=(0, 0))
+        return max((order_of(fence.attempt) for fence in self._fences.values()), default=(0, 0))
 
     def _put(self, function: str, fence: Fence) -> None:
         self._ledger.put(_KIND, function, fence)
+        self._fences[function] = fence
         self.changes += 1
 
     def _check(self, function: str, attempt: Attempt) -> Fence | None:
         check_name("function", function)
         if attempt.fleet_generation < 1 or attempt.revision < 1:
             raise invalid_field("attempt", _show(attempt), "a fleet generation and a revision, each from 1 on")
-        fence = self._ledger.get(_KIND, function, Fence)
+        fence = self._fences.get(function)
         if fence is not None and order_of(attempt) < order_of(fence.attempt):
             raise _stale(function, attempt, f"is lower than {_show(fence.attempt)}, which this host has seen")
         return fence

@@ -8,8 +8,10 @@ the function's home proves that the move to it was committed, and so lets a prep
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 from hostd.arrival import Arrival
+from hostd.deadlines import Deadlines
 from hostd.device_state import AFTER_FAULT
 from hostd.engine_part import ENGINE_BYTES
 from hostd.fence import Fences, order_of
@@ -55,8 +57,7 @@ _log = logging.getLogger(__name__)
 class Functions:
     """All instances of the host.
 
-    `deadlines_changed` is set whenever one gets or loses its deadline, `arrivals_changed` when the rest of one's state
-    is to follow.
+    `deadlines` are those of all; `arrivals_changed` is set when the rest of one's state is to follow.
     """
 
     def __init__(self, segment: Segment, ledger: Ledger, fences: Fences, clock: Clock) -> None:
@@ -67,7 +68,7 @@ class Functions:
         self._by_slot: dict[Slot, Instance] = {}
         self._by_function: dict[str, list[Instance]] = {}
         self.listeners: list[Callable[[Instance], None]] = []  # told of each instance that is made
-        self.deadlines_changed = asyncio.Event()
+        self.deadlines = Deadlines()
         self.arrivals_changed = asyncio.Event()
         for record in ledger.all(_KIND, InstanceRecord):
             instance = self._open(record)
@@ -146,6 +147,7 @@ class Functions:
         # A file that a killed daemon left without a record is not this function's, and a slot's memory begins as zero.
         self._ledger.delete_file(record.file)
         instance = self._open(record, model)
+        instance.is_blank = True
         if request.fresh:
             # All of a new file is zero.
             instance.image.store(model.reset())
@@ -190,7 +192,6 @@ class Functions:
         self._by_function[instance.about.function].remove(instance)
         instance.about.state = DEVICE_STATE_STOP
         instance.close()
-        self.deadlines_changed.set()
 
     def stop(self, request: ChangeStateRequest) -> Instance:
         """Stop a home for its last copy. Raise STALE_ATTEMPT, NOT_FOUND, WRONG_GENERATION or ILLEGAL_STATE.
@@ -275,7 +276,7 @@ class Functions:
     def prove(self, instance: Instance) -> None:
         """Take it that etcd names this instance as home, because somebody who has read so said so."""
         if instance.state == DEVICE_STATE_STOP and instance.about.complete:
-            with failpoint.around("hostd.prove"):
+            with failpoint.around("hostd.prove"), self._ledger.together():
                 self._fences.end(instance.about.function, instance.about.attempt)
                 self.run(instance)
 
@@ -289,7 +290,8 @@ class Functions:
                 instance.record.rest_source.CopyFrom(rest)
                 instance.arrival = Arrival(instance.image, instance.model.local_memory)
             self._save(instance)
-        self.arrivals_changed.set()
+        if rest is not None:
+            self.arrivals_changed.set()
 
     def keep_rest(self, instance: Instance) -> None:
         """Note that a source keeps what its target will fetch after COMMIT: the end of its attempt alone scrubs it."""
@@ -373,6 +375,10 @@ class Functions:
             )
         return instance
 
+    def open_image(self, instance: Instance) -> BinaryIO:
+        """Open the file of an instance's image, for a copy."""
+        return self._ledger.open_file(instance.record.file)
+
     def with_deadline(self) -> Iterator[Instance]:
         """Yield the instances that wait for a decision, each until its `record.resolve_time`."""
         return (instance for instance in self.instances() if instance.record.resolve_time)
@@ -383,15 +389,17 @@ class Functions:
             instance.close()
 
     def _open(self, record: InstanceRecord, model: DeviceModel | None = None) -> Instance:
+        """Open an instance; with a model, a new one, whose file isn't there yet."""
         about = record.instance
         bars = {bar.index: bar.size_bytes for bar in about.bars}
+        is_new = model is not None
         model = model or create_model(about.model, about.identity, bars)
         model_bytes = bar_span(bars) + model.private_bytes
         if not isinstance(model, BusMaster):
             mapped = self._ledger.map_file(record.file, image_bytes(model_bytes))
-            return Instance(record, model, FunctionImage(mapped))
+            return Instance(record, model, FunctionImage(mapped, is_new=is_new))
         mapped = self._ledger.map_file(record.file, image_bytes(model_bytes + ENGINE_BYTES))
-        return Instance(record, model, FunctionImage(mapped, model_bytes))
+        return Instance(record, model, FunctionImage(mapped, model_bytes, is_new=is_new))
 
     def _finish_reset(self, instance: Instance) -> None:
         instance.reset()
@@ -406,7 +414,7 @@ class Functions:
 
     def _save(self, instance: Instance) -> None:
         self._ledger.put(_KIND, _key((instance.about.device, instance.about.vf_index)), instance.record)
-        self.deadlines_changed.set()
+        self.deadlines.note(instance.record.resolve_time)
 
 
 def is_of_before(instance: Instance, fleet_generation: int) -> bool:

@@ -57,6 +57,7 @@ class Instance:
         self.resets = 0
         self.unsupported_requests = 0
         self.frames_dropped = 0
+        self.is_blank = False  # all of its image is zero, since no import has begun yet
         self.is_importing = False
         self.is_post_copied = False
         self.exported_to: Attempt | None = None  # in PRE_COPY

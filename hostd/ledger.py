@@ -9,7 +9,7 @@ import mmap
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from google.protobuf.message import Message
 
@@ -37,10 +37,14 @@ class Ledger:
         row = self._database.execute("SELECT value FROM records WHERE kind = ? AND key = ?", (kind, key)).fetchone()
         return None if row is None else message_type.FromString(row[0])
 
+    def items(self, kind: str, message_type: type[MessageT]) -> list[tuple[str, MessageT]]:
+        """Return all records of a kind with their keys, by key."""
+        rows = self._database.execute("SELECT key, value FROM records WHERE kind = ? ORDER BY key", (kind,))
+        return [(key, message_type.FromString(value)) for key, value in rows]
+
     def all(self, kind: str, message_type: type[MessageT]) -> list[MessageT]:
         """Return all records of a kind, by key."""
-        rows = self._database.execute("SELECT value FROM records WHERE kind = ? ORDER BY key", (kind,))
-        return [message_type.FromString(value) for (value,) in rows]
+        return [record for _, record in self.items(kind, message_type)]
 
     def put(self, kind: str, key: str, record: Message) -> None:
         """Write a record."""
@@ -68,7 +72,14 @@ class Ledger:
         """Map a file of exactly this size, a multiple of 4096; what is new in it is zero."""
         with (self._files / name).open("a+b") as file:
             file.truncate(size_bytes)
-            return mmap.mmap(file.fileno(), size_bytes)
+            mapped = mmap.mmap(file.fileno(), size_bytes)
+        # Else the first touch of a new file reads ahead: it fills megabytes of memory with zeros.
+        mapped.madvise(mmap.MADV_RANDOM)
+        return mapped
+
+    def open_file(self, name: str) -> BinaryIO:
+        """Open a mapped file beside its maps. They and it see the same bytes at once."""
+        return (self._files / name).open("r+b", buffering=0)
 
     def delete_file(self, name: str) -> None:
         """Delete a mapped file; what still maps it keeps its bytes until it is closed."""

@@ -266,8 +266,7 @@ class Registration:
 
     async def _make_drivers(self, entries: Sequence[TableEntry]) -> None:
         """Make the drivers that have entries and are not known yet: the watch may be faster than the coordinator."""
-        known = {driver.name for driver in self._drivers.all()}
-        if all(entry.driver in known for entry in entries):
+        if all(self._drivers.find(entry.driver) is not None for entry in entries):
             return
         self._make_recorded(await self._store.list(DRIVERS))
 

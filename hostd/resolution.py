@@ -60,10 +60,11 @@ class Resolver:
     async def run(self) -> None:
         """Resolve whatever is past its deadline, for ever."""
         while True:
-            self._functions.deadlines_changed.clear()
-            self._drivers.deadlines_changed.clear()
             await self.resolve_due()
-            await self._wait(self._next_deadline())
+            deadline = self._next_deadline()
+            for deadlines in (self._functions.deadlines, self._drivers.deadlines):
+                deadlines.wait_for(deadline)
+            await self._wait(deadline)
 
     async def resolve_all(self) -> None:
         """Resolve everything that waits, whatever its deadline: after a restart, decisions may be long known."""
@@ -90,8 +91,8 @@ class Resolver:
 
     async def _wait(self, deadline: float | None) -> None:
         waits: list[asyncio.Future[object]] = [
-            asyncio.ensure_future(self._functions.deadlines_changed.wait()),
-            asyncio.ensure_future(self._drivers.deadlines_changed.wait()),
+            asyncio.ensure_future(self._functions.deadlines.sooner.wait()),
+            asyncio.ensure_future(self._drivers.deadlines.sooner.wait()),
         ]
         if deadline is not None:
             # A deadline that has just been tried in vain is tried again, but not at once.

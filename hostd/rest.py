@@ -92,12 +92,17 @@ class Rest:
         # One that has a fault since does not serve, but is the home still.
         while not (instance.has_run or instance.is_closed):
             await instance.changed.wait()
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work(instance, arrival)) for work in (self._push, self._answer)]
-            while arrival.missing_pages and not arrival.is_over:
-                await arrival.news()
-            for task in tasks:
-                task.cancel()
+        if instance.is_closed:
+            return
+        with self._functions.open_image(instance) as file:
+            arrival.through(file)
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(work(instance, arrival)) for work in (self._push, self._answer)]
+                while arrival.missing_pages and not arrival.is_over:
+                    await arrival.news()
+                for task in tasks:
+                    task.cancel()
+            arrival.through(None)
         if not instance.is_closed:
             self._functions.complete_arrival(instance)
             _log.info("all of function %s has arrived", instance.about.function)

@@ -1,6 +1,6 @@
 """The format of a function's state on its way: parts, each with a checksum, and an end that says what must have come.
 
-    header -> pages ... round end -> pages ... round end -> ... -> pages ... -> end
+    header -> pages ... round end -> pages ... round end -> ... -> pages ... -> end, with the last pages
 
 Every page belongs to a section of the model's; what lies in none is zero and isn't sent. A receiver takes all or
 nothing: whatever is missing, repeated, damaged or meant for another function, model, version or layout is refused.
@@ -8,7 +8,8 @@ nothing: whatever is missing, repeated, damaged or meant for another function, m
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from hostd.instance import Instance
 from hostd.models.base import Section
@@ -26,8 +27,10 @@ from vfleet.v1.transfer_service_pb2 import (
 )
 from vfleet.v1.types_pb2 import TRANSFER_MODE_POST_COPY, TransferMode
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CHUNK_PAGES = 64  # 256 KiB: as fast as larger ones, and an access waits for no more than one
+
+BYTES_WITH_END = CHUNK_PAGES * PAGE_BYTES
 
 _ZEROS = bytes(CHUNK_PAGES * PAGE_BYTES)
 _CRC = struct.Struct("<I")
@@ -123,20 +126,36 @@ class Writer:
         end.crc = round_crc(end)
         return ExportStateResponse(round_end=end)
 
-    def end(self) -> ExportStateResponse:
-        """Return the last part. The function is stopped."""
+    def rest(self, pages: Iterable[int]) -> Iterator[ExportStateResponse]:
+        """Yield the last pages, in ascending order, and the end, which takes as many of them along as it may."""
+        kept: deque[StatePages] = deque()
+        kept_bytes = 0
+        for part in self.pages(pages):
+            if part is None:
+                continue
+            kept.append(part.pages)
+            kept_bytes += len(part.pages.data)
+            while kept_bytes > BYTES_WITH_END:
+                first = kept.popleft()
+                kept_bytes -= len(first.data)
+                yield ExportStateResponse(pages=first)
+        yield self.end(kept)
+
+    def end(self, pages: Iterable[StatePages] = ()) -> ExportStateResponse:
+        """Return the last part, with the last `pages`, which were counted before. The function is stopped."""
         check_exists(self._instance)
         sequences = [sequencer.export() for sequencer in self._instance.image.sequencers()]
-        end = StateEnd(sequences=sequences, sections=self._checks)
+        end = StateEnd(sequences=sequences, sections=self._checks, pages=pages)
         end.crc = end_crc(end.sequences, end.sections, self._order_crc)
         return ExportStateResponse(end=end)
 
 
 class Receiver:
-    """Takes the parts of a stream in and checks each; complete only after the end."""
+    """Takes the parts of a stream in and checks each; complete only after the end. `store` takes offset and bytes."""
 
-    def __init__(self, instance: Instance, mode: TransferMode.ValueType) -> None:
+    def __init__(self, instance: Instance, mode: TransferMode.ValueType, store: Callable[[int, bytes], None]) -> None:
         self._instance = instance
+        self._store = store
         self._mode = mode
         self._sections = instance.sections
         self._checks = [SectionCheck() for _ in self._sections]
@@ -194,7 +213,7 @@ class Receiver:
             raise bad_state(self._instance, f"pages at {offset:#x} are of local memory, which follows after COMMIT")
         self._order_crc = _count(self._checks[index], pages.crc, self._order_crc)
         self.received_bytes += len(data)
-        self._instance.image.store([(offset, data)])
+        self._store(offset, data)
 
     def _check_round(self, end: RoundEnd) -> None:
         self._rounds += 1
@@ -202,6 +221,8 @@ class Receiver:
             raise bad_state(self._instance, f"the end of round {end.round} is damaged, or not that of {self._rounds}")
 
     def _take_end(self, end: StateEnd) -> None:
+        for pages in end.pages:
+            self._take_pages(pages)
         if len(end.sections) != len(self._sections):
             raise bad_state(self._instance, f"{len(end.sections)} sections came; expected {len(self._sections)}")
         for section, came, sent in zip(self._sections, self._checks, end.sections, strict=True):

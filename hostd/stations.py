@@ -29,13 +29,17 @@ class Station:
 
 
 class Stations:
-    """All stations of the fleet. `changed` is set, and replaced, at every change; `known` is set by the first."""
+    """All stations of the fleet. `changed` is set, and replaced, at every change; `known` is set by the first.
+
+    They are followed once `wanted` is set: a host without functions that have frames to send is not told of every move.
+    """
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
         self._by_key: dict[str, Station] = {}
         self._by_identity: dict[int, Station] = {}
         self._by_mac: dict[bytes, list[Station]] = {}
+        self.wanted = asyncio.Event()
         self.changed = asyncio.Event()
         self.known = asyncio.Event()
 
@@ -55,7 +59,8 @@ class Stations:
         ]
 
     async def follow(self, store: Store) -> None:
-        """Keep them true, for ever."""
+        """Keep them true, for ever, once they are wanted."""
+        await self.wanted.wait()
         async for update in store.watch(FUNCTIONS):
             if isinstance(update, Listing):
                 self._by_key = {item.key: station for item in update.items if (station := _station(item))}

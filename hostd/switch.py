@@ -245,6 +245,7 @@ class Switch:
     def _start(self, engine: Engine) -> None:
         if engine.instance.about.model not in NETWORK_MODELS:
             return
+        self._reach.stations.wanted.set()
         courier = Courier(engine, self, self._reach)
         task = asyncio.create_task(courier.run(), name=f"frames of {engine.instance.about.function}")
         self._tasks.add(task)

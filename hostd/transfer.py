@@ -1,6 +1,6 @@
 """A function's state, out of the source and into the target, which pulls it.
 
-    header -> (pages -> round end) ... -> the source is stopped -> pages -> sequences, end
+    header -> (pages -> round end) ... -> the source is stopped -> pages, sequences, end
 
 Rounds are sent while the function runs: first all pages that aren't zero (a new instance's are), then those that
 changed meanwhile, as `hostd.rounds` decides. Then the source waits to be stopped by the same attempt, and sends the
@@ -9,8 +9,11 @@ the same is done for everything but the local memory, which the stopped source h
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from functools import partial
 from itertools import chain
+from typing import BinaryIO
 
 from hostd.functions import Functions
 from hostd.instance import Instance
@@ -61,8 +64,10 @@ PROGRESS_BYTES = 8 << 20
 class Export:
     """One export of one instance that runs; its driver writes on meanwhile."""
 
-    def __init__(self, instance: Instance, clock: Clock, options: CopyOptions) -> None:
+    def __init__(self, instance: Instance, file: BinaryIO, clock: Clock, options: CopyOptions) -> None:
+        """Take the instance and the file of its image."""
         self._instance = instance
+        self._file = file
         self._clock = clock
         self._writer = Writer(instance, options.mode)
         self._pace = Pace(clock, options.bandwidth_bytes_per_s)
@@ -78,7 +83,7 @@ class Export:
         instance = self._instance
         failpoint.reach("hostd.export.header")
         yield self._writer.header()
-        async for part in self._round(chain.from_iterable(self._moving), dirty, skip_zero=True):
+        async for part in self._round(_written(instance, self._file, self._moving), dirty, skip_zero=True):
             yield part
         while instance.state == DEVICE_STATE_PRE_COPY and not instance.is_closed:
             if self._rounds.is_ready and not await self._refresh_is_due(dirty):
@@ -89,8 +94,7 @@ class Export:
 
     def rest(self, dirty: set[int]) -> Iterator[ExportStateResponse]:
         """Yield the last pages and the end. The function is stopped."""
-        yield from (part for part in self._writer.pages(self._take(dirty)) if part is not None)
-        yield self._writer.end()
+        yield from self._writer.rest(self._take(dirty))
 
     def release(self) -> None:
         """Slow the function down no more."""
@@ -172,10 +176,12 @@ async def export_state(
         if options.mode == TRANSFER_MODE_POST_COPY:
             functions.keep_rest(instance)
         writer = Writer(instance, options.mode)
-        yield writer.header()
-        for part in writer.pages(chain.from_iterable(moving_pages(instance, options.mode)), skip_zero=True):
-            if part is not None:
-                yield part
+        with functions.open_image(instance) as file:
+            yield writer.header()
+            pages = _written(instance, file, moving_pages(instance, options.mode))
+            for part in writer.pages(pages, skip_zero=True):
+                if part is not None:
+                    yield part
         yield writer.end()
         return
     if instance.state != DEVICE_STATE_RUNNING:
@@ -184,6 +190,7 @@ async def export_state(
             f"function {request.function!r} is being exported already",
             metadata={"function": request.function},
         )
+    file = functions.open_image(instance)
     # An export of an attempt that was aborted may still end later than this one begins; it has another set.
     dirty = instance.image.track()
     instance.is_post_copied = False
@@ -191,7 +198,7 @@ async def export_state(
         functions.keep_rest(instance)
     instance.exported_to = request.attempt
     instance.go_to(DEVICE_STATE_PRE_COPY)
-    export = Export(instance, clock, options)
+    export = Export(instance, file, clock, options)
     try:
         async for part in export.until_stopped(dirty):
             yield part
@@ -201,9 +208,15 @@ async def export_state(
             yield part
         failpoint.reach("hostd.export.end")
     finally:
+        file.close()
         export.release()
         if not instance.is_closed and instance.image.untrack(dirty) and instance.state == DEVICE_STATE_PRE_COPY:
             instance.go_to(DEVICE_STATE_RUNNING)
+
+
+def _written(instance: Instance, file: BinaryIO, moving: Sequence[range]) -> Iterator[int]:
+    """Return the pages, among those that move, that may be other than zero; short of those that change meanwhile."""
+    return chain.from_iterable(chain.from_iterable(instance.image.written(file, pages) for pages in moving))
 
 
 async def fetch_state(
@@ -278,7 +291,7 @@ async def import_state(
     # In post-copy it is little, and what accesses wait for comes by the connection that it has opened.
     is_bulk = options.mode != TRANSFER_MODE_POST_COPY
     export = stream(
-        TransferServiceStub(channels.to(request.source_address, bulk=is_bulk)).ExportState,
+        channels.stub(TransferServiceStub, request.source_address, bulk=is_bulk).ExportState,
         ExportStateRequest(
             attempt=request.attempt,
             function=request.function,
@@ -288,17 +301,22 @@ async def import_state(
         address=request.source_address,
         incarnation=request.source_incarnation,
     )
+    file = functions.open_image(instance)
     instance.is_importing = True
     try:
-        # What an import before this one left is not of this stream.
-        instance.image.clear()
-        receiver = Receiver(instance, options.mode)
+        if not instance.is_blank:
+            # What an import before this one left is not of this stream.
+            instance.image.clear()
+        instance.is_blank = False
+        receiver = Receiver(instance, options.mode, partial(instance.image.store_through, file))
         async for part in export:
             _check_not_gone(instance)
             receiver.take(part)
             if part.HasField("round_end"):
                 _note_round(progress, part.round_end)
                 failpoint.reach("hostd.import.round")
+            elif part.HasField("end"):
+                break
             elif receiver.received_bytes < progress.received_bytes + PROGRESS_BYTES:
                 continue
             progress.received_bytes = receiver.received_bytes
@@ -306,13 +324,18 @@ async def import_state(
         receiver.check_complete()
         _check_not_gone(instance)
         functions.complete_import(instance, _rest_source(instance, request, options))
+        progress.received_bytes = receiver.received_bytes
+        progress.dirty_bytes = 0
+        progress.complete = True
+        yield progress
+        # A driver waits for the word that it is complete; the stream may end afterwards, however it does.
+        with contextlib.suppress(VfleetError):
+            async for _ in export:
+                pass
     finally:
+        file.close()
         instance.is_importing = False
         await export.aclose()
-    progress.received_bytes = receiver.received_bytes
-    progress.dirty_bytes = 0
-    progress.complete = True
-    yield progress
 
 
 def _note_round(progress: ImportStateResponse, end: RoundEnd) -> None:

@@ -298,7 +298,9 @@ class FleetClient(_Client):
 
     async def wait_migration(self, name: str) -> Migration:
         """Wait until the migration is over and return it, DONE or ABORTED."""
-        async with aclosing(self.watch_migration(name)) as updates:
+        request = migration_pb2.WatchMigrationRequest(name=check_name("migration", name), until_over=True)
+        method = self.caller.stream(lambda channel: MigrationServiceStub(channel).WatchMigration, request)
+        async with aclosing(method) as updates:
             async for update in updates:
                 if update.migration.phase in PHASES_OVER:
                     return update.migration

@@ -6,6 +6,7 @@ its address to standard output; everything else goes to standard error.
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -67,7 +68,13 @@ def check_lease_ttl(field: str, value: int) -> int:
 
 
 def announce(address: str) -> None:
-    """Say on standard output that the daemon is ready, and where."""
+    """Say on standard output that the daemon is ready, and where.
+
+    What is in memory by now stays there, so the collector of garbage is to look at it no more: while it looks at tens
+    of thousands of objects, some driver may be on hold.
+    """
+    gc.collect()
+    gc.freeze()
     sys.stdout.write(json.dumps({"address": address}) + "\n")
     sys.stdout.flush()
 

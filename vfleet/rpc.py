@@ -61,6 +61,7 @@ _log = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
+StubT = TypeVar("StubT")
 
 
 def connect(address: str) -> grpc.aio.Channel:
@@ -74,6 +75,7 @@ class Channels:
     def __init__(self, connect: Callable[[str], grpc.aio.Channel] = connect) -> None:
         self._connect = connect
         self._channels: dict[tuple[str, bool], grpc.aio.Channel] = {}
+        self._stubs: dict[tuple[object, str, bool], object] = {}
 
     def to(self, address: str, *, bulk: bool = False) -> grpc.aio.Channel:
         """Return the channel to HOST:PORT, or that for `bulk`: behind megabytes nobody should have to wait."""
@@ -81,9 +83,17 @@ class Channels:
             self._channels[address, bulk] = self._connect(address)
         return self._channels[address, bulk]
 
+    def stub(self, kind: Callable[[grpc.aio.Channel], StubT], address: str, *, bulk: bool = False) -> StubT:
+        """Return the stub of this kind on the channel that `to` returns, made once."""
+        known = self._stubs.get((kind, address, bulk))
+        if known is None:
+            known = self._stubs[kind, address, bulk] = kind(self.to(address, bulk=bulk))
+        return cast("StubT", known)
+
     async def close(self) -> None:
         """Close all; calls under way fail."""
         channels, self._channels = list(self._channels.values()), {}
+        self._stubs.clear()
         await asyncio.gather(*(channel.close() for channel in channels))
 
 
@@ -157,29 +167,42 @@ class _ErrorEdge(grpc.aio.ServerInterceptor):
 
     def __init__(self, incarnation: str) -> None:
         self._incarnation = incarnation
+        # By method: how a call that is meant for this host is handled, wrapped once and not for each call.
+        self._wrapped: dict[str, _Handler] = {}
 
     async def intercept_service(  # type: ignore[override]  # the stubs let each call choose its own message types
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
+        meant = dict(handler_call_details.invocation_metadata or ()).get(INCARNATION_KEY, self._incarnation)
+        is_meant_for_this = meant == self._incarnation
+        wrapped = self._wrapped.get(handler_call_details.method) if is_meant_for_this else None
+        if wrapped is not None:
+            return wrapped
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
         deserializer = handler.request_deserializer
         assert deserializer is not None  # noqa: S101  # generated code always gives one
 
-        meant = dict(handler_call_details.invocation_metadata or ()).get(INCARNATION_KEY, self._incarnation)
-
         def decode(data: bytes) -> Message:
-            if meant != self._incarnation:
-                return cast("Message", _Refused(_not_this_host(meant, self._incarnation)))
             try:
                 return deserializer(data)
             except DecodeError as error:
                 refusal = VfleetError(Reason.INVALID_FIELD, f"the request can't be decoded: {error}")
                 return cast("Message", _Refused(refusal))
 
+        def refuse(_: bytes) -> Message:
+            return cast("Message", _Refused(_not_this_host(meant, self._incarnation)))
+
+        wrapped = self._wrap(handler, decode if is_meant_for_this else refuse)
+        if is_meant_for_this:
+            self._wrapped[handler_call_details.method] = wrapped
+        return wrapped
+
+    @staticmethod
+    def _wrap(handler: _Handler, decode: Callable[[bytes], Message]) -> _Handler:
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
                 _edge_unary(cast("_Unary", handler.unary_unary)), decode, handler.response_serializer

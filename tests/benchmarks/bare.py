@@ -9,7 +9,7 @@ how long each), it stands in a field of the request that has no other meaning he
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 
@@ -117,14 +117,10 @@ class Fabric(FabricServiceServicer):
             yield response
 
 
-async def main() -> None:
+async def serve(add_services: Callable[[grpc.aio.Server], None]) -> None:
+    """Serve for ever, and say where."""
     server = grpc.aio.server(options=OPTIONS)
-    function = Function()
-    add_FunctionServiceServicer_to_server(function, server)
-    add_HoldServiceServicer_to_server(Hold(), server)
-    add_TranslationServiceServicer_to_server(Translation(), server)
-    add_TransferServiceServicer_to_server(Transfer(function), server)
-    add_FabricServiceServicer_to_server(Fabric(), server)
+    add_services(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     sys.stdout.write(json.dumps({"address": f"127.0.0.1:{port}"}) + "\n")
@@ -132,5 +128,14 @@ async def main() -> None:
     await server.wait_for_termination()
 
 
+def add_host(server: grpc.aio.Server) -> None:
+    function = Function()
+    add_FunctionServiceServicer_to_server(function, server)
+    add_HoldServiceServicer_to_server(Hold(), server)
+    add_TranslationServiceServicer_to_server(Translation(), server)
+    add_TransferServiceServicer_to_server(Transfer(function), server)
+    add_FabricServiceServicer_to_server(Fabric(), server)
+
+
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(serve(add_host))

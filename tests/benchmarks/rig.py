@@ -1,6 +1,7 @@
 """What benchmarks of several processes run on: a real cluster with a real etcd, and bare hosts for the floors."""
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
@@ -23,14 +24,26 @@ TESTS = Path(__file__).parents[1]
 
 @dataclass
 class Bench:
-    """A cluster, and the addresses of bare hosts. All end with the block that made them."""
+    """A cluster, and the addresses of bare processes. All end with the block that made them."""
 
     cluster: Cluster
-    bare: list[str]
+    stack: AsyncExitStack
+    path: Path
+    bare: list[str] = field(default_factory=list)
     channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
 
+    async def start(self, module: str, *arguments: str) -> None:
+        """Start another bare process."""
+        command = [sys.executable, "-m", module, *arguments]
+        # With the same code as the cluster's daemons, wherever that comes from.
+        environment = {"PYTHONPATH": os.pathsep.join([*sys.path[1:], str(TESTS)])}
+        log = self.path / f"bare{len(self.bare)}.log"
+        process = await ChildProcess.start(module, command, log=log, environment=environment)
+        self.stack.push_async_callback(process.kill)
+        self.bare.append(json.loads(await process.first_line(READY_S))["address"])
+
     def channel(self, number: int) -> grpc.aio.Channel:
-        """Return the channel to a bare host."""
+        """Return the channel to a bare process."""
         address = self.bare[number]
         if address not in self.channels:
             self.channels[address] = grpc.aio.insecure_channel(address, options=OPTIONS)
@@ -46,20 +59,15 @@ class Bench:
 
 @asynccontextmanager
 async def bench(bare: int = 1, bars: Mapping[int, str] | None = None) -> AsyncIterator[Bench]:
-    """Start the demo's fleet, each host's nic0 with `bars` if given, and so many bare hosts."""
+    """Start the demo's fleet, each host's nic0 with `bars` if given, and so many bare hosts, the first in `bare`."""
     async with AsyncExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         cluster = await stack.enter_async_context(
             running(path, topology=_topology(path, bars) if bars else DEMO, lease_ttl_s=LEASE_TTL_S)
         )
-        addresses = []
-        for number in range(bare):
-            command = [sys.executable, "-m", "benchmarks.bare"]
-            environment = {"PYTHONPATH": str(TESTS)}
-            process = await ChildProcess.start("bare", command, log=path / f"bare{number}.log", environment=environment)
-            stack.push_async_callback(process.kill)
-            addresses.append(json.loads(await process.first_line(READY_S))["address"])
-        made = Bench(cluster, addresses)
+        made = Bench(cluster, stack, path)
+        for _ in range(bare):
+            await made.start("benchmarks.bare")
         yield made
         for channel in made.channels.values():
             await channel.close()

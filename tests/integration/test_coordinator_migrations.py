@@ -9,6 +9,7 @@ from support.cluster import FakeCluster, eventually, refused
 from support.fake_host import RUNNING, leads_to
 
 from vfleet.errors import Reason, VfleetError
+from vfleet.rpc import stream
 from vfleet.v1 import migration_service_pb2 as migration_pb
 from vfleet.v1.records_pb2 import Phase, Step
 
@@ -54,6 +55,15 @@ async def test_a_function_moves_in_three_transactions_and_seven_calls(cluster):
         Step.STEP_BEGIN, Step.STEP_CREATE, Step.STEP_COPY, Step.STEP_HOLD, Step.STEP_COMMIT, Step.STEP_LIFT,
         Step.STEP_SCRUB,
     ]  # fmt: skip
+
+
+async def test_who_only_waits_for_the_end_is_told_of_nothing_else(cluster):
+    await with_driver(cluster)
+    await cluster.migrate("m1", {"vf1": "h2/nic0"})
+    request = migration_pb.WatchMigrationRequest(name="m1", until_over=True)
+    for _ in ("while it runs", "when it is over"):
+        watch = stream(cluster.migrations("c1").WatchMigration, request, address="coordinator", timeout_s=30)
+        assert [update.migration.phase async for update in watch] == [Phase.PHASE_DONE]
 
 
 async def test_a_function_moves_away_and_back(cluster):
@@ -205,6 +215,17 @@ async def group(cluster: FakeCluster) -> None:
     ):  # fmt: skip
         await cluster.create(function, device)
         await cluster.attach(function, driver, host)
+
+
+async def test_of_more_migrations_at_once_than_there_are_slots_as_many_begin_as_there_are(cluster):
+    names = [f"vf{number}" for number in range(6)]
+    for name in names:
+        await cluster.create(name, "h1/nic1")
+    moves = (cluster.move(f"m-{name}", {name: "h2/nic0"}) for name in names)
+    results = await asyncio.gather(*moves, return_exceptions=True)
+    refusals = [result.reason for result in results if isinstance(result, VfleetError)]
+    assert refusals == [Reason.NO_FREE_SLOT] * 2
+    assert sum(not isinstance(result, VfleetError) for result in results) == 4
 
 
 async def test_sixteen_migrations_at_once(cluster):

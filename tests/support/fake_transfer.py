@@ -21,6 +21,9 @@ class Network:
         assert address == "source:1"
         return self
 
+    def stub(self, kind: Callable[["Network"], object], address: str, *, bulk: bool = False) -> object:
+        return kind(self.to(address, bulk=bulk))
+
     def unary_stream(self, path: str, **_):
         if path.endswith("/FetchState"):
             return lambda request, **_: Call(

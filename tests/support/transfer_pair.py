@@ -108,7 +108,7 @@ def exported(image: FunctionImage) -> list:
 
 
 def receive(instance: Instance, parts: Parts, mode: TransferMode.ValueType = TRANSFER_MODE_PRE_COPY) -> None:
-    receiver = Receiver(instance, mode)
+    receiver = Receiver(instance, mode, lambda offset, data: instance.image.store([(offset, data)]))
     for part in parts:
         receiver.take(part)
     receiver.check_complete()

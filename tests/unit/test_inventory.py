@@ -110,3 +110,33 @@ async def test_a_generation_that_a_backup_has_not_raised_as_far_yet_is_not_enoug
     await world.change(123, keys.FLEET_GENERATION, b"4")
     await world.list(123, "d1", generation=4)
     assert world.seen == (1, False)
+
+
+async def test_who_waits_for_a_migration_looks_only_when_that_one_changes(world: World) -> None:
+    looks: list[str] = []
+
+    def look_for(what: str) -> None:
+        looks.append(what)
+
+    waits = [
+        asyncio.create_task(world.inventory.until(lambda name=name: look_for(name), name)) for name in ("m1", "m2", "")
+    ]
+    await settle()
+    for key, concerned in (
+        (keys.migration_key("m1"), ["m1", ""]),
+        (keys.owner_key("m2"), ["m2", ""]),
+        (keys.driver_key("m1"), [""]),
+    ):
+        looks.clear()
+        await world.change(world.inventory.snapshot.revision + 1, key, b"")
+        assert sorted(looks) == sorted(concerned)
+    for notified, concerned in ((["m1"], ["m1"]), (["", "m2"], ["", "m2"]), ([], ["", "m1", "m2"])):
+        looks.clear()
+        world.inventory.notify(*notified)
+        assert sorted(looks) == sorted(concerned)
+    looks.clear()
+    await world.list(900, "d2")
+    assert sorted(looks) == ["", "m1", "m2"]
+    for wait in waits:
+        wait.cancel()
+    await asyncio.gather(*waits, return_exceptions=True)

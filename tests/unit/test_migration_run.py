@@ -230,7 +230,7 @@ async def test_a_migration_asks_each_host_once_for_what_is_its_part(rig: Rig):
     assert rig.record.phase == Phase.PHASE_DONE
     assert rig.asked() == sorted(UNTIL_COMMIT + AFTER_COMMIT)
     order = [method for method, _, _ in rig.hosts.calls]
-    assert order == ["create"] * 2 + ["import"] * 2 + ["hold"] * 2 + ["stop"] * 2 + ["lift"] * 2 + ["destroy"] * 2
+    assert order == ["create"] * 2 + ["import"] * 2 + ["stop"] * 2 + ["hold"] * 2 + ["lift"] * 2 + ["destroy"] * 2
 
 
 async def test_the_requests_before_the_decision_name_attempt_function_generation_and_deadline(rig: Rig):
@@ -405,9 +405,9 @@ async def test_the_progress_of_the_copies_is_shown(rig: Rig):
     seen = []
     notify = rig.inventory.notify
 
-    def noted() -> None:
+    def noted(migration: str = "") -> None:
         seen.append(migrating.copies.progress()[0])
-        notify()
+        notify(migration)
 
     rig.inventory.notify = noted
     running = asyncio.create_task(migrating.run())

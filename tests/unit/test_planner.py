@@ -5,12 +5,12 @@ from support.fake_host import device
 from support.fleet_values import LIMITS, FleetValues, move, three_hosts
 
 from coordinator import transaction
-from coordinator.planner import Limits, plan
+from coordinator.planner import RECORD_GROWTH_BYTES, Limits, plan
 from vfleet.address import Location, table_offset
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
 from vfleet.etcd.store import absent
-from vfleet.v1.records_pb2 import FunctionStatus, Phase, Slot
+from vfleet.v1.records_pb2 import FunctionStatus, Migration, Phase, Slot
 
 
 def planned(fleet: FleetValues, *moves, limits: Limits = LIMITS):
@@ -176,3 +176,25 @@ def test_the_size_of_a_request_bounds_a_group_too():
     error = refusal(fleet, *moves, limits=Limits(operations=1000, request_bytes=16_384))
     assert error.reason is Reason.GROUP_TOO_LARGE
     assert 0 < int(error.metadata["fitting"]) < 20
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_what_fits_is_what_its_transactions_say(count: int):
+    fleet, moves = many(count)
+    the_plan = planned(fleet, *moves)
+    committing, committed = Migration(), Migration()
+    for phase, part in ((Phase.PHASE_PREPARING, committing), (Phase.PHASE_COMMITTED, committed)):
+        part.CopyFrom(the_plan)
+        part.phase = phase
+    each = (
+        transaction.begin(the_plan, 1, absent(keys.FLEET_GENERATION)),
+        transaction.commit(committing, 1, 0),
+        transaction.finish(committed, 1, finished_by="c1", now=0),
+    )
+    operations = max(one.size for one in each)
+    request_bytes = max(map(transaction.request_bytes, each)) + RECORD_GROWTH_BYTES
+    exact = Limits(operations, request_bytes)
+    for limits in (exact, Limits(10 * operations, request_bytes), Limits(operations, 100 * request_bytes), LIMITS):
+        planned(fleet, *moves, limits=limits)
+    for limits in (Limits(operations - 1, 100 * request_bytes), Limits(10 * operations, request_bytes - 1)):
+        assert refusal(fleet, *moves, limits=limits).reason is Reason.GROUP_TOO_LARGE

@@ -13,7 +13,7 @@ from support.transfer_pair import LOCAL, PAGES, Pair, Parts, exported, receive
 
 from hostd.instance import Instance
 from hostd.rounds import FEW_DIRTY_BYTES
-from hostd.state_stream import CHUNK_PAGES, end_crc, pages_crc
+from hostd.state_stream import BYTES_WITH_END, CHUNK_PAGES, end_crc, pages_crc
 from hostd.transfer import REFRESH_S
 from vfleet.address import PAGE_BYTES
 from vfleet.errors import Reason, VfleetError
@@ -86,7 +86,55 @@ async def test_a_page_that_became_zero_during_the_copy_is_sent_as_zeros(pair: Pa
 
 
 def pages_of(parts: Parts) -> list[StatePages]:
-    return [part.pages for part in parts if part.HasField("pages")]
+    return [pages for part in parts for pages in ([part.pages] if part.HasField("pages") else part.end.pages)]
+
+
+async def with_last_pages(pair: Pair, *pages: int) -> Parts:
+    """Return a stream during which these pages were written to at the last moment before the stop."""
+    parts = []
+    async with aclosing(pair.export()) as export:
+        async for part in export:
+            parts.append(part)
+            if part.round_end.last_before_stop:
+                for page in pages:
+                    pair.write(page, b"last")
+                pair.h1.stop(1, 10)
+    return parts
+
+
+async def test_a_few_last_pages_need_no_messages_of_their_own(pair: Pair):
+    parts = await with_last_pages(pair, LOCAL + 9, LOCAL + 11)
+    assert parts[-2].HasField("round_end")
+    assert [pages.image_offset for pages in parts[-1].end.pages] == [
+        (LOCAL + 9) * PAGE_BYTES,
+        (LOCAL + 11) * PAGE_BYTES,
+    ]
+    receive(pair.target, parts)
+    assert pair.target.image.memory == pair.source.image.memory
+
+
+async def test_many_last_pages_are_sent_before_the_end_but_for_the_last_of_them(pair: Pair):
+    written = range(LOCAL, LOCAL + 200)
+    parts = await with_last_pages(pair, *written)
+    with_end = sum(len(pages.data) for pages in parts[-1].end.pages)
+    assert 0 < with_end <= BYTES_WITH_END
+    ended = next(i for i, part in enumerate(parts) if part.round_end.last_before_stop)
+    assert sum(len(pages.data) for pages in pages_of(parts[ended:])) == len(written) * PAGE_BYTES
+    receive(pair.target, parts)
+    assert pair.target.image.memory == pair.source.image.memory
+
+
+@pytest.mark.parametrize("damage", ["changed", "left out", "moved"])
+async def test_damaged_last_pages_are_refused(pair: Pair, damage: str):
+    parts = await with_last_pages(pair, LOCAL + 9, LOCAL + 11)
+    pages = parts[-1].end.pages
+    if damage == "changed":
+        pages[0].data = flip_bit(pages[0].data)
+    elif damage == "left out":
+        del pages[0]
+    else:
+        pages[0].image_offset += PAGE_BYTES
+    assert_refused(pair.target, parts)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -91,6 +91,8 @@ class Endpoint:
 
     async def connected(self, within_s: float) -> bool:
         """Return whether there is a connection, or comes one within `within_s` seconds."""
+        if self.channel.get_state() is grpc.ChannelConnectivity.READY:
+            return True
         try:
             async with asyncio.timeout(within_s):
                 while (state := self.channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:

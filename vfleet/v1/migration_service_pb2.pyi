@@ -373,16 +373,20 @@ class WatchMigrationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    UNTIL_OVER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The migration."""
+    until_over: _builtins.bool
+    """Whether nothing is to be sent until it is over. Whoever only waits for the end spares both sides the rest."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        until_over: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "until_over", b"until_over"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -102,7 +102,7 @@ class MigrationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchMigration(self, request, context):
-        """WatchMigration sends the migration now and whenever it gets further, until it is over.
+        """WatchMigration sends the migration now and whenever it gets further, until it is over; or only when it is over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,7 @@ class MigrationServiceStub:
     ListMigrations: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.ListMigrationsRequest, _migration_service_pb2.ListMigrationsResponse]
     """ListMigrations shows migrations, the newest first."""
     WatchMigration: _grpc.UnaryStreamMultiCallable[_migration_service_pb2.WatchMigrationRequest, _migration_service_pb2.WatchMigrationResponse]
-    """WatchMigration sends the migration now and whenever it gets further, until it is over."""
+    """WatchMigration sends the migration now and whenever it gets further, until it is over; or only when it is over."""
     CancelMigration: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.CancelMigrationRequest, _migration_service_pb2.CancelMigrationResponse]
     """CancelMigration aborts a migration that isn't decided. FAILED_PRECONDITION, TOO_LATE, once it is committed;
     cancelling one that is aborted succeeds.
@@ -70,7 +70,7 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     ListMigrations: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.ListMigrationsRequest, _migration_service_pb2.ListMigrationsResponse]  # type: ignore[assignment]
     """ListMigrations shows migrations, the newest first."""
     WatchMigration: _aio.UnaryStreamMultiCallable[_migration_service_pb2.WatchMigrationRequest, _migration_service_pb2.WatchMigrationResponse]  # type: ignore[assignment]
-    """WatchMigration sends the migration now and whenever it gets further, until it is over."""
+    """WatchMigration sends the migration now and whenever it gets further, until it is over; or only when it is over."""
     CancelMigration: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.CancelMigrationRequest, _migration_service_pb2.CancelMigrationResponse]  # type: ignore[assignment]
     """CancelMigration aborts a migration that isn't decided. FAILED_PRECONDITION, TOO_LATE, once it is committed;
     cancelling one that is aborted succeeds.
@@ -121,7 +121,7 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_service_pb2.WatchMigrationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_migration_service_pb2.WatchMigrationResponse], _abc.AsyncIterator[_migration_service_pb2.WatchMigrationResponse]]:
-        """WatchMigration sends the migration now and whenever it gets further, until it is over."""
+        """WatchMigration sends the migration now and whenever it gets further, until it is over; or only when it is over."""
 
     @_abc_1.abstractmethod
     def CancelMigration(

@@ -306,13 +306,16 @@ Global___DriverSequence: _TypeAlias = DriverSequence  # noqa: Y015
 
 @_typing.final
 class StateEnd(_message.Message):
-    """The last message of an export: the rest, and the means to know that all has come."""
+    """The last message of an export: the rest, and the means to know that all has come. It says by itself that the export
+    is complete: a target need not wait for the stream to end.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCES_FIELD_NUMBER: _builtins.int
     SECTIONS_FIELD_NUMBER: _builtins.int
     CRC_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
     crc: _builtins.int
     """CRC-32 of the 4-byte little-endian CRCs of all StatePages messages, in order, then of sequences and sections,
     serialized in order.
@@ -325,16 +328,21 @@ class StateEnd(_message.Message):
     def sections(self) -> _containers.RepeatedCompositeFieldContainer[Global___SectionCheck]:
         """What was sent of each section, in the order of the header."""
 
+    @_builtins.property
+    def pages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatePages]:
+        """The last pages, if they are few: a driver waits for them, and then each message counts. They are as those before."""
+
     def __init__(
         self,
         *,
         sequences: _abc.Iterable[Global___DriverSequence] | None = ...,
         sections: _abc.Iterable[Global___SectionCheck] | None = ...,
         crc: _builtins.int = ...,
+        pages: _abc.Iterable[Global___StatePages] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc", b"crc", "sections", b"sections", "sequences", b"sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc", b"crc", "pages", b"pages", "sections", b"sections", "sequences", b"sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

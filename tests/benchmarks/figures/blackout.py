@@ -12,9 +12,9 @@ import asyncio
 import time
 from typing import Self
 
+from benchmarks import bare_etcd
 from benchmarks.measure import Figure, Size, alternate_async, at_most
 from benchmarks.rig import Bench, bench
-from etcd3 import etcdrpc
 
 from vfleet.address import PAGE_BYTES
 from vfleet.v1.driver_service_pb2 import WorkloadOptions
@@ -26,7 +26,6 @@ from vfleet.v1.translation_service_pb2_grpc import TranslationServiceStub
 
 RATE = 5000
 QUIET_S = 0.05
-COMMIT_VALUES = (1000, 200, 100)  # bytes of the records that COMMIT writes: migration, function, entry
 
 
 async def run(size: Size) -> list[Figure]:
@@ -89,18 +88,6 @@ class Floor:
     async def once(self) -> float:
         began = time.perf_counter()
         await self._holds.PlaceHold(PlaceHoldRequest(migration="m"))
-        assert (await self._etcd.Txn(transaction())).succeeded
+        assert (await self._etcd.Txn(bare_etcd.commit("m"))).succeeded
         await self._tables.UpdateTable(UpdateTableRequest(lift=True))
         return (time.perf_counter() - began) * 1e3
-
-
-def transaction(name: str = "m") -> etcdrpc.TxnRequest:
-    """Return a transaction of COMMIT's size: three records, each compared with the revision that was read."""
-    keys = [f"bench/{name}/{number}".encode() for number in range(len(COMMIT_VALUES))]
-    return etcdrpc.TxnRequest(
-        compare=[etcdrpc.Compare(result=3, target=2, key=key, mod_revision=-1) for key in keys],
-        success=[
-            etcdrpc.RequestOp(request_put=etcdrpc.PutRequest(key=key, value=bytes(length)))
-            for key, length in zip(keys, COMMIT_VALUES, strict=True)
-        ],
-    )

@@ -3,38 +3,32 @@
 Ours: 64 functions with a driver each go to and fro between h2 and h3, all begun at once by one client of one
 coordinator. A sample is from the first request to the last DONE, over 64.
 
-Floor: one process makes the same calls and transactions, 64 sequences at once, on bare stubs: a client's request;
-BEGIN; create; import, for which one bare host pulls a part of the state from the other; hold and stop at once; COMMIT;
-update; destroy; FINISH. The transactions have the sizes of ours and go to the same etcd. Nothing is planned, decided,
-recorded by a host or watched.
+Floor: the same calls and transactions between as many processes, 64 sequences at once, on bare stubs and servers. A
+client asks a bare coordinator, and waits for the end by a second call; that makes BEGIN; create; import, for which one
+bare host pulls a part of the state from another; hold and stop at once; COMMIT; update; destroy; FINISH. The
+transactions have as many comparisons and writes as ours, of the same sizes, and go to the same etcd. Nothing is
+planned, decided, recorded by a host or watched in etcd.
 """
 
 import asyncio
 import time
 
-from benchmarks.figures.blackout import transaction
 from benchmarks.measure import Figure, Size, alternate_async, at_least
 from benchmarks.rig import Bench, bench
-from etcd3 import etcdrpc
 
-from vfleet.v1.function_service_pb2 import ChangeStateRequest, CreateFunctionRequest, DestroyFunctionRequest
-from vfleet.v1.function_service_pb2_grpc import FunctionServiceStub
-from vfleet.v1.hold_service_pb2 import PlaceHoldRequest
-from vfleet.v1.hold_service_pb2_grpc import HoldServiceStub
+from vfleet.client import move_request
+from vfleet.v1.migration_service_pb2 import CreateMigrationRequest, WatchMigrationRequest
+from vfleet.v1.migration_service_pb2_grpc import MigrationServiceStub
 from vfleet.v1.records_pb2 import Phase
-from vfleet.v1.transfer_service_pb2 import CopyOptions, ImportStateRequest
-from vfleet.v1.transfer_service_pb2_grpc import TransferServiceStub
-from vfleet.v1.translation_service_pb2 import UpdateTableRequest
-from vfleet.v1.translation_service_pb2_grpc import TranslationServiceStub
 
 MIGRATIONS = 64
-STATE_BYTES = 4096
 ATTACH_AT_ONCE = 8
 
 
 async def run(size: Size) -> list[Figure]:
     count = size.of(MIGRATIONS, 4)
     async with bench(bare=3) as rig:
+        await rig.start("benchmarks.bare_coordinator", *rig.cluster.local.etcd[:1], *rig.bare)
         room = asyncio.Semaphore(ATTACH_AT_ONCE)
 
         async def make(number: int) -> None:
@@ -65,49 +59,20 @@ async def run(size: Size) -> list[Figure]:
 
 
 class Floor:
-    """Host 0 has the driver, 1 and 2 the function, by turns."""
+    """Host 0 has the driver; functions go from host 1 to host 2, again and again. The fourth process coordinates."""
 
     def __init__(self, rig: Bench) -> None:
-        self._channels = [rig.channel(number) for number in range(3)]
-        self._addresses = rig.bare
-        self._etcd = rig.etcd()
+        self._migrations = MigrationServiceStub(rig.channel(3))
+        self._turns = iter(range(1 << 30))
 
     async def run(self, count: int) -> float:
+        turn = next(self._turns)
         began = time.perf_counter()
-        await asyncio.gather(*(self._migrate(f"vf{number}") for number in range(count)))
+        await asyncio.gather(*(self._migrate(f"m{turn}-{number}", f"vf{number}") for number in range(count)))
         return (time.perf_counter() - began) / count * 1e3
 
-    async def _migrate(self, function: str) -> None:
-        driver, source, target = self._channels
-        functions = FunctionServiceStub(target)
-        # The request of a client.
-        await FunctionServiceStub(driver).DestroyFunction(DestroyFunctionRequest(function=function))
-        await self._commit(function)
-        await functions.CreateFunction(CreateFunctionRequest(function=function))
-        ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        importing = asyncio.create_task(self._import(function, ready))
-        await ready
-        await asyncio.gather(
-            HoldServiceStub(driver).PlaceHold(PlaceHoldRequest(migration=function)),
-            FunctionServiceStub(source).ChangeState(ChangeStateRequest(function=function)),
-            importing,
-        )
-        await self._commit(function)
-        await TranslationServiceStub(driver).UpdateTable(UpdateTableRequest(lift=True))
-        await FunctionServiceStub(source).DestroyFunction(DestroyFunctionRequest(function=function))
-        await self._commit(function)
-
-    async def _import(self, function: str, ready: "asyncio.Future[None]") -> None:
-        request = ImportStateRequest(
-            function=function,
-            source_address=self._addresses[1],
-            source_generation=STATE_BYTES,
-            options=CopyOptions(max_rounds=1),
-        )
-        async for response in TransferServiceStub(self._channels[2]).ImportState(request):
-            if response.ready_to_stop:
-                ready.set_result(None)
-
-    async def _commit(self, function: str) -> None:
-        response: etcdrpc.TxnResponse = await self._etcd.Txn(transaction(function))
-        assert response.succeeded
+    async def _migrate(self, name: str, function: str) -> None:
+        request = CreateMigrationRequest(request_id=name, moves=[move_request(function, "h3/nic0")])
+        await self._migrations.CreateMigration(request)
+        async for response in self._migrations.WatchMigration(WatchMigrationRequest(name=name, until_over=True)):
+            assert response.migration.phase == Phase.PHASE_DONE

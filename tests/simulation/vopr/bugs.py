@@ -68,9 +68,10 @@ def _without(make: Callable[..., Transaction], is_dropped: Callable[[Compare], b
 
 def _no_fence() -> list[Patch]:
     def admit(self, function, attempt):
-        fence = self._ledger.get("fence", function, Fence)
+        fence = self._fences.get(function)
         if fence is None or fence.attempt.revision < attempt.revision:
-            self._ledger.put("fence", function, Fence(attempt=attempt))
+            self._fences[function] = Fence(attempt=attempt)
+            self._ledger.put("fence", function, self._fences[function])
 
     return [(Fences, "prepare", admit), (Fences, "conclude", admit)]
 

@@ -5,14 +5,30 @@ What was written before a kill is there after it, at any instruction; what a tra
 
 import contextlib
 import mmap
+import os
 from collections.abc import Callable, Iterator
+from typing import BinaryIO, Self
 
 from google.protobuf.message import Message
 from simulation.vopr.loop import Life
 
 
 class MappedMemory(mmap.mmap):
-    """A mapped file. Its bytes belong to the disk, so closing it does nothing."""
+    """A mapped file. Its bytes belong to the disk, so closing it does nothing. `fd` is the file's descriptor."""
+
+    fd: int
+
+    @classmethod
+    def new(cls, size_bytes: int) -> Self:
+        """Make one."""
+        fd = os.memfd_create("memory")
+        os.ftruncate(fd, size_bytes)
+        made = cls(fd, size_bytes)
+        made.fd = fd
+        return made
+
+    def __del__(self) -> None:
+        os.close(self.fd)
 
     def close(self) -> None:
         """Unmap it."""
@@ -40,10 +56,13 @@ class SimulatedLedger:
         value = self._disk.records.get((kind, key))
         return None if value is None else message_type.FromString(value)
 
-    def all(self, kind, message_type):
+    def items(self, kind, message_type):
         self._life.check()
         keys = sorted(key for of, key in self._disk.records if of == kind)
-        return [message_type.FromString(self._disk.records[kind, key]) for key in keys]
+        return [(key, message_type.FromString(self._disk.records[kind, key])) for key in keys]
+
+    def all(self, kind, message_type):
+        return [record for _, record in self.items(kind, message_type)]
 
     def put(self, kind: str, key: str, record: Message) -> None:
         self._writes()
@@ -74,10 +93,14 @@ class SimulatedLedger:
         self._writes()
         file = self._disk.files.get(name)
         if file is None:
-            file = self._disk.files[name] = MappedMemory(-1, size_bytes)
+            file = self._disk.files[name] = MappedMemory.new(size_bytes)
         if len(file) != size_bytes:
             raise AssertionError(f"{name} has {len(file)} bytes; expected {size_bytes}")
         return file
+
+    def open_file(self, name: str) -> BinaryIO:
+        self._life.check()
+        return os.fdopen(os.dup(self._disk.files[name].fd), "r+b", buffering=0)
 
     def delete_file(self, name: str) -> None:
         self._writes()
