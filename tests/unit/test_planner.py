@@ -10,6 +10,7 @@ from vfleet.address import Location, table_offset
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
 from vfleet.etcd.store import absent
+from vfleet.v1.placement_pb2 import BOUNDARY_HOST, RELATION_DIFFERENT, BoundaryRule, Constraints
 from vfleet.v1.records_pb2 import FunctionStatus, Migration, Phase, Slot
 
 
@@ -47,6 +48,23 @@ def test_free_slots_are_handed_out_lowest_first_around_those_that_moves_name():
     fleet.function("vf3", device("h1/nic0"), 1, 3)
     migration = planned(fleet, move("vf1", "h2/nic0"), move("vf2", "h2/nic0", 2), move("vf3", "h2/nic0"))
     assert [part.target.vf_index for part in migration.moves] == [3, 2, 4]
+
+
+@pytest.mark.parametrize("target", ["h2/nic0", ""])
+def test_targets_of_plans_that_are_about_to_begin_are_for_no_other_plan(target: str):
+    fleet = three_hosts()
+    for index in (1, 2, 3):
+        fleet.put(keys.slot_key("h2/nic0", index), Slot(function="other"))
+    del fleet.items[keys.registration_key("h3")]
+    snapshot = fleet.snapshot()
+    elsewhere = Constraints(boundaries=[BoundaryRule(boundary=BOUNDARY_HOST, relation=RELATION_DIFFERENT)])
+    others = [planned(fleet, move("vf1", "h2/nic0"))]
+    later = snapshot.with_targets_taken(others)
+    with pytest.raises(VfleetError) as caught:
+        plan(later, [move("vf2", target)], name="m2", coordinator="c1", limits=LIMITS, constraints=elsewhere)
+    assert caught.value.reason is (Reason.NO_FREE_SLOT if target else Reason.UNSATISFIABLE)
+    assert 4 not in snapshot.slots_of("h2/nic0")
+    assert snapshot.with_targets_taken([]) is snapshot
 
 
 def test_a_move_within_a_device_needs_another_index():
