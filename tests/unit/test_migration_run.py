@@ -681,6 +681,17 @@ async def test_in_post_copy_a_source_stays_while_its_target_can_not_be_asked():
     running.cancel()
 
 
+async def test_in_post_copy_nobody_waits_for_what_was_to_arrive_at_a_machine_that_was_started_anew():
+    rig = Rig(TransferMode.TRANSFER_MODE_POST_COPY)
+    rig.decide(committed=True)
+    for host in ("h2", "h3"):
+        rig.fleet.put(keys.registration_key(host), f"{host}-again")
+    rig.look()
+    await rig.run(None)
+    assert rig.record.phase == Phase.PHASE_DONE
+    assert rig.asked("arrive", "destroy") == AFTER_COMMIT[:2]
+
+
 @pytest.mark.parametrize("answer", [Reason.NOT_FOUND, Reason.STALE_ATTEMPT])
 async def test_in_post_copy_a_target_that_has_no_such_instance_needs_nothing(answer: Reason):
     rig = Rig(TransferMode.TRANSFER_MODE_POST_COPY)
