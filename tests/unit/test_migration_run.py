@@ -172,10 +172,7 @@ class Rig:
 
     async def run(self, options: Options | None = OPTIONS) -> None:
         """Take the migration to its end."""
-        running = asyncio.create_task(self.new_run(options).run())
-        while not running.done():
-            await self.clock.advance(0.25)
-        await running
+        await self.clock.until_done(self.new_run(options).run(), 0.25)
 
     def asked(self, *methods: str) -> list[tuple[str, str, str]]:
         """Return method, host and function (if it has one) of each call, sorted; only those of `methods`, if given."""
@@ -410,10 +407,7 @@ async def test_the_progress_of_the_copies_is_shown(rig: Rig):
         notify()
 
     rig.inventory.notify = noted
-    running = asyncio.create_task(migrating.run())
-    while not running.done():
-        await rig.clock.advance(0.25)
-    await running
+    await rig.clock.until_done(migrating.run(), 0.25)
     for rounds, received, dirty in ((1, 4096, 512), (2, 4608, 8), (3, 4616, 0)):
         progress = CopyProgress(function="vf1", rounds=rounds, received_bytes=received, dirty_bytes=dirty)
         progress.estimated_blackout.FromMicroseconds(0)
