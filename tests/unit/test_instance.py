@@ -163,6 +163,15 @@ def test_a_reset_leaves_a_medium_as_it_is(tmp_path: Path):
     bench.close()
 
 
+def test_resets_are_counted_for_who_has_begun_something_before_one(bench: Bench):
+    instance = bench.create()
+    counts = [instance.resets]
+    for _ in range(3):
+        reset(bench)
+        counts.append(instance.resets)
+    assert counts == [0, 1, 2, 3]
+
+
 class NoRegisters:
     """A device model whose registers are all 0 after a reset."""
 
