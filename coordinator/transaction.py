@@ -78,8 +78,8 @@ def commit(migration: Migration, begin_revision: int, now: float) -> Transaction
     for move in migration.moves:
         compares.append(unchanged(function_key(move.function), move.function_revision))
         writes.append(Put(function_key(move.function), encode(_moved(move, attempt))))
-        for change, entry in zip(move.entries, entries_after(move), strict=True):
-            writes.append(Put(entry_key(change.host, change.driver, move.function), encode(entry)))
+        for entry in entries_after(move):
+            writes.append(Put(entry_key(entry.host, entry.driver, entry.function), encode(entry)))
     compares += _registered({move.target.host: move.target.incarnation for move in migration.moves})
     return Transaction(tuple(compares), tuple(writes))
 
