@@ -78,8 +78,7 @@ def commit(migration: Migration, begin_revision: int, now: float) -> Transaction
     for move in migration.moves:
         compares.append(unchanged(function_key(move.function), move.function_revision))
         writes.append(Put(function_key(move.function), encode(_moved(move, attempt))))
-        for entry in entries_after(move):
-            writes.append(Put(entry_key(entry.host, entry.driver, entry.function), encode(entry)))
+        writes += [Put(entry_key(e.host, e.driver, e.function), encode(e)) for e in entries_after(move)]
     compares += _registered({move.target.host: move.target.incarnation for move in migration.moves})
     return Transaction(tuple(compares), tuple(writes))
 
