@@ -210,7 +210,7 @@ class Run:
         """Raise INCARNATION_CHANGED if the plan's machine is gone: what another one in its place has, nobody undoes."""
         if self._context.snapshot.is_gone(target.host, target.incarnation):
             message = f"host {target.host!r} was started anew since the plan was made"
-            raise VfleetError(Reason.INCARNATION_CHANGED, message, metadata={"host": target.host})
+            raise VfleetError(Reason.INCARNATION_CHANGED, message)
 
     async def _hold_when_copied(self, options: Options) -> None:
         moves = self.record.moves

@@ -78,8 +78,7 @@ def commit(migration: Migration, begin_revision: int, now: float) -> Transaction
     for move in migration.moves:
         compares.append(unchanged(function_key(move.function), move.function_revision))
         writes.append(Put(function_key(move.function), encode(_moved(move, attempt))))
-        for change, entry in zip(move.entries, entries_after(move), strict=True):
-            writes.append(Put(entry_key(change.host, change.driver, move.function), encode(entry)))
+        writes += [Put(entry_key(e.host, e.driver, e.function), encode(e)) for e in entries_after(move)]
     compares += _registered({move.target.host: move.target.incarnation for move in migration.moves})
     return Transaction(tuple(compares), tuple(writes))
 

@@ -2,6 +2,12 @@
 
 import asyncio
 import heapq
+from collections.abc import Coroutine
+from typing import TypeVar
+
+MAX_STEPS = 2000
+
+ResultT = TypeVar("ResultT")
 
 
 async def settle(turns: int = 30) -> None:
@@ -44,3 +50,13 @@ class ManualClock:
                 await settle()
         self.now = end
         await settle()
+
+    async def until_done(self, work: Coroutine[None, None, ResultT], step_s: float) -> ResultT:
+        """Let time pass, a step after the other, until `work` is done. Fail if it still is not after 2000 steps."""
+        working = asyncio.create_task(work)
+        for _ in range(MAX_STEPS):
+            if working.done():
+                return working.result()
+            await self.advance(step_s)
+        working.cancel()
+        raise AssertionError(f"it still goes on after {MAX_STEPS * step_s} s")

@@ -1,6 +1,5 @@
 """How often the doctor looks before it believes what it sees, when hosts begin to answer meanwhile."""
 
-import asyncio
 from collections import Counter
 from random import Random
 from types import SimpleNamespace
@@ -43,10 +42,7 @@ async def check(hosts: Hosts, fleet: FleetValues) -> list[Difference]:
 
     clock = ManualClock()
     context = Context("c1", SimpleNamespace(list=listed), None, hosts, clock, Random(7))
-    checking = asyncio.create_task(Doctor(context).check())
-    while not checking.done():
-        await clock.advance(0.1)
-    return await checking
+    return await clock.until_done(Doctor(context).check(), 0.1)
 
 
 def kinds(differences: list[Difference]) -> set[int]:

@@ -1,15 +1,19 @@
 """One instance: what its accesses do, once; its reset; and what a restart leaves of it."""
 
+import asyncio
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.bench import COMMITTED, IDENTITY, MEMORY_BYTES, Bench, attempt, reason_of
+from support.bench import BARS, COMMITTED, IDENTITY, MEMORY_BYTES, VIRTUAL_ADDRESS, Bench, attempt, reason_of
+from support.manual_clock import ManualClock, settle
 
 from hostd.image import FunctionImage, image_bytes
 from hostd.instance import Instance, SequenceGapError
 from hostd.models import checker
+from hostd.rounds import THROTTLE_SLICE_S, Throttle
+from vfleet.address import PAGE_BYTES
 from vfleet.errors import Reason
 from vfleet.v1.access_pb2 import (
     ACCESS_KIND_READ,
@@ -20,7 +24,7 @@ from vfleet.v1.access_pb2 import (
 )
 from vfleet.v1.fabric_service_pb2 import REFUSAL_NOT_SERVING, REFUSAL_STALE_SESSION
 from vfleet.v1.function_service_pb2 import DestroyFunctionRequest, ResetFunctionRequest
-from vfleet.v1.host_records_pb2 import InstanceRecord
+from vfleet.v1.host_records_pb2 import InstanceRecord, RestSource
 from vfleet.v1.types_pb2 import (
     DEVICE_STATE_RUNNING,
 )
@@ -159,6 +163,15 @@ def test_a_reset_leaves_a_medium_as_it_is(tmp_path: Path):
     bench.close()
 
 
+def test_resets_are_counted_for_who_has_begun_something_before_one(bench: Bench):
+    instance = bench.create()
+    counts = [instance.resets]
+    for _ in range(3):
+        reset(bench)
+        counts.append(instance.resets)
+    assert counts == [0, 1, 2, 3]
+
+
 class NoRegisters:
     """A device model whose registers are all 0 after a reset."""
 
@@ -241,3 +254,115 @@ def test_who_waits_for_a_change_of_state_hears_of_the_end(bench: Bench):
     instance.close()
     assert instance.is_closed is True
     assert instance.changed.is_set()
+
+
+# What it shows
+
+
+def test_what_is_shown_says_how_far_each_driver_is(bench: Bench):
+    instance = bench.create()
+    for sequence in (1, 2, 3):
+        do(instance, sequence, checker.SCRATCH)
+    instance.image.sequencer("d2")
+    shown = instance.shown()
+    assert dict(shown.last_sequences) == {"d1": 3, "d2": 0}
+    shown.ClearField("last_sequences")
+    assert shown == instance.about
+    shown.generation = 9
+    assert instance.about.generation == 1
+
+
+def test_a_new_instance_takes_part_in_no_copy_and_has_counted_nothing(bench: Bench):
+    instance = bench.create()
+    assert (instance.is_gated, instance.is_post_copied, instance.exported_to) == (False, False, None)
+    assert (instance.unsupported_requests, instance.frames_dropped) == (0, 0)
+
+
+# What has to wait
+
+LOCAL = checker.Checker(IDENTITY, BARS).local_memory
+REGISTER, MISSING = [(0, 8)], [(LOCAL.start, 8)]
+
+
+@pytest.fixture
+def arriving() -> Instance:
+    """A function that runs at its new home while its local memory is still at the source."""
+    image = FunctionImage(mmap.mmap(-1, image_bytes(MEMORY_BYTES)))
+    return Instance(InstanceRecord(rest_source=RestSource()), checker.Checker(IDENTITY, BARS), image)
+
+
+def slow_down(instance: Instance) -> ManualClock:
+    """Let an instance work in half of each slice of time; it is the beginning of one."""
+    clock = ManualClock(0.0)
+    instance.throttle = Throttle(clock)
+    instance.throttle.percent = 50
+    return clock
+
+
+def arrive(instance: Instance) -> None:
+    assert instance.arrival is not None
+    instance.arrival.take(LOCAL.start // PAGE_BYTES, bytes(LOCAL.stop - LOCAL.start))
+
+
+def test_what_has_not_arrived_blocks_what_touches_it_and_is_asked_for(arriving: Instance):
+    assert arriving.arrival is not None
+    assert not arriving.blocks(REGISTER)
+    assert not arriving.arrival.wanted
+    assert arriving.blocks(MISSING)
+    assert arriving.arrival.wanted
+    arrive(arriving)
+    assert not arriving.blocks(MISSING)
+    arriving.close()
+
+
+def test_a_function_that_is_slowed_down_is_blocked_whatever_is_touched(arriving: Instance):
+    clock = slow_down(arriving)
+    for blocks, phase in ((False, 0.25), (True, 0.75)):
+        clock.now = phase * THROTTLE_SLICE_S
+        assert arriving.blocks(REGISTER) is blocks
+    arriving.close()
+
+
+async def test_who_waits_goes_on_once_nothing_blocks_any_more(arriving: Instance):
+    await arriving.passed(REGISTER)
+    clock = slow_down(arriving)
+    clock.now = 0.75 * THROTTLE_SLICE_S
+    register, missing = (asyncio.create_task(arriving.passed(ranges)) for ranges in (REGISTER, MISSING))
+    await settle()
+    assert (register.done(), missing.done()) == (False, False)
+    await clock.advance(0.5 * THROTTLE_SLICE_S)
+    assert (register.done(), missing.done()) == (True, False)
+    arrive(arriving)
+    await missing
+    arriving.close()
+
+
+async def test_an_instance_that_goes_lets_go_who_waits_and_what_it_has_with_other_hosts(arriving: Instance):
+    gone = []
+    arriving.on_close = lambda: gone.append(arriving)
+    waiting = asyncio.create_task(arriving.passed(MISSING))
+    await settle()
+    arriving.close()
+    await waiting
+    assert gone == [arriving]
+
+
+def test_a_reset_needs_nothing_that_has_not_arrived(arriving: Instance):
+    arriving.reset()
+    assert not arriving.blocks(MISSING)
+    arriving.close()
+
+
+def test_plain_memory_is_granted_only_while_it_runs_and_nothing_can_block(bench: Bench):
+    instance = bench.create()
+    sequencer = instance.image.sequencer("d1")
+    grant = instance.grant(sequencer, VIRTUAL_ADDRESS, MEMORY_BYTES)
+    assert grant is not None
+    assert (grant.sequencer, grant.base, grant.span) == (sequencer, VIRTUAL_ADDRESS, MEMORY_BYTES)
+    assert range(grant.low, grant.high) == LOCAL
+    slow_down(instance)
+    assert instance.grant(sequencer, VIRTUAL_ADDRESS, MEMORY_BYTES) is None
+    instance.throttle = None
+    assert instance.grant(sequencer, VIRTUAL_ADDRESS, MEMORY_BYTES) is not None
+    bench.stop(1, 10)
+    assert instance.grant(sequencer, VIRTUAL_ADDRESS, MEMORY_BYTES) is None

@@ -1,6 +1,5 @@
 """The journal: after a transaction is settled it is known what the record is, whatever the store answered."""
 
-import asyncio
 from collections.abc import Callable
 from random import Random
 
@@ -54,13 +53,10 @@ class Rig:
         record, revision = decode(Migration, self.fleet.items[RECORD]), self.fleet.items[RECORD].mod_revision
         assert self.fleet.commit(abort_transaction(record, revision, "why not", Step.STEP_COPY, 0, None))
 
-    async def settle(self, make: Callable[[], Transaction] | None = None) -> float:
-        """Settle COMMIT, or what is made, and return the seconds that it took."""
+    async def settle(self, make: Callable[[], Transaction] | None = None, step_s: float = 0.005) -> float:
+        """Settle COMMIT, or what is made, and return the seconds that it took, in steps."""
         began_s = self.clock.now
-        settling = asyncio.create_task(self.journal.settle(make or self.commit))
-        while not settling.done():
-            await self.clock.advance(0.005)
-        await settling
+        await self.clock.until_done(self.journal.settle(make or self.commit), step_s)
         return self.clock.now - began_s
 
     def knows(self, phase: Phase.ValueType) -> bool:
@@ -135,7 +131,7 @@ async def test_the_pauses_grow_to_their_bound(rig: Rig):
     assert RETRY_FIRST_S / 2 <= await rig.settle() <= RETRY_FIRST_S + 0.02
     rig = Rig()
     rig.store.answers = ["lost"] * 30
-    assert 20 * RETRY_LONGEST_S / 2 <= await rig.settle() <= 30 * RETRY_LONGEST_S
+    assert 20 * RETRY_LONGEST_S / 2 <= await rig.settle(step_s=0.5) <= 30 * RETRY_LONGEST_S
 
 
 async def test_a_store_that_can_not_be_read_back_is_tried_again(rig: Rig):

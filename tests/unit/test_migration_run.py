@@ -44,8 +44,8 @@ class Hosts:
     """All hosts: what they are asked, in order, and what goes wrong.
 
     `failures` are raised by method, one a call; `hangs` are methods that never answer; `on` is done when a method is
-    called, by its name; `gone` are functions that have no source any more; `cuts_short` is how many watches of arrivals
-    end before their time.
+    called, by its name; `gone` are functions that have no source any more; `cut_short` says of the next watches of arrivals
+    after how many answers each ends.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Hosts:
     on: dict[str, Callable[[], None]] = field(default_factory=dict)
     silent: tuple[str, ...] = ()
     is_cut_short: bool = False
-    cuts_short: int = 0
+    cut_short: list[int] = field(default_factory=list)
     last_copy_us: int = 0
     stopped: dict[str, asyncio.Event] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
@@ -81,9 +81,9 @@ class Hosts:
 
     async def watch_arrival(self, host: str, request: WatchArrivalRequest) -> AsyncIterator[WatchArrivalResponse]:
         await self._enter("arrive", host, request)
-        for missing_bytes in (8192, 4096, 0)[: 2 if self.cuts_short else None]:
+        answers = self.cut_short.pop() if self.cut_short else 3
+        for missing_bytes in (8192, 4096, 0)[:answers]:
             yield WatchArrivalResponse(missing_bytes=missing_bytes)
-        self.cuts_short = max(self.cuts_short - 1, 0)
 
     async def place_hold(self, host: str, request: PlaceHoldRequest) -> tuple[str, ...]:
         await self._enter("hold", host, request)
@@ -172,10 +172,7 @@ class Rig:
 
     async def run(self, options: Options | None = OPTIONS) -> None:
         """Take the migration to its end."""
-        running = asyncio.create_task(self.new_run(options).run())
-        while not running.done():
-            await self.clock.advance(0.25)
-        await running
+        await self.clock.until_done(self.new_run(options).run(), 0.25)
 
     def asked(self, *methods: str) -> list[tuple[str, str, str]]:
         """Return method, host and function (if it has one) of each call, sorted; only those of `methods`, if given."""
@@ -410,10 +407,7 @@ async def test_the_progress_of_the_copies_is_shown(rig: Rig):
         notify(migration)
 
     rig.inventory.notify = noted
-    running = asyncio.create_task(migrating.run())
-    while not running.done():
-        await rig.clock.advance(0.25)
-    await running
+    await rig.clock.until_done(migrating.run(), 0.25)
     for rounds, received, dirty in ((1, 4096, 512), (2, 4608, 8), (3, 4616, 0)):
         progress = CopyProgress(function="vf1", rounds=rounds, received_bytes=received, dirty_bytes=dirty)
         progress.estimated_blackout.FromMicroseconds(0)
@@ -664,7 +658,7 @@ async def test_in_post_copy_a_source_goes_only_after_all_has_arrived_at_its_targ
 
 async def test_in_post_copy_a_source_stays_when_its_target_stops_telling_before_all_is_there():
     rig = Rig(TransferMode.TRANSFER_MODE_POST_COPY)
-    rig.hosts.cuts_short = 3
+    rig.hosts.cut_short = [0, 1, 2]
     await rig.run(POST_COPY)
     assert rig.record.phase == Phase.PHASE_DONE
     assert len([method for method, *_ in rig.hosts.calls if method == "arrive"]) == 5
@@ -679,6 +673,17 @@ async def test_in_post_copy_a_source_stays_while_its_target_can_not_be_asked():
     assert rig.record.phase == Phase.PHASE_COMMITTED
     assert not rig.asked("destroy")
     running.cancel()
+
+
+async def test_in_post_copy_nobody_waits_for_what_was_to_arrive_at_a_machine_that_was_started_anew():
+    rig = Rig(TransferMode.TRANSFER_MODE_POST_COPY)
+    rig.decide(committed=True)
+    for host in ("h2", "h3"):
+        rig.fleet.put(keys.registration_key(host), f"{host}-again")
+    rig.look()
+    await rig.run(None)
+    assert rig.record.phase == Phase.PHASE_DONE
+    assert rig.asked("arrive", "destroy") == AFTER_COMMIT[:2]
 
 
 @pytest.mark.parametrize("answer", [Reason.NOT_FOUND, Reason.STALE_ATTEMPT])

@@ -73,6 +73,7 @@ def test_main_memory_has_no_generation() -> None:
 def test_an_entry_may_end_with_the_address_space() -> None:
     top = replace(VF1, virtual_address=(1 << 64) - 0x1000, length_bytes=0x1000)
     assert TranslationTable([top]).lookup((1 << 64) - 1) is top
+    assert TranslationTable([VF2, top]).lookup((1 << 64) - 1) is top
 
 
 def test_a_change_makes_a_new_snapshot_and_leaves_the_old() -> None:
