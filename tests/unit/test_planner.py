@@ -53,9 +53,9 @@ def test_free_slots_are_handed_out_lowest_first_around_those_that_moves_name():
 @pytest.mark.parametrize("target", ["h2/nic0", ""])
 def test_targets_of_plans_that_are_about_to_begin_are_for_no_other_plan(target: str):
     fleet = three_hosts()
-    for index in (1, 2, 3):
-        fleet.put(keys.slot_key("h2/nic0", index), Slot(function="other"))
-    del fleet.items[keys.registration_key("h3")]
+    for taken, count in (("h2/nic0", 3), ("h3/nic0", 4)):
+        for index in range(1, count + 1):
+            fleet.put(keys.slot_key(taken, index), Slot(function="other"))
     snapshot = fleet.snapshot()
     elsewhere = Constraints(boundaries=[BoundaryRule(boundary=BOUNDARY_HOST, relation=RELATION_DIFFERENT)])
     others = [planned(fleet, move("vf1", "h2/nic0"))]
