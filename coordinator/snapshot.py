@@ -6,7 +6,7 @@ reads it without waiting sees one consistent fleet. Only the inventory moves it.
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -18,17 +18,7 @@ from vfleet.errors import VfleetError
 from vfleet.etcd import keys
 from vfleet.etcd.records import decode
 from vfleet.etcd.store import Changes, Compare, Event, KeyValue, Listing, absent, unchanged
-from vfleet.v1.records_pb2 import (
-    Coordinator,
-    Cordon,
-    Device,
-    Driver,
-    Function,
-    FunctionStatus,
-    Host,
-    Migration,
-    Slot,
-)
+from vfleet.v1.records_pb2 import Coordinator, Cordon, Device, Driver, Function, FunctionStatus, Host, Migration, Slot
 from vfleet.v1.types_pb2 import TableEntry
 
 # Statuses of a function that is being made or deleted.
@@ -112,19 +102,21 @@ class Snapshot:
         """Return the slots of a device that are taken, by VF index."""
         return self._slots_by_device.get(device, {})
 
-    def with_targets_taken(self, plans: Iterable[Migration]) -> "Snapshot":
-        """Return what the fleet will be once the targets of `plans` are reserved. It is for reading only."""
-        taken: dict[str, dict[int, Stored[Slot]]] = {}
+    def once_begun(self, plans: Collection[Migration]) -> "Snapshot":
+        """Return what the fleet will be once `plans` have begun: functions locked, slots taken. It is for reading only."""
+        if not plans:
+            return self
+        later = copy.copy(self)
+        later.locks = dict(self.locks)
+        later._slots_by_device = dict(self._slots_by_device)  # noqa: SLF001
         for migration in plans:
             for move in migration.moves:
                 slot = Stored(Slot(function=move.function, migration=migration.name), 0, 0)
-                taken.setdefault(move.target.device, dict(self.slots_of(move.target.device)))[move.target.vf_index] = (
-                    slot
-                )
-        if not taken:
-            return self
-        later = copy.copy(self)
-        later._slots_by_device = {**self._slots_by_device, **taken}  # noqa: SLF001
+                later.locks[move.function] = Stored(migration.name, 0, 0)
+                later._slots_by_device[move.target.device] = {  # noqa: SLF001
+                    **later.slots_of(move.target.device),
+                    move.target.vf_index: slot,
+                }
         return later
 
     def entries_of(self, driver: str) -> Mapping[str, Stored[TableEntry]]:

@@ -28,7 +28,8 @@ from vfleet.v1.records_pb2 import Migration
 
 TRIES = 16
 
-_FOR_WANT_OF_SLOTS = frozenset({Reason.NO_FREE_SLOT, Reason.SLOT_TAKEN, Reason.UNSATISFIABLE})
+# What a plan may fail at because of other plans, which may yet come to nothing.
+_IN_EACH_OTHERS_WAY = frozenset({Reason.IN_MIGRATION, Reason.NO_FREE_SLOT, Reason.SLOT_TAKEN, Reason.UNSATISFIABLE})
 
 ResultT = TypeVar("ResultT")
 
@@ -150,12 +151,12 @@ class Term:
         raise VfleetError(Reason.CONFLICT, f"the fleet changed {TRIES} times while the migration was planned")
 
     async def _plan(self, name: str, requests: Sequence[MoveRequest], constraints: Constraints | None) -> Migration:
-        """Return a plan for none of the slots that others, whose BEGIN is under way, are about to take."""
+        """Return a plan that takes it that those whose BEGIN is under way will have begun."""
         context = self._context
         while True:
             try:
                 return plan(
-                    context.snapshot.with_targets_taken(self._beginning_plans.values()),
+                    context.snapshot.once_begun(self._beginning_plans.values()),
                     requests,
                     name=name,
                     coordinator=context.name,
@@ -163,14 +164,13 @@ class Term:
                     constraints=constraints,
                 )
             except VfleetError as error:
-                if error.reason not in _FOR_WANT_OF_SLOTS or not self._beginning_plans:
+                if error.reason not in _IN_EACH_OTHERS_WAY or not self._beginning_plans:
                     raise
-            # One of them may fail and leave its slot.
             await asyncio.wait(self._beginning_plans, return_when=asyncio.FIRST_COMPLETED)
 
     @contextlib.contextmanager
     def _taking(self, migration: Migration) -> Iterator[None]:
-        """Keep the slots of a plan from other plans until the inventory has them, or they are free again."""
+        """Let others plan around a plan until the inventory has it, or it has come to nothing."""
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._beginning_plans[ended] = migration
         try:

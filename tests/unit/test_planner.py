@@ -51,7 +51,7 @@ def test_free_slots_are_handed_out_lowest_first_around_those_that_moves_name():
 
 
 @pytest.mark.parametrize("target", ["h2/nic0", ""])
-def test_targets_of_plans_that_are_about_to_begin_are_for_no_other_plan(target: str):
+def test_what_plans_that_are_about_to_begin_take_is_for_no_other_plan(target: str):
     fleet = three_hosts()
     for taken, count in (("h2/nic0", 3), ("h3/nic0", 4)):
         for index in range(1, count + 1):
@@ -59,12 +59,15 @@ def test_targets_of_plans_that_are_about_to_begin_are_for_no_other_plan(target: 
     snapshot = fleet.snapshot()
     elsewhere = Constraints(boundaries=[BoundaryRule(boundary=BOUNDARY_HOST, relation=RELATION_DIFFERENT)])
     others = [planned(fleet, move("vf1", "h2/nic0"))]
-    later = snapshot.with_targets_taken(others)
+    later = snapshot.once_begun(others)
     with pytest.raises(VfleetError) as caught:
         plan(later, [move("vf2", target)], name="m2", coordinator="c1", limits=LIMITS, constraints=elsewhere)
     assert caught.value.reason is (Reason.NO_FREE_SLOT if target else Reason.UNSATISFIABLE)
+    with pytest.raises(VfleetError) as caught:
+        plan(later, [move("vf1", "h1/nic0", 4)], name="m2", coordinator="c1", limits=LIMITS)
+    assert caught.value.reason is Reason.IN_MIGRATION
     assert 4 not in snapshot.slots_of("h2/nic0")
-    assert snapshot.with_targets_taken([]) is snapshot
+    assert "vf1" not in snapshot.locks
 
 
 def test_a_move_within_a_device_needs_another_index():
