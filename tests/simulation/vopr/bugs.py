@@ -76,7 +76,7 @@ def _no_fence() -> list[Patch]:
     return [(Fences, "prepare", admit), (Fences, "conclude", admit)]
 
 
-@_bug(found_at=2)
+@_bug(found_at=1)
 def no_fence_and_no_naming() -> list[Patch]:
     def destroy(self, request, fleet_generation=0):
         found = self.find(request.function, request.generation)
@@ -92,12 +92,12 @@ def no_fence_and_no_naming() -> list[Patch]:
     return [*_no_fence(), (Functions, "destroy", destroy), (Functions, "resume", resume)]
 
 
-@_bug(found_at=1)
+@_bug(found_at=6)
 def no_fence_and_resume_by_any_attempt() -> list[Patch]:
     return [*_no_fence(), no_fence_and_no_naming()[3]]
 
 
-@_bug(found_at=1)
+@_bug(found_at=6)
 def no_fence_and_lift_of_any_hold() -> list[Patch]:
     def lift(self, request):
         names = [(name.driver, name.function) for name in request.entries]
@@ -117,7 +117,7 @@ def destroy_by_function() -> list[Patch]:
     return [(Functions, "destroy", destroy)]
 
 
-@_bug(found_at=2)
+@_bug(found_at=1)
 def lift_before_commit() -> list[Patch]:
     prepare = Run._prepare
 
@@ -128,7 +128,7 @@ def lift_before_commit() -> list[Patch]:
     return [(Run, "_prepare", early)]
 
 
-@_bug(found_at=2)
+@_bug(found_at=1)
 def apply_before_commit() -> list[Patch]:
     prepare = Run._prepare
 
@@ -162,7 +162,7 @@ def source_slot_not_freed() -> list[Patch]:
     return [(transaction, "finish", forgetful)]
 
 
-@_bug(found_at=7)
+@_bug(found_at=8)
 def old_table_applied() -> list[Patch]:
     def with_entries(self, entries):
         by_function = dict(self.by_function)
@@ -172,12 +172,12 @@ def old_table_applied() -> list[Patch]:
     return [(drivers, "_is_as_new", lambda *_: False), (TranslationTable, "with_entries", with_entries)]
 
 
-@_bug(found_at=2)
+@_bug(found_at=1)
 def sequences_stay_behind() -> list[Patch]:
     return [(Sequencer, "load", lambda self, exported: self.take(exported.driver))]
 
 
-@_bug(found_at=2)
+@_bug(found_at=1)
 def answers_stay_behind() -> list[Patch]:
     export = Sequencer.export
 
@@ -189,7 +189,7 @@ def answers_stay_behind() -> list[Patch]:
     return [(Sequencer, "export", bare)]
 
 
-@_bug(found_at=2)
+@_bug(found_at=1)
 def answers_forgotten_when_given() -> list[Patch]:
     finish_head = AccessQueue._finish_head
 
@@ -200,7 +200,7 @@ def answers_forgotten_when_given() -> list[Patch]:
     return [(AccessQueue, "_finish_head", finish)]
 
 
-@_bug(found_at=2)
+@_bug(found_at=5)
 def lease_trusted() -> list[Patch]:
     def nothing(_: Compare) -> bool:
         return True
@@ -213,13 +213,13 @@ def lease_trusted() -> list[Patch]:
     ]
 
 
-@_bug(found_at=15)
+@_bug(found_at=2)
 def abort_not_compared() -> list[Patch]:
     without = _without(decision.abort_transaction, lambda compare: "/migrations/" in compare.key)
     return [(resolution, "abort_transaction", without), (coordinator_service, "abort_transaction", without)]
 
 
-@_bug(found_at=8)
+@_bug(found_at=2)
 def commit_not_compared() -> list[Patch]:
     return [
         (
@@ -230,7 +230,7 @@ def commit_not_compared() -> list[Patch]:
     ]
 
 
-@_bug(found_at=16)
+@_bug(found_at=41)
 def incarnation_ignored() -> list[Patch]:
     return [(transaction, "commit", _without(transaction.commit, lambda c: "/registrations/" in c.key))]
 
@@ -243,7 +243,7 @@ def lock_not_compared() -> list[Patch]:
     ]
 
 
-@_bug(found_at=18)
+@_bug(found_at=12)
 def resolved_by_phase() -> list[Patch]:
     async def resolve(self, found):
         stored = await self._store.get(f"/vfleet/migrations/{found.about.migration}")
@@ -259,12 +259,12 @@ def resolved_by_phase() -> list[Patch]:
     return [(Resolver, "_resolve_instance", resolve)]
 
 
-@_bug(found_at=71)
+@_bug(found_at=6)
 def source_runs_on() -> list[Patch]:
     return [(instance, "serves", lambda state: device_state.serves(state) or state == DEVICE_STATE_STOP_COPY)]
 
 
-@_bug(found_at=1)
+@_bug(found_at=3)
 def nothing_zeroed() -> list[Patch]:
     open_instance = Functions._open
 
@@ -278,13 +278,13 @@ def nothing_zeroed() -> list[Patch]:
     return [(Functions, "_open", by_slot)]
 
 
-@_bug(found_at=10)
+@_bug(found_at=8)
 def dirty_pages_forgotten() -> list[Patch]:
     rest = Export.rest
     return [(Export, "rest", lambda self, dirty: rest(self, set()))]
 
 
-@_bug(found_at=2)
+@_bug(found_at=1)
 def half_an_import_taken() -> list[Patch]:
     async def hasty(functions, channels, request):
         async for progress in import_state(functions, channels, request):
@@ -299,7 +299,7 @@ def half_an_import_taken() -> list[Patch]:
     return [(transfer, "import_state", hasty)]
 
 
-@_bug(found_at=14)
+@_bug(found_at=18)
 def holds_forgotten_at_restart() -> list[Patch]:
     init = Drivers.__init__
 
@@ -311,7 +311,7 @@ def holds_forgotten_at_restart() -> list[Patch]:
     return [(Drivers, "__init__", forgetful)]
 
 
-@_bug(found_at=25)
+@_bug(found_at=55)
 def holds_never_resolved() -> list[Patch]:
     async def never(self, migration):
         return
@@ -319,7 +319,7 @@ def holds_never_resolved() -> list[Patch]:
     return [(Resolver, "_resolve_holds", never)]
 
 
-@_bug(found_at=144)
+@_bug(found_at=54)
 def abort_that_looks_at_no_source() -> list[Patch]:
     """Only a loss of etcd just between a COMMIT and its FINISH makes a difference."""
 
@@ -365,7 +365,7 @@ def repeated_access_applied_again() -> list[Patch]:
     return [(Instance, "access", again)]
 
 
-@_bug(found_at=7)
+@_bug(found_at=28)
 def sessions_not_counted() -> list[Patch]:
     """In 1 run of 200 a message of before a host's restart arrives after it; in such weather as this, in 1 of 20."""
 
@@ -392,7 +392,7 @@ def group_commits_in_parts() -> list[Patch]:
     return [(transaction, "commit", part)]
 
 
-@_bug(found_at=3)
+@_bug(found_at=1)
 def table_changes_in_parts() -> list[Patch]:
     put = Drivers._put_entries
 
