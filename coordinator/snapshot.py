@@ -103,7 +103,7 @@ class Snapshot:
         return self._slots_by_device.get(device, {})
 
     def once_begun(self, plans: Collection[Migration]) -> "Snapshot":
-        """Return what the fleet will be once `plans` have begun: functions locked, slots taken. It is for reading only."""
+        """Return what the fleet will be once `plans` have begun: functions locked, slots taken. For reading only."""
         if not plans:
             return self
         later = copy.copy(self)
