@@ -44,8 +44,8 @@ class Hosts:
     """All hosts: what they are asked, in order, and what goes wrong.
 
     `failures` are raised by method, one a call; `hangs` are methods that never answer; `on` is done when a method is
-    called, by its name; `gone` are functions that have no source any more; `cuts_short` is how many watches of arrivals
-    end before their time.
+    called, by its name; `gone` are functions that have no source any more; `cut_short` says after how many answers the
+    next watches of arrivals end.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Hosts:
     on: dict[str, Callable[[], None]] = field(default_factory=dict)
     silent: tuple[str, ...] = ()
     is_cut_short: bool = False
-    cuts_short: int = 0
+    cut_short: list[int] = field(default_factory=list)
     last_copy_us: int = 0
     stopped: dict[str, asyncio.Event] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
@@ -81,9 +81,9 @@ class Hosts:
 
     async def watch_arrival(self, host: str, request: WatchArrivalRequest) -> AsyncIterator[WatchArrivalResponse]:
         await self._enter("arrive", host, request)
-        for missing_bytes in (8192, 4096, 0)[: 2 if self.cuts_short else None]:
+        answers = self.cut_short.pop() if self.cut_short else 3
+        for missing_bytes in (8192, 4096, 0)[:answers]:
             yield WatchArrivalResponse(missing_bytes=missing_bytes)
-        self.cuts_short = max(self.cuts_short - 1, 0)
 
     async def place_hold(self, host: str, request: PlaceHoldRequest) -> tuple[str, ...]:
         await self._enter("hold", host, request)
@@ -658,7 +658,7 @@ async def test_in_post_copy_a_source_goes_only_after_all_has_arrived_at_its_targ
 
 async def test_in_post_copy_a_source_stays_when_its_target_stops_telling_before_all_is_there():
     rig = Rig(TransferMode.TRANSFER_MODE_POST_COPY)
-    rig.hosts.cuts_short = 3
+    rig.hosts.cut_short = [0, 1, 2]
     await rig.run(POST_COPY)
     assert rig.record.phase == Phase.PHASE_DONE
     assert len([method for method, *_ in rig.hosts.calls if method == "arrive"]) == 5
