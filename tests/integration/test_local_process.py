@@ -69,7 +69,12 @@ async def test_one_that_is_never_ready_is_not_awaited_for_ever(start: Start) -> 
 
 
 async def test_it_ends_in_order(start: Start) -> None:
-    child = await start("import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))", READY, SLEEP)
+    # It waits for the signal: a handler's would be missed if it came just before a sleep.
+    child = await start(
+        "import signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})",
+        READY,
+        "signal.sigwait({signal.SIGTERM}); sys.exit(7)",
+    )
     await child.first_line(20)
     await child.stop()
     assert child.exit_code == 7

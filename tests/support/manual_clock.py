@@ -5,7 +5,7 @@ import heapq
 from collections.abc import Coroutine
 from typing import TypeVar
 
-MAX_STEPS = 2000
+MAX_STEPS = 1000
 
 ResultT = TypeVar("ResultT")
 
@@ -52,7 +52,7 @@ class ManualClock:
         await settle()
 
     async def until_done(self, work: Coroutine[None, None, ResultT], step_s: float) -> ResultT:
-        """Let time pass, a step after the other, until `work` is done. Fail if it still is not after 2000 steps."""
+        """Let time pass, a step after the other, until `work` is done. Fail if it still is not after 1000 steps."""
         working = asyncio.create_task(work)
         for _ in range(MAX_STEPS):
             if working.done():
