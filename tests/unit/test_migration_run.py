@@ -44,13 +44,8 @@ class Hosts:
     """All hosts: what they are asked, in order, and what goes wrong.
 
     `failures` are raised by method, one a call; `hangs` are methods that never answer; `on` is done when a method is
-<<<<<<< HEAD
-    called, by its name; `gone` are functions that have no source any more; `cut_short` says of the next watches of
-    arrivals after how many answers each ends.
-=======
     called, by its name; `gone` are functions that have no source any more; `cut_short` says after how many answers the
     next watches of arrivals end.
->>>>>>> mutation
     """
 
     calls: list[Call] = field(default_factory=list)
