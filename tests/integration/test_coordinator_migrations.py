@@ -228,6 +228,18 @@ async def test_of_more_migrations_at_once_than_there_are_slots_as_many_begin_as_
     assert sum(not isinstance(result, VfleetError) for result in results) == 4
 
 
+async def test_migrations_that_name_their_device_and_such_that_do_not_begin_at_once(cluster):
+    names = [f"vf{number}" for number in range(8)]
+    for name in names:
+        await cluster.create(name, "h1/nic1")
+    devices = ["h2/nic0" if number % 2 else "" for number in range(8)]
+    moves = (cluster.move(f"m-{name}", {name: device}) for name, device in zip(names, devices, strict=True))
+    done = await asyncio.gather(*moves)
+    assert [migration.phase for migration in done] == [Phase.PHASE_DONE] * 8
+    targets = [migration.moves[0].target for migration in done]
+    assert len({(target.device, target.vf_index) for target in targets}) == 8
+
+
 async def test_sixteen_migrations_at_once(cluster):
     names = [f"vf{n}" for n in range(1, 17)]
     for name in names:

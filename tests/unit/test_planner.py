@@ -10,7 +10,7 @@ from vfleet.address import Location, table_offset
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
 from vfleet.etcd.store import absent
-from vfleet.v1.placement_pb2 import BOUNDARY_HOST, RELATION_DIFFERENT, BoundaryRule, Constraints
+from vfleet.v1.placement_pb2 import BOUNDARY_HOST, RELATION_DIFFERENT, BoundaryRule, Constraints, GroupRule
 from vfleet.v1.records_pb2 import FunctionStatus, Migration, Phase, Slot
 
 
@@ -67,6 +67,25 @@ def test_what_plans_that_are_about_to_begin_take_is_for_no_other_plan(target: st
         plan(later, [move("vf1", "h1/nic0", 4)], name="m2", coordinator="c1", limits=LIMITS)
     assert caught.value.reason is Reason.IN_MIGRATION
     assert 4 not in snapshot.slots_of("h2/nic0")
+
+
+@pytest.mark.parametrize("function", ["vf1", "vf2"])
+def test_a_function_of_a_plan_that_is_about_to_begin_is_in_its_migration(function: str):
+    """Whoever moves it, and whoever has a rule about where it is."""
+    snapshot = three_hosts().snapshot()
+    others = [planned(three_hosts(), move("vf1", "h2/nic0"))]
+    apart = GroupRule(functions=["vf1", "vf2"], boundary=BOUNDARY_HOST, relation=RELATION_DIFFERENT)
+    with pytest.raises(VfleetError) as caught:
+        plan(
+            snapshot.once_begun(others),
+            [move(function, "h3/nic0")],
+            name="m2",
+            coordinator="c1",
+            limits=LIMITS,
+            constraints=Constraints(groups=[apart]),
+        )
+    assert caught.value.reason is Reason.IN_MIGRATION
+    assert caught.value.metadata == {"function": "vf1", "migration": "m1"}
     assert "vf1" not in snapshot.locks
 
 
