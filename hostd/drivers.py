@@ -73,7 +73,7 @@ class Drivers:
         self._reach = reach
         self._receivers = receivers
         self._holds: dict[EntryId, Hold] = {(h.driver, h.function): h for h in ledger.all(_HOLD, Hold)}
-        self._acknowledgements: dict[EntryId, asyncio.Event] = {}
+        self._acknowledgements: dict[EntryId, tuple[Attempt, asyncio.Event]] = {}
         self._followed_revision = 0
         self._detached: dict[EntryId, int] = {}  # by calls ahead of the watch, which may tell of the attachment still
         self.deadlines = Deadlines()
@@ -204,9 +204,8 @@ class Drivers:
     def acknowledge(self, driver: str, function: str, attempt: Attempt) -> None:
         """Note that a driver knows of a hold. Raise NOT_FOUND for a driver that isn't here."""
         self.require(driver)
-        hold = self._holds.get((driver, function))
-        told = self._acknowledgements.get((driver, function))
-        if told is not None and hold is not None and hold.attempt == attempt:
+        of, told = self._acknowledgements.get((driver, function), (None, None))
+        if told is not None and of == attempt:
             told.set()
 
     def lift(self, request: LiftHoldRequest) -> None:
@@ -419,7 +418,10 @@ class Drivers:
         awaited: list[tuple[str, asyncio.Event]] = []
         for entry in entries:
             if self._drivers[entry.driver].listeners:
-                told = self._acknowledgements[_id(entry)] = asyncio.Event()
+                of, told = self._acknowledgements.get(_id(entry), (None, asyncio.Event()))
+                if of != attempt:
+                    told = asyncio.Event()
+                    self._acknowledgements[_id(entry)] = attempt, told
                 awaited.append((entry.driver, told))
             self._notify(entry.driver, entry.function, NOTIFICATION_KIND_HELD, attempt)
         if not awaited:

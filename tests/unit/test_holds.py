@@ -275,6 +275,16 @@ async def test_a_hold_is_answered_once_all_have_acknowledged(bench: Bench):
     assert await holding == []
 
 
+async def test_a_hold_that_is_asked_for_twice_is_acknowledged_once_for_both(bench: Bench):
+    told(bench)
+    first = asyncio.create_task(bench.hold(10, D1, timeout_ms=60_000))
+    await settle()
+    second = asyncio.create_task(bench.hold(10, D1, timeout_ms=60_000))
+    await settle()
+    bench.drivers.acknowledge("d1", "vf1", attempt(10))
+    assert [await first, await second, await bench.hold(10, D1, timeout_ms=60_000)] == [[], [], []]
+
+
 async def test_an_acknowledgement_of_an_earlier_hold_says_nothing_of_this_one(bench: Bench):
     told(bench)
     assert await bench.hold(10, D1, timeout_ms=1) == ["d1"]

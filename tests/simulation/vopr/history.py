@@ -5,6 +5,7 @@ table and every request that a host accepted, and believes no record of the code
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -304,20 +305,28 @@ class History:
                     f"; etcd has {function.generation}, {function.base:#x}",
                 )
 
-    def answered(self, server: SimulatedServer, path: str, request: Any, code: grpc.StatusCode) -> None:
-        """See a unary request to a host, and whether it was accepted."""
-        if code is not grpc.StatusCode.OK or "attempt" not in request.DESCRIPTOR.fields_by_name:
-            return
+    def arrived(self, server: SimulatedServer, path: str, request: Any) -> Callable[[grpc.StatusCode], None]:
+        """See a unary request reach a host; return what sees whether it was accepted."""
+        method = path.rpartition("/")[2]
+        if method == "AcknowledgeHold" or "attempt" not in request.DESCRIPTOR.fields_by_name:
+            return lambda _: None
         attempt = (request.attempt.fleet_generation, request.attempt.revision)
-        if path.endswith("AcknowledgeHold"):
-            return
         named = [e.function for e in request.entries] if hasattr(request, "entries") else [request.function]
-        for function in named:
-            key = (server.life.name, server.incarnation, function)
-            if attempt < self._attempts.get(key, (0, 0)):
-                method = path.rpartition("/")[2]
-                self.violate(9, f"{server.life.name} did {method} of {attempt} after {self._attempts[key]}")
-            self._attempts[key] = max(attempt, self._attempts.get(key, (0, 0)))
+        concerned = [(server.life.name, server.incarnation, function) for function in named]
+        # A hold is placed at once, but answered only when its drivers know: by then it may be over.
+        at_once = {key: self._attempts.get(key, (0, 0)) for key in concerned} if method == "PlaceHold" else {}
+
+        def answered(code: grpc.StatusCode) -> None:
+            if code is not grpc.StatusCode.OK:
+                return
+            for key in concerned:
+                highest = self._attempts.get(key, (0, 0))
+                before = at_once.get(key, highest)
+                if attempt < before:
+                    self.violate(9, f"{server.life.name} did {method} of {attempt} after {before}")
+                self._attempts[key] = max(attempt, highest)
+
+        return answered
 
     def delivered_again(self, server: SimulatedServer, path: str, data: bytes) -> None:
         """See a request arrive for the second time."""

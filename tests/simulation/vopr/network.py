@@ -47,7 +47,7 @@ class _Context:
 
 
 class SimulatedServer:
-    """Stands for `vfleet.rpc.Server`. `observe` sees every unary request and how it was answered."""
+    """Stands for `vfleet.rpc.Server`. `observe` sees every unary request as it arrives, and how it was answered."""
 
     def __init__(self, network: "Network", life: Life, address: str, incarnation: str = "") -> None:
         self.life = life
@@ -96,12 +96,13 @@ class SimulatedServer:
         """Carry out a request."""
         handler = await self.handler(path, metadata)
         request, context = handler.request_deserializer(data), _Context()
+        answered = self._network.observe(self, path, request)
         try:
             response = await handler.unary_unary(request, context)
         except Exception:  # noqa: BLE001  # as gRPC does
-            self._network.observe(self, path, request, context.status[0])
+            answered(context.status[0])
             return context.status, b""
-        self._network.observe(self, path, request, _OK)
+        answered(_OK)
         return (_OK, "", ()), handler.response_serializer(response)
 
 
@@ -114,7 +115,8 @@ class Network:
         self.random = random
         self.profile = profile
         self.trace = trace
-        self.observe: Callable[[SimulatedServer, str, Any, grpc.StatusCode], None] = lambda *_: None
+        self.observe: Callable[[SimulatedServer, str, Any], Callable[[grpc.StatusCode], None]]
+        self.observe = lambda *_: lambda _: None
         self.delivered_again: Callable[[SimulatedServer, str, bytes], None] = lambda *_: None
         self._cut: dict[tuple[str, str], None] = {}
 
@@ -295,7 +297,9 @@ class _Stream:
         self._life.at_death[self._client_died] = None
         if requests is not None:
             self._to_server = [*requests, None]
-        if not self._network.is_cut(self._source, self._target):
+        if self._network.is_cut(self._source, self._target):
+            self._break()
+        else:
             self._network.later(self._network.delay(), self._arrive)
 
     async def wait_for_connection(self) -> None:

@@ -79,7 +79,7 @@ class World:
         self.drivers: list[DriverClient | UnnumberedClient | AcceleratorClient] = []
         self._power_cycles: dict[str, float] = {}
         self.etcd.observers.append(self.history.etcd_changed)
-        self.network.observe = self.history.answered
+        self.network.observe = self.history.arrived
         self.network.delivered_again = self.history.delivered_again
         self.armed: dict[str, str] = {}
         self._awaited: dict[str, asyncio.Event] = {}
