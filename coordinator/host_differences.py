@@ -103,15 +103,21 @@ def _instance(view: View, host: str, instance: FunctionInstance) -> Iterator[Fin
         generation=instance.generation,
         decision=Decision.DECISION_COMMITTED,
     )
-    may_be_fetched = bool(view.silent) and instance.HasField("stopped_by")
+    remedy = "destroy the instance"
+    repair: Call | None = Call(host, request)
+    if view.silent and instance.HasField("stopped_by"):
+        remedy, repair = ASK_AGAIN, None
+    elif function is not None and function.identity != instance.identity and is_earlier:
+        # Both are homes: a backup had forgotten the one, and the other was made before the raise.
+        remedy, repair = "none: delete the function that has its name now, and it comes back", None
     yield finding(
         DifferenceKind.DIFFERENCE_KIND_ORPHAN_INSTANCE,
         host=host,
         function=instance.function,
         etcd=describe_home(function),
         says=describe_instance(instance),
-        remedy=ASK_AGAIN if may_be_fetched else "destroy the instance",
-        repair=None if may_be_fetched else Call(host, request),
+        remedy=remedy,
+        repair=repair,
     )
 
 

@@ -120,7 +120,13 @@ class Resolver:
         is_home = function is not None and _is_home(function, instance)
         # By a commit that etcd has forgotten a target is the home after all, and a source is no more.
         may_be_forgotten = is_home == about.HasField("stopped_by")
-        if _is_undecided(record) or (may_be_forgotten and is_of_before(instance, self._history.generation)):
+        # A record is kept until who was stopped by it has run again or is gone: without one, that it ran is forgotten.
+        is_forgotten = is_home and about.HasField("stopped_by") and record is None
+        if (
+            _is_undecided(record)
+            or is_forgotten
+            or (may_be_forgotten and is_of_before(instance, self._history.generation))
+        ):
             self._functions.postpone(instance, self._clock.time() + LOOK_AGAIN_S)
         elif is_home:
             with failpoint.around("hostd.resolve_instance"):
