@@ -93,10 +93,16 @@ class MigrationService(MigrationServiceServicer):
         """Show migrations, the newest first; a page's token is the revision of BEGIN of its last."""
         size = checked_page_size(request.page_size)
         before = checked_revision(request.page_token) if request.page_token else None
+        function = check_name("function", request.function) if request.function else ""
         snapshot = self._context.snapshot
         table = snapshot.active_migrations if request.active_only else snapshot.migrations
         stored = sorted(
-            (each for each in table.values() if before is None or each.create_revision < before),
+            (
+                each
+                for each in table.values()
+                if (before is None or each.create_revision < before)
+                and (not function or any(move.function == function for move in each.record.moves))
+            ),
             key=lambda each: each.create_revision,
             reverse=True,
         )

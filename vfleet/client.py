@@ -140,12 +140,14 @@ class FleetClient(_Client):
 
         return await _all_pages(page)
 
-    async def list_migrations(self, *, active_only: bool = False) -> list[Migration]:
-        """Return all migrations, or those that are not over; the newest first."""
+    async def list_migrations(self, *, active_only: bool = False, function: str = "") -> list[Migration]:
+        """Return all migrations, or those that are not over, or that move a function; the newest first."""
+        if function:
+            check_name("function", function)
 
         async def page(token: str) -> tuple[Iterable[Migration], str]:
             request = migration_pb2.ListMigrationsRequest(
-                page_size=PAGE_SIZE, page_token=token, active_only=active_only
+                page_size=PAGE_SIZE, page_token=token, active_only=active_only, function=function
             )
             response = await self.caller.call(lambda channel: MigrationServiceStub(channel).ListMigrations, request)
             return response.migrations, response.next_page_token

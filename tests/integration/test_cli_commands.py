@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
+import typer
 import yaml
 
 from vfleet.address import table_offset
-from vfleet.cli import cluster, fleet, migration, operations, plan, workload
-from vfleet.cli.main import run
+from vfleet.cli import cluster, fleet, history, migration, operations, plan, workload
+from vfleet.cli.main import app, run
+from vfleet.client import move_request
 from vfleet.errors import Reason, VfleetError, invalid_field, not_found
 from vfleet.rpc import Server
 from vfleet.v1 import driver_service_pb2 as driver_pb2
@@ -102,6 +104,7 @@ def a_migration(request: migration_pb2.CreateMigrationRequest | migration_pb2.Pl
         moves=[
             Move(
                 function=move.function,
+                identity=FUNCTION.identity,
                 source=Place(device="h1/nic0", vf_index=1, base=BASE, generation=1, segment=1, routing_id=0x180),
                 target=Place(
                     device=move.target_device or "h2/nic0",
@@ -152,6 +155,8 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
     refuse: VfleetError | None = None
     outcome: Phase.ValueType = Phase.PHASE_DONE
     explanation: Explanation | None = None
+    functions: list[Function] = field(default_factory=lambda: [FUNCTION])
+    migrations: list[str] = field(default_factory=lambda: ["m-1"])
     requests: list[object] = field(default_factory=list)
 
     def seen(self, request: object) -> None:
@@ -174,7 +179,7 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
 
     async def ListFunctions(self, request, context):
         self.seen(request)
-        return fleet_pb2.FleetServiceListFunctionsResponse(functions=[FUNCTION])
+        return fleet_pb2.FleetServiceListFunctionsResponse(functions=self.functions)
 
     async def ListDrivers(self, request, context):
         self.seen(request)
@@ -240,7 +245,10 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
 
     async def ListMigrations(self, request, context):
         self.seen(request)
-        return migration_pb2.ListMigrationsResponse(migrations=[self.over("m-1")])
+        response = migration_pb2.ListMigrationsResponse(migrations=map(self.over, self.migrations))
+        for over in response.migrations:
+            over.moves.extend(a_migration(migration_pb2.PlanMigrationRequest(moves=[move_request("vf1")])).moves)
+        return response
 
     async def WatchMigration(self, request, context):
         self.seen(request)
@@ -473,6 +481,37 @@ async def test_a_plan_that_there_is_none_of_says_what_would_do(vfleet: Vfleet, f
     assert "no single change would make it possible" in (await vfleet("plan", "vf1")).out
 
 
+async def test_history_shows_homes_and_migrations(vfleet: Vfleet, fake: Fake) -> None:
+    fake.outcome = Phase.PHASE_ABORTED
+    result = await vfleet("history", "vf1")
+    assert (result.code, result.err) == (0, "")
+    assert re.search(r"^1 +h1/nic0 +1$", result.out, re.MULTILINE)
+    assert re.search(
+        r"^1 +h1/nic0 +1 +m-1 .* aborted, to h2/nic0, at copy: h2 is gone +none$", result.out, re.MULTILINE
+    )
+    (asked,) = (request for request in fake.requests if isinstance(request, migration_pb2.ListMigrationsRequest))
+    assert asked.function == "vf1"
+
+
+async def test_the_history_of_a_function_that_is_no_more_is_that_of_its_name(vfleet: Vfleet, fake: Fake) -> None:
+    fake.functions = []
+    result = await vfleet("history", "vf1")
+    assert result.code == 0
+    assert result.out.endswith("vf1 is no more\n")
+    fake.migrations = []
+    assert (await vfleet("history", "vf1")).code == 2
+
+
+async def test_a_timeline_is_drawn_into_a_file(vfleet: Vfleet, tmp_path) -> None:
+    file = tmp_path / "m-1.svg"
+    result = await vfleet("describe", "migration", "m-1", "--svg", str(file))
+    assert (result.code, result.err) == (0, "")
+    assert file.read_text().startswith("<svg")
+    nowhere = await vfleet("describe", "migration", "m-1", "--svg", str(tmp_path / "no" / "m-1.svg"))
+    assert nowhere.code == 1
+    assert re.fullmatch(r"vfleet: [^\n]+\n", nowhere.err)
+
+
 async def test_plan_and_migrate_ask_for_the_same(vfleet: Vfleet, fake: Fake) -> None:
     options = ("--adapter", "same", "--power-domain", "different", "--attachment", "lan", "--attachment", "san")
     options += ("--prefer", "pack", "--prefer", "driver-host", "--together", "vf1,vf2", "--apart", "vf1,vf3@bridge")
@@ -560,6 +599,9 @@ async def test_watch_for_programs_is_a_line_an_update(vfleet: Vfleet) -> None:
         ["attach", "vf1", "--driver", "d1", "--host", "h1", "--main-memory-bytes", "2147483648"],
         ["describe", "function", ""],
         ["describe", "gadget", "vf1"],
+        ["describe", "function", "vf1", "--svg", "vf1.svg"],
+        ["history"],
+        ["history", "Not A Name"],
         ["workload", "start", "d1", "vf1", "--rate", "-1"],
         ["workload", "start", "d1", "vf1", "--channel", "99999999999"],
         ["get"],
@@ -644,7 +686,7 @@ async def test_workload_report_is_the_drivers_own_view(vfleet: Vfleet) -> None:
 
 
 def examples() -> Iterator[str]:
-    for module in (cluster, fleet, migration, operations, plan, workload):
+    for module in (cluster, fleet, history, migration, operations, plan, workload):
         for _, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__:
                 yield from re.findall(r"Example: (vfleet .*)", function.__doc__ or "")
@@ -656,14 +698,22 @@ async def test_the_examples_of_the_help_work(vfleet: Vfleet, example: str) -> No
     assert (result.code, result.out != "") == (0, True), result.err
 
 
-async def test_every_command_has_an_example(vfleet: Vfleet) -> None:
-    words = re.findall(r"^  ([\w-]+)  ", (await vfleet()).out.partition("Commands:")[2], re.MULTILINE)
-    assert len(words) == 17
-    for word in words:
-        out = (await vfleet(word, "--help")).out
-        inner = re.findall(r"^  ([\w-]+)  ", out.partition("Commands:")[2], re.MULTILINE)
-        for command in [[word, name] for name in inner] or [[word]]:
-            assert f"Example: vfleet {' '.join(command)}" in (await vfleet(*command, "--help")).out
+def commands() -> Iterator[list[str]]:
+    for name, command in typer.main.get_command(app).commands.items():
+        inner = getattr(command, "commands", None)
+        yield from ([name, each] for each in inner) if inner else [[name]]
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+async def test_every_command_has_an_example_in_its_help(vfleet: Vfleet, command: list[str]) -> None:
+    assert f"Example: vfleet {' '.join(command)}" in (await vfleet(*command, "--help")).out
+
+
+async def test_help_has_every_command_with_what_it_does(vfleet: Vfleet) -> None:
+    out = (await vfleet()).out
+    for name, *_ in commands():
+        assert re.search(rf"(^|  ){name} +[A-Z]", out, re.MULTILINE)
+    assert "..." not in out.partition("\n")[2]
 
 
 async def test_help_fits_one_screen(vfleet: Vfleet, monkeypatch: pytest.MonkeyPatch) -> None:

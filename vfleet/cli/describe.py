@@ -3,20 +3,13 @@
 from collections.abc import Iterable
 
 from vfleet.address import Location, bar_layout, format_routing_id, location_of, translate, vf_routing_id
-from vfleet.cli.output import enum_word, hex64, milliseconds, print_fields, print_table, size
+from vfleet.cli.output import enum_word, hex64, moment, print_fields, print_rich, print_table, size
+from vfleet.cli.timeline import blackout_word, timeline
+from vfleet.cli.timeline import phase_word as phase_word
+from vfleet.cli.timeline import step_word as step_word
 from vfleet.v1.fleet_service_pb2 import DeviceUse
-from vfleet.v1.records_pb2 import Driver, Function, FunctionStatus, Host, Migration, Move, Phase, Place, Step
+from vfleet.v1.records_pb2 import Driver, Function, FunctionStatus, Host, Migration, Move, Place
 from vfleet.v1.types_pb2 import Bar, TableEntry, TransferMode
-
-
-def phase_word(migration: Migration) -> str:
-    """Return how far a migration is, in a word."""
-    return enum_word(Phase.Name(migration.phase), "PHASE_")
-
-
-def step_word(step: Step.ValueType) -> str:
-    """Return a step's name, in small letters."""
-    return enum_word(Step.Name(step), "STEP_")
 
 
 def status_word(function: Function) -> str:
@@ -165,7 +158,10 @@ def describe_migration(migration: Migration) -> None:
             ("Migration", migration.name or "not begun"),
             ("Phase", phase_word(migration)),
             ("Attempt", f"{attempt.fleet_generation}.{attempt.revision}" if attempt.revision else "none"),
-            ("Coordinator", migration.coordinator or "none"),
+            ("Coordinator", coordinators(migration)),
+            *([("Begun", moment(migration.begin_time))] if migration.HasField("begin_time") else []),
+            *([("Over", moment(migration.finish_time))] if migration.HasField("finish_time") else []),
+            *([("Blackout", blackout_word(migration))] if migration.steps else []),
             *([("Mode", mode_word(migration))] if migration.mode else []),
             *(
                 [("Aborted", f"{migration.abort_reason} (at {step_word(migration.abort_step)})")]
@@ -176,10 +172,13 @@ def describe_migration(migration: Migration) -> None:
     )
     print_moves(migration.moves)
     if migration.steps:
-        print_table(
-            ("STEP", "TOOK"),
-            ((step_word(step.step), milliseconds(step.duration)) for step in migration.steps),
-        )
+        print_rich(timeline(migration))
+
+
+def coordinators(migration: Migration) -> str:
+    """Return who began a migration, and who ended it if that was another."""
+    begun, ended = migration.coordinator, migration.finished_by
+    return f"{begun}, ended by {ended}" if ended and ended != begun else begun or "none"
 
 
 def mode_word(migration: Migration) -> str:

@@ -2,6 +2,7 @@
 
 import enum
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from google.protobuf.message import Message
 from vfleet.cli import describe
 from vfleet.cli.output import Output, OutputOption, hex64, print_message, print_table
 from vfleet.cli.session import CoordinatorOption, EtcdOption, fleet_client, run
+from vfleet.cli.timeline import write_svg
 from vfleet.client import FleetClient
 from vfleet.errors import invalid_field
 from vfleet.v1.fleet_service_pb2 import (
@@ -146,14 +148,23 @@ def _print_listing(listing: Message) -> None:
 def describe_command(
     kind: Annotated[Kind, typer.Argument(metavar="KIND", help="host, device, function, driver or migration.")],
     name: Annotated[str, typer.Argument(metavar="NAME", help="Its name.")],
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", help="Draw a migration's timeline into a file, too.")
+    ] = None,
     coordinator: CoordinatorOption = None,
     etcd: EtcdOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Show one host, device, function, driver or migration.
 
+    Of a migration that is over also a timeline of its steps.
+
+    \b
     Example: vfleet describe device h1/nic0
+    Example: vfleet describe migration m-0123456789ab
     """
+    if svg is not None and kind is not Kind.MIGRATION:
+        raise invalid_field("--svg", svg, "only with a migration")
 
     async def command() -> None:
         async with fleet_client(coordinator, etcd) as fleet:
@@ -176,6 +187,8 @@ def describe_command(
                     _show(driver, output, lambda: describe.describe_driver(driver))
                 case Kind.MIGRATION:
                     migration = await fleet.get_migration(name)
+                    if svg is not None:
+                        write_svg(migration, svg)
                     _show(migration, output, lambda: describe.describe_migration(migration))
 
     run(command())
