@@ -47,6 +47,9 @@ from vfleet.v1.types_pb2 import Decision
 RpcContext = grpc.aio.ServicerContext[Message, Message]
 CurrentTerm = Callable[[], Term | None]
 
+# Records of migrations of large groups make a page shorter: it is to be one message.
+MAX_PAGE_BYTES = MAX_MESSAGE_BYTES // 2
+
 ResultT = TypeVar("ResultT")
 
 
@@ -106,10 +109,15 @@ class MigrationService(MigrationServiceServicer):
             key=lambda each: each.create_revision,
             reverse=True,
         )
-        page = stored[:size]
-        return migration_pb.ListMigrationsResponse(
-            migrations=map(_shown, page), next_page_token=str(page[-1].create_revision) if len(stored) > size else ""
-        )
+        response, size_bytes = migration_pb.ListMigrationsResponse(), 0
+        for each in stored[:size]:
+            size_bytes += each.record.ByteSize()
+            if response.migrations and size_bytes > MAX_PAGE_BYTES:
+                break
+            response.migrations.append(_shown(each))
+        if len(response.migrations) < len(stored):
+            response.next_page_token = str(response.migrations[-1].attempt.revision)
+        return response
 
     async def WatchMigration(
         self, request: migration_pb.WatchMigrationRequest, context: RpcContext
