@@ -55,7 +55,7 @@ class Daemon:
         """`new_server` makes the server for services of these names: a part of the network, as an argument."""
         self._config = config
         self._new_server = new_server
-        inventory = Inventory()
+        inventory = Inventory(clock)
         self._context = Context(config.name, store, inventory, Hosts(inventory, channels), clock, random)
         self._term: Term | None = None
         self._tasks = Tasks()

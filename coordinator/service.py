@@ -341,6 +341,22 @@ class FleetService(FleetServiceServicer):
         await self._do(lambda: uncordon_host(self._context, host))
         return fleet_pb.UncordonHostResponse()
 
+    async def WatchEvents(
+        self, request: fleet_pb.WatchEventsRequest, context: RpcContext
+    ) -> AsyncIterator[fleet_pb.WatchEventsResponse]:
+        """Send what has changed, and go on if asked to."""
+        if request.after_revision < 0:
+            raise invalid_field("after_revision", request.after_revision, "a revision of etcd, or 0")
+        log = self._context.inventory.log
+        position = log.start(request.after_revision)
+        while True:
+            events, position = log.read(position), log.end
+            if events:
+                yield fleet_pb.WatchEventsResponse(events=events)
+            if not request.follow:
+                return
+            await self._context.inventory.until(lambda: log.end > position)  # noqa: B023
+
     async def _do(self, work: Callable[[], Awaitable[ResultT]]) -> ResultT:
         """Do a change of the fleet under the present term."""
         return await _present(self._term(), self._context).do(self._context.upheld(work))

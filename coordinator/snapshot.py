@@ -60,7 +60,7 @@ class Snapshot:
         self.owners: dict[str, Stored[str]] = {}
         self.devices: dict[str, Device] = {}
         self.sites: dict[str, Site] = {}
-        self._fleet_generations: dict[str, Stored[str]] = {}
+        self.fleet_generations: dict[str, Stored[str]] = {}
         self._slots_by_device: dict[str, dict[int, Stored[Slot]]] = {}
         self._entries_by_driver: dict[str, dict[str, Stored[TableEntry]]] = {}
         for item in listing.items:
@@ -76,13 +76,13 @@ class Snapshot:
     @property
     def fleet_generation(self) -> int:
         """The fleet generation, 1 if it was never raised."""
-        stored = self._fleet_generations.get("")
+        stored = self.fleet_generations.get("")
         return int(stored.record) if stored else 1
 
     @property
     def fleet_generation_is_this(self) -> Compare:
         """What holds while the fleet generation is the snapshot's."""
-        stored = self._fleet_generations.get("")
+        stored = self.fleet_generations.get("")
         return unchanged(keys.FLEET_GENERATION, stored.mod_revision) if stored else absent(keys.FLEET_GENERATION)
 
     def incarnation(self, host: str) -> str | None:
@@ -193,7 +193,7 @@ def _put_nested(
 
 
 _TABLES: tuple[tuple[str, Callable[[Snapshot, str, Event], None]], ...] = (
-    (keys.FLEET_GENERATION, lambda s, name, event: _put(s._fleet_generations, name, event, _text)),  # noqa: SLF001
+    (keys.FLEET_GENERATION, lambda s, name, event: _put(s.fleet_generations, name, event, _text)),
     (keys.HOSTS, Snapshot._set_host),  # noqa: SLF001
     (keys.CORDONS, lambda s, name, event: _put(s.cordons, name, event, _decoder(Cordon))),
     (keys.REGISTRATIONS, lambda s, name, event: _put(s.registrations, name, event, _text)),

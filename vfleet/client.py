@@ -251,6 +251,20 @@ class FleetClient(_Client):
         request = fleet_pb2.UncordonHostRequest(host=check_name("host", host))
         await self.caller.call(lambda channel: FleetServiceStub(channel).UncordonHost, request, repeatable=False)
 
+    async def watch_events(self, *, follow: bool = True) -> AsyncGenerator[fleet_pb2.FleetEvent, None]:
+        """Yield what has changed in the fleet, as far back as the coordinator remembers, and then what changes.
+
+        After a break it goes on, at whichever coordinator answers, with what came after the last event; what that one
+        does not remember is told by an event of its own.
+        """
+        request = fleet_pb2.WatchEventsRequest(follow=follow)
+        method = self.caller.stream(lambda channel: FleetServiceStub(channel).WatchEvents, request)
+        async with aclosing(method) as responses:
+            async for response in responses:
+                for event in response.events:
+                    yield event
+                    request.after_revision = max(request.after_revision, event.revision)
+
     async def plan_migration(
         self, moves: Sequence[migration_pb2.MoveRequest], constraints: Constraints | None = None
     ) -> Migration:

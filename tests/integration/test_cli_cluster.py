@@ -115,6 +115,9 @@ async def test_a_migration_by_hand(vfleet: Vfleet, up: Up, tmp_path: Path) -> No
     history = (await vfleet("history", "vf1")).out
     assert re.search(r"^1 +h1/nic0 +\d+$", history, re.MULTILINE)
     assert re.search(r"^2 +h2/nic0 +3 +first +.*Z +done +at most [\d.]+ ms$", history, re.MULTILINE)
+    events = (await vfleet("events")).out
+    for words in ("function +vf1 +driver d1 attached", "migration +first +done after .*, blackout at most"):
+        assert re.search(words, events)
     drawing = tmp_path / "first.svg"
     assert (await vfleet("describe", "migration", "first", "--svg", str(drawing))).code == 0
     assert "scrub" in drawing.read_text()

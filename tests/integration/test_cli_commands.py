@@ -226,6 +226,13 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
         self.seen(request)
         return fleet_pb2.UncordonHostResponse()
 
+    async def WatchEvents(self, request, context):
+        self.seen(request)
+        for name, what in (("h2", "cordoned: firmware"), ("h2", "uncordoned")):
+            event = fleet_pb2.FleetEvent(kind=fleet_pb2.EVENT_KIND_CORDON, name=name, what=what, revision=7)
+            event.time.FromMilliseconds(1_500)
+            yield fleet_pb2.WatchEventsResponse(events=[event])
+
     async def PlanMigration(self, request, context):
         self.seen(request)
         if self.explanation is not None:
@@ -500,6 +507,15 @@ async def test_the_history_of_a_function_that_is_no_more_is_that_of_its_name(vfl
     assert result.out.endswith("vf1 is no more\n")
     fake.migrations = []
     assert (await vfleet("history", "vf1")).code == 2
+
+
+async def test_events_are_a_line_each(vfleet: Vfleet, fake: Fake) -> None:
+    result = await vfleet("events", "-f")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines()[0] == "1970-01-01 00:00:01.500Z  cordon       h2            cordoned: firmware"
+    programs = await vfleet("events", "-o", "json")
+    assert [json.loads(line)["what"] for line in programs.out.splitlines()] == ["cordoned: firmware", "uncordoned"]
+    assert [request.follow for request in fake.requests] == [True, False]
 
 
 async def test_a_timeline_is_drawn_into_a_file(vfleet: Vfleet, tmp_path) -> None:

@@ -1,15 +1,18 @@
-"""The command `history`: where a function has been."""
+"""The commands about what has been: history of a function, events of the fleet."""
 
 from collections.abc import Iterable
+from contextlib import aclosing
+from typing import Annotated
 
 import typer
 
 from vfleet.cli.fleet import FunctionArgument
-from vfleet.cli.output import Output, OutputOption, moment, print_message, print_table
+from vfleet.cli.output import Output, OutputOption, enum_word, moment, print_message, print_table
 from vfleet.cli.session import CoordinatorOption, EtcdOption, fleet_client, run
 from vfleet.cli.timeline import blackout_word, phase_word, step_word
 from vfleet.errors import Reason, VfleetError
 from vfleet.history import Home, homes
+from vfleet.v1.fleet_service_pb2 import EventKind, FleetEvent
 from vfleet.v1.migration_service_pb2 import ListMigrationsResponse
 from vfleet.v1.records_pb2 import Function, Migration
 
@@ -46,6 +49,39 @@ def history(
             typer.echo(f"{function} is no more")
     else:
         print_message(ListMigrationsResponse(migrations=migrations), output)
+
+
+def events(
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what changes from now on.")] = False,
+    coordinator: CoordinatorOption = None,
+    etcd: EtcdOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Show what has changed: functions, migrations, hosts, cordons, coordinators; a line each.
+
+    As far back as the coordinator that answers remembers: the latest 1,000 since it was started. JSON is one line an
+    event.
+
+    \b
+    Example: vfleet events
+    Example: vfleet events -o json
+    """
+
+    async def command() -> None:
+        async with fleet_client(coordinator, etcd) as fleet, aclosing(fleet.watch_events(follow=follow)) as told:
+            async for event in told:
+                if output is Output.TABLE:
+                    typer.echo(event_line(event))
+                else:
+                    print_message(event, output, compact=True)
+
+    run(command())
+
+
+def event_line(event: FleetEvent) -> str:
+    """Return an event in one line: when, of what kind, of what, and what changed."""
+    kind = enum_word(EventKind.Name(event.kind), "EVENT_KIND_")
+    return f"{moment(event.time)}  {kind:<11}  {event.name or '-':<12}  {event.what}"
 
 
 def _print_homes(found: Iterable[Home]) -> None:

@@ -51,6 +51,7 @@ app.command("up", short_help="A cluster on this machine", rich_help_panel=_CLUST
 app.command("get", short_help="List what there is", rich_help_panel=_SEE)(fleet.get)
 app.command("describe", short_help="Show one thing in full", rich_help_panel=_SEE)(fleet.describe_command)
 app.command("history", short_help="Where a function has been", rich_help_panel=_SEE)(history.history)
+app.command("events", short_help="What has changed", rich_help_panel=_SEE)(history.events)
 app.add_typer(fleet.create_app, name="create", help="Make a function", rich_help_panel=_MAKE)
 app.add_typer(fleet.delete_app, name="delete", help="End a function or driver", rich_help_panel=_MAKE)
 app.command("attach", short_help="Attach a driver", rich_help_panel=_MAKE)(fleet.attach)
