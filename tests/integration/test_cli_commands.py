@@ -7,13 +7,14 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import typer
 import yaml
 
 from vfleet.address import table_offset
-from vfleet.cli import cluster, fleet, history, migration, operations, plan, workload
+from vfleet.cli import cluster, contexts, fleet, get, history, migration, operations, plan, workload
 from vfleet.cli.main import app, run
 from vfleet.client import move_request
 from vfleet.errors import Reason, VfleetError, invalid_field, not_found
@@ -155,6 +156,7 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
     refuse: VfleetError | None = None
     outcome: Phase.ValueType = Phase.PHASE_DONE
     explanation: Explanation | None = None
+    is_stuck: bool = False
     functions: list[Function] = field(default_factory=lambda: [FUNCTION])
     migrations: list[str] = field(default_factory=lambda: ["m-1"])
     requests: list[object] = field(default_factory=list)
@@ -259,6 +261,9 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
 
     async def WatchMigration(self, request, context):
         self.seen(request)
+        if self.is_stuck:
+            yield migration_pb2.WatchMigrationResponse(migration=Migration(name=request.name))
+            await asyncio.sleep(60)
         running = Migration(name=request.name, phase=Phase.PHASE_PREPARING)
         copy = migration_pb2.CopyProgress(
             function="vf1",
@@ -328,9 +333,11 @@ Vfleet = Callable[..., "asyncio.Future[Result]"]
 
 
 @pytest.fixture
-def vfleet(fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Vfleet:
+def vfleet(fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Vfleet:
     """Run the vfleet command with the fake as its coordinator."""
     monkeypatch.setenv("VFLEET_COORDINATOR", fake.address)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
     async def command(*arguments: str) -> Result:
         code = await asyncio.to_thread(run, arguments)
@@ -584,6 +591,165 @@ async def test_watch_for_programs_is_a_line_an_update(vfleet: Vfleet) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["hosts"], ["h1", "h2"]),
+        (["hosts", "--state", "cordoned"], ["h2"]),
+        (["hosts", "--host", "h1"], ["h1"]),
+        (["hosts", "--state", "unregistered"], []),
+        (["devices", "--host", "h2", "--state", "free"], ["h2/nic0"]),
+        (["devices", "--state", "full"], []),
+        (["functions", "--host", "h1", "--state", "active"], ["vf1"]),
+        (["functions", "--host", "h2"], []),
+        (["functions", "--state", "migrating"], []),
+        (["drivers", "--host", "h1"], ["d1"]),
+        (["migrations", "--host", "h2", "--state", "done"], ["m-1"]),
+        (["migrations", "--host", "h3"], []),
+        (["migrations", "--state", "active"], []),
+    ],
+)
+async def test_get_lists_what_is_asked_for_by_name(vfleet: Vfleet, arguments: list[str], names: list[str]) -> None:
+    result = await vfleet("get", *arguments, "-o", "name")
+    assert (result.code, result.out.splitlines()) == (0, names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("hosts", ["h1", "CORDONED SINCE"]),
+        ("devices", ["h1/nic0", "1af4:10c0"]),
+        ("functions", ["vf1", "0x0000000000000007", "2: 1 MiB"]),
+        ("drivers", ["d1", "4 KiB", "0x0000000010000000"]),
+        ("migrations", ["m-1", "none", "1970-01-01 00:00:00.000Z"]),
+    ],
+)
+async def test_a_wide_list_says_more(vfleet: Vfleet, kind: str, words: list[str]) -> None:
+    narrow, wide = (await vfleet("get", kind)).out, (await vfleet("get", kind, "-o", "wide")).out
+    for word in words:
+        assert word in wide
+    assert words[-1] not in narrow
+
+
+async def test_filters_hold_for_programs_too(vfleet: Vfleet) -> None:
+    result = await vfleet("get", "hosts", "--state", "cordoned", "-o", "json")
+    assert [host["name"] for host in json.loads(result.out)["hosts"]] == ["h2"]
+
+
+@pytest.mark.parametrize(
+    "command", [["migrate", "vf1=h2/nic0", "--wait"], ["watch", "m-1"], ["cancel", "m-1", "--wait"]]
+)
+async def test_waiting_ends_in_time(vfleet: Vfleet, fake: Fake, command: list[str]) -> None:
+    fake.is_stuck = True
+    result = await vfleet(*command, "--timeout", "0.2")
+    assert (result.code, result.out) == (1, "")
+    assert re.search(r"^vfleet: m-\w+ is not over after 0\.2 s, and goes on; .*: vfleet watch m-\w+$", result.err, re.M)
+
+
+async def test_cancel_waits_until_all_is_back(vfleet: Vfleet, fake: Fake) -> None:
+    fake.outcome = Phase.PHASE_ABORTED
+    assert (await vfleet("cancel", "m-1", "--wait")).out == "m-1 is aborted\n"
+
+
+@pytest.fixture
+def settings(vfleet: Vfleet, fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file of settings in which the fake is `lab`; no other way leads there."""
+    monkeypatch.delenv("VFLEET_COORDINATOR")
+    path = tmp_path / "config" / "vfleet" / "config.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        f"# mine\ncontexts:\n  lab: {{coordinator: '{fake.address}'}}\n  nowhere: {{coordinator: '127.0.0.1:1'}}\n"
+    )
+    return path
+
+
+async def test_a_context_names_a_cluster(vfleet: Vfleet, settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (await vfleet("get", "hosts")).code == 2
+    assert (await vfleet("--context", "lab", "get", "hosts")).code == 0
+    monkeypatch.setenv("VFLEET_CONTEXT", "lab")
+    assert (await vfleet("get", "hosts")).code == 0
+    unknown = await vfleet("--context", "other", "get", "hosts")
+    assert unknown.code == 2
+    assert "expected one of the contexts of" in unknown.err
+    assert "local, lab, nowhere" in unknown.err
+
+
+async def test_the_context_that_is_used_stays_and_so_does_the_rest_of_the_file(vfleet: Vfleet, settings) -> None:
+    before = settings.read_text()
+    for name in ("nowhere", "lab"):
+        assert (await vfleet("context", "use", name)).code == 0
+    assert settings.read_text() == f"current: lab\n{before}"
+    assert (await vfleet("get", "hosts")).code == 0
+    assert re.search(r"^\* +lab +127", (await vfleet("context", "list")).out, re.MULTILINE)
+    assert (await vfleet("context", "use", "other")).code == 2
+    assert (await vfleet("context", "use", "local")).code == 0
+    assert (await vfleet("get", "hosts")).code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("contexts: [", "expected YAML"),
+        ("[]", "expected a mapping"),
+        ("contexts: {lab: {}}", "contexts.lab"),
+        ("contexts: {lab: {coordinator: 'a:1', etcd: 'a:2'}}", "one of coordinator and etcd"),
+        ("contexts: {lab: {coordinator: nowhere}}", "contexts.lab.coordinator"),
+        ("contexts: {lab: {etcd: 'a:1', colour: red}}", "colour"),
+        ("contexts: {7: {etcd: 'a:1'}}", "a mapping of names"),
+        ("current: lab", "current is 'lab'"),
+        ("colour: red", "colour"),
+    ],
+)
+async def test_bad_settings_are_one_line_that_names_the_field(vfleet: Vfleet, settings, text: str, words: str) -> None:
+    settings.write_text(text)
+    result = await vfleet("get", "hosts")
+    assert (result.code, result.out) == (2, "")
+    assert re.fullmatch(r"vfleet: [^\n]+\n", result.err)
+    assert words in result.err
+
+
+async def test_settings_that_can_not_be_changed_by_line_stay(vfleet: Vfleet, settings) -> None:
+    settings.write_text("{contexts: {lab: {etcd: 'a:1'}}}\n")
+    assert (await vfleet("context", "use", "lab")).code == 2
+    assert settings.read_text().startswith("{contexts")
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("describe host ", ["h1", "h2"]),
+        ("describe device h2", ["h2/nic0"]),
+        ("describe migration ", ["m-1"]),
+        ("history v", ["vf1"]),
+        ("history x", []),
+        ("delete driver ", ["d1"]),
+        ("cordon ", ["h1", "h2"]),
+        ("watch ", ["m-1"]),
+        ("migrate vf1=h", ["vf1=h1/nic0", "vf1=h2/nic0"]),
+        ("migrate vf1 --to h1", ["h1/nic0"]),
+        ("get functions --state c", ["cordoned", "creating", "committed"]),
+        ("get functions --host ", ["h1", "h2"]),
+        ("context use ", ["local"]),
+        ("describe host --coordinator 127.0.0.1:1 ", []),
+    ],
+)
+async def test_names_are_completed_from_the_cluster(
+    vfleet: Vfleet,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    names: list[str],
+) -> None:
+    # As a shell asks: the line so far, and which of its words is to be completed.
+    line = f"vfleet {words}"
+    monkeypatch.setenv("_VFLEET_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+    with pytest.raises(SystemExit):
+        await vfleet()
+    assert capsys.readouterr().out.split() == names
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["migrate", "vf1:4"],
@@ -627,6 +793,19 @@ async def test_watch_for_programs_is_a_line_an_update(vfleet: Vfleet) -> None:
         ["get", "hosts", "--coordinator", "127.0.0.1:99999"],
         ["get", "hosts", "--etcd", "127.0.0.1:2379"],  # with VFLEET_COORDINATOR, too
         ["get", "hosts", "-o", "xml"],
+        ["get", "hosts", "--state", "lost"],
+        ["get", "drivers", "--state", "active"],
+        ["get", "functions", "--host", "h1/nic0"],
+        ["get", "hosts", "--context", "lab"],
+        ["--context", "lab", "get", "hosts"],  # with VFLEET_COORDINATOR, too
+        ["context", "use", "lab"],
+        ["context"],
+        ["migrate", "vf1=h2/nic0", "--timeout", "5"],
+        ["migrate", "vf1=h2/nic0", "--wait", "--timeout", "0"],
+        ["migrate", "vf1=h2/nic0", "--wait", "--timeout", "nan"],
+        ["migrate", "vf1=h2/nic0", "--wait", "--timeout", "soon"],
+        ["watch", "m-1", "--timeout", "-1"],
+        ["cancel", "m-1", "--wait", "--timeout", "inf"],
         ["create"],
         ["fly"],
     ],
@@ -689,7 +868,7 @@ async def test_the_cluster_that_up_left_is_found(
 ) -> None:
     monkeypatch.delenv("VFLEET_COORDINATOR")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    (tmp_path / "vfleet").mkdir()
+    (tmp_path / "vfleet").mkdir(exist_ok=True)
     (tmp_path / "vfleet" / "local.json").write_text(json.dumps({"coordinator": fake.address}))
     assert (await vfleet("get", "hosts")).code == 0
 
@@ -702,7 +881,7 @@ async def test_workload_report_is_the_drivers_own_view(vfleet: Vfleet) -> None:
 
 
 def examples() -> Iterator[str]:
-    for module in (cluster, fleet, history, migration, operations, plan, workload):
+    for module in (cluster, contexts, fleet, get, history, migration, operations, plan, workload):
         for _, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__:
                 yield from re.findall(r"Example: (vfleet .*)", function.__doc__ or "")

@@ -40,7 +40,7 @@ def describe_host(host: Host, devices: Iterable[DeviceUse]) -> None:
             ("Cordoned", cordon_word(host)),
         ]
     )
-    print_devices(devices)
+    print_table(DEVICE_COLUMNS, map(device_row, devices))
 
 
 def cordon_word(host: Host) -> str:
@@ -50,24 +50,21 @@ def cordon_word(host: Host) -> str:
     return f"yes: {host.cordon.reason}" if host.cordon.reason else "yes"
 
 
-def print_devices(devices: Iterable[DeviceUse]) -> None:
-    """Print devices and the use of their slots, one a line."""
-    print_table(
-        ("DEVICE", "LOCATION", "MODEL", "TYPE", "VFS", "USED", "RESERVED", "BARS", "ATTACHMENTS"),
-        (
-            (
-                use.device.name,
-                Location(use.segment, use.device.routing_id),
-                use.device.model,
-                use.device.io_type,
-                use.device.total_vfs,
-                use.used_slots,
-                use.reserved_slots,
-                _bars(use.device.bars),
-                ", ".join(use.device.attachments),
-            )
-            for use in devices
-        ),
+DEVICE_COLUMNS = ("DEVICE", "LOCATION", "MODEL", "TYPE", "VFS", "USED", "RESERVED", "BARS", "ATTACHMENTS")
+
+
+def device_row(use: DeviceUse) -> tuple[object, ...]:
+    """Return what is said of a device and the use of its slots in these columns."""
+    return (
+        use.device.name,
+        Location(use.segment, use.device.routing_id),
+        use.device.model,
+        use.device.io_type,
+        use.device.total_vfs,
+        use.used_slots,
+        use.reserved_slots,
+        bars(use.device.bars),
+        ", ".join(use.device.attachments),
     )
 
 
@@ -95,7 +92,7 @@ def describe_device(use: DeviceUse) -> None:
             ("VFs", f"{device.total_vfs}: {use.used_slots} used, {use.reserved_slots} reserved"),
             ("VF n", f"routing ID {device.routing_id:#06x} + {device.first_vf_offset} + (n - 1) * {device.vf_stride}"),
             ("VFs at", f"{format_routing_id(first)} to {format_routing_id(last)}"),
-            ("VF BARs", _bars(device.bars)),
+            ("VF BARs", bars(device.bars)),
         ]
     )
 
@@ -219,5 +216,6 @@ def _location(place: Place) -> Location:
     return Location(place.segment, place.routing_id)
 
 
-def _bars(bars: Iterable[Bar]) -> str:
-    return ", ".join(f"{bar.index}: {size(bar.size_bytes)}" for bar in bars)
+def bars(found: Iterable[Bar]) -> str:
+    """Return BARs with their sizes."""
+    return ", ".join(f"{bar.index}: {size(bar.size_bytes)}" for bar in found)

@@ -11,9 +11,10 @@ from typing import Annotated
 import typer
 from typer.core import TyperOption
 
-from vfleet.cli import cluster, demo, fleet, history, migration, operations, plan, workload
+from vfleet.cli import cluster, contexts, demo, fleet, get, history, migration, operations, plan, workload
+from vfleet.cli.contexts import context_names
 from vfleet.cli.help import HelpInPanels
-from vfleet.cli.session import FAILED, INTERRUPTED, exit_code
+from vfleet.cli.session import FAILED, INTERRUPTED, chosen_context, exit_code
 from vfleet.errors import VfleetError
 
 # Plain help: it fits one screen. The error edge below replaces Typer's own, which prints tracebacks and boxes.
@@ -24,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Options: --version, --install-completion, --help (-h).",
+    epilog="Options: --context NAME, --version, --install-completion, --help (-h).",
 )
 
 
@@ -36,11 +37,16 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    show_version: Annotated[
+    context: Annotated[
+        str | None,
+        typer.Option("--context", metavar="NAME", help="The cluster of this name.", autocompletion=context_names),
+    ] = None,
+    _version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Move SR-IOV virtual functions between hosts under running drivers."""
+    chosen_context.set(context)
 
 
 # The panels of the help. What is said of a command there has 27 characters at most.
@@ -48,7 +54,8 @@ _CLUSTER, _SEE, _MAKE, _MOVE, _HOSTS = "Cluster", "See", "Make and end", "Move",
 
 app.command("demo", short_help="Functions move under load", rich_help_panel=_CLUSTER)(demo.demo)
 app.command("up", short_help="A cluster on this machine", rich_help_panel=_CLUSTER)(cluster.up)
-app.command("get", short_help="List what there is", rich_help_panel=_SEE)(fleet.get)
+app.add_typer(contexts.app, name="context", help="Clusters with a name", rich_help_panel=_CLUSTER)
+app.command("get", short_help="List what there is", rich_help_panel=_SEE)(get.get)
 app.command("describe", short_help="Show one thing in full", rich_help_panel=_SEE)(fleet.describe_command)
 app.command("history", short_help="Where a function has been", rich_help_panel=_SEE)(history.history)
 app.command("events", short_help="What has changed", rich_help_panel=_SEE)(history.events)

@@ -16,8 +16,16 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 PIPE_WIDTH = 400  # columns, where there is no terminal to fit: enough not to break lines
+
+
+_STYLES = {
+    **dict.fromkeys(("active", "done", "yes"), "green"),
+    **dict.fromkeys(("creating", "deleting", "preparing", "committed", "aborting"), "yellow"),
+    **dict.fromkeys(("lost", "aborted", "no"), "red"),
+}
 
 
 class Output(enum.StrEnum):
@@ -60,8 +68,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(cell if isinstance(cell, Text) else str(cell) for cell in row))
     print_rich(table)
+
+
+def coloured(word: str) -> Text:
+    """Return a state's word in the colour of what it means; there are colours on a terminal only."""
+    return Text(word, _STYLES.get(word, ""))
 
 
 def print_fields(fields: Iterable[tuple[str, object]]) -> None:
