@@ -140,17 +140,22 @@ class FleetClient(_Client):
 
         return await _all_pages(page)
 
-    async def list_migrations(self, *, active_only: bool = False, function: str = "") -> list[Migration]:
-        """Return all migrations, or those that are not over, or that move a function; the newest first."""
+    async def list_migrations(
+        self, *, active_only: bool = False, function: str = "", latest: int = 0
+    ) -> list[Migration]:
+        """Return all migrations, or those that are not over, or that move a function; the newest first.
+
+        Of those the `latest` only, 1 to 1000, if that isn't 0.
+        """
         if function:
             check_name("function", function)
 
         async def page(token: str) -> tuple[Iterable[Migration], str]:
             request = migration_pb2.ListMigrationsRequest(
-                page_size=PAGE_SIZE, page_token=token, active_only=active_only, function=function
+                page_size=latest or PAGE_SIZE, page_token=token, active_only=active_only, function=function
             )
             response = await self.caller.call(lambda channel: MigrationServiceStub(channel).ListMigrations, request)
-            return response.migrations, response.next_page_token
+            return response.migrations, "" if latest else response.next_page_token
 
         return await _all_pages(page)
 

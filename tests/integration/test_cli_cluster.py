@@ -118,6 +118,7 @@ async def test_a_migration_by_hand(vfleet: Vfleet, up: Up, tmp_path: Path) -> No
     events = (await vfleet("events")).out
     for words in ("function +vf1 +driver d1 attached", "migration +first +done after .*, blackout at most"):
         assert re.search(words, events)
+    assert "h2/nic0, VF 3" in (await vfleet("top", "--once")).out
     drawing = tmp_path / "first.svg"
     assert (await vfleet("describe", "migration", "first", "--svg", str(drawing))).code == 0
     assert "scrub" in drawing.read_text()

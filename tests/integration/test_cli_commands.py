@@ -14,7 +14,7 @@ import typer
 import yaml
 
 from vfleet.address import table_offset
-from vfleet.cli import cluster, contexts, fleet, get, history, migration, operations, plan, workload
+from vfleet.cli import cluster, contexts, fleet, get, history, migration, operations, plan, top, workload
 from vfleet.cli.main import app, run
 from vfleet.client import move_request
 from vfleet.errors import Reason, VfleetError, invalid_field, not_found
@@ -630,6 +630,44 @@ async def test_a_wide_list_says_more(vfleet: Vfleet, kind: str, words: list[str]
     assert words[-1] not in narrow
 
 
+@pytest.mark.parametrize("arguments", [["top", "--once"], ["top"]])
+async def test_top_shows_one_frame_where_there_is_no_terminal(vfleet: Vfleet, arguments: list[str]) -> None:
+    result = await vfleet(*arguments)
+    assert (result.code, result.err) == (0, "")
+    assert "2 of 2 hosts registered, 1 functions, 1 active, 0 in a migration" in result.out
+    assert re.search(r"^h2 +yes +yes: firmware +0 +1 of 32$", result.out, re.MULTILINE)
+    assert re.search(r"^vf1 +active +h1/nic0, VF 1 +1 +1$", result.out, re.MULTILINE)
+    assert re.search(r"^m-1 +done +vf1 to h2/nic0 +[\d.]+ s +none$", result.out, re.MULTILINE)
+
+
+async def test_top_fills_a_terminal_and_leaves_it_as_it_was(vfleet: Vfleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    # The fake's events come to an end, and with them the view.
+    result = await vfleet("top")
+    assert result.code == 0
+    before, _, screen = result.out.partition("\x1b[?1049h")
+    assert before == ""
+    assert "hosts registered" in screen
+    assert "\x1b[?1049l" in screen
+
+
+@pytest.mark.parametrize(
+    ("variables", "colours", "bold"),
+    [({}, False, False), ({"FORCE_COLOR": "1"}, True, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False, True)],
+)
+async def test_colours_are_for_terminals_and_can_be_turned_off(
+    vfleet: Vfleet, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], colours: bool, bold: bool
+) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)  # FORCE_COLOR makes a terminal of what is none
+    out = (await vfleet("get", "functions")).out
+    assert ("\x1b[32m" in out, "\x1b[1m" in out) == (colours, bold)
+
+
 async def test_filters_hold_for_programs_too(vfleet: Vfleet) -> None:
     result = await vfleet("get", "hosts", "--state", "cordoned", "-o", "json")
     assert [host["name"] for host in json.loads(result.out)["hosts"]] == ["h2"]
@@ -881,7 +919,7 @@ async def test_workload_report_is_the_drivers_own_view(vfleet: Vfleet) -> None:
 
 
 def examples() -> Iterator[str]:
-    for module in (cluster, contexts, fleet, get, history, migration, operations, plan, workload):
+    for module in (cluster, contexts, fleet, get, history, migration, operations, plan, top, workload):
         for _, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__:
                 yield from re.findall(r"Example: (vfleet .*)", function.__doc__ or "")

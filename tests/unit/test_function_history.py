@@ -168,7 +168,7 @@ def test_the_timeline_has_a_bar_for_each_step() -> None:
 
 def test_the_timeline_says_that_another_coordinator_did_the_first_part() -> None:
     lines = shown(migration(1, "a", "b", steps={L: 50, S: 50}))
-    assert lines[1] == f"another coordinator              0.0 ms     {'█' * 20}"
+    assert lines[1] == f"another coordinator             0.0 ms     {'█' * 20}"
     assert lines[2].split()[:5] == ["lift", "50.0", "ms", "100.0", "ms"]
 
 

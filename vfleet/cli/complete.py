@@ -14,6 +14,7 @@ from vfleet.errors import VfleetError
 
 PATIENCE_S = 0.5
 TIMEOUT_S = 3.0
+MAX_MIGRATIONS = 100  # there may be thousands that are over
 
 Read = Callable[[FleetClient], Awaitable[Iterable[str]]]
 Complete = Callable[[typer.Context, str], list[str]]
@@ -36,7 +37,7 @@ async def _drivers(fleet: FleetClient) -> Iterable[str]:
 
 
 async def _migrations(fleet: FleetClient) -> Iterable[str]:
-    return [migration.name for migration in await fleet.list_migrations()]
+    return [migration.name for migration in await fleet.list_migrations(latest=MAX_MIGRATIONS)]
 
 
 async def _active_migrations(fleet: FleetClient) -> Iterable[str]:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperOption
 
-from vfleet.cli import cluster, contexts, demo, fleet, get, history, migration, operations, plan, workload
+from vfleet.cli import cluster, contexts, demo, fleet, get, history, migration, operations, plan, top, workload
 from vfleet.cli.contexts import context_names
 from vfleet.cli.help import HelpInPanels
 from vfleet.cli.session import FAILED, INTERRUPTED, chosen_context, exit_code
@@ -59,6 +59,7 @@ app.command("get", short_help="List what there is", rich_help_panel=_SEE)(get.ge
 app.command("describe", short_help="Show one thing in full", rich_help_panel=_SEE)(fleet.describe_command)
 app.command("history", short_help="Where a function has been", rich_help_panel=_SEE)(history.history)
 app.command("events", short_help="What has changed", rich_help_panel=_SEE)(history.events)
+app.command("top", short_help="Watch the whole fleet", rich_help_panel=_SEE)(top.top)
 app.add_typer(fleet.create_app, name="create", help="Make a function", rich_help_panel=_MAKE)
 app.add_typer(fleet.delete_app, name="delete", help="End a function or driver", rich_help_panel=_MAKE)
 app.command("attach", short_help="Attach a driver", rich_help_panel=_MAKE)(fleet.attach)

@@ -14,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict, MessageToJson
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+from rich.bar import Bar
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -64,12 +65,17 @@ def print_message(message: Message, output: Output, *, compact: bool = False) ->
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table."""
+    print_rich(table_of(columns, rows))
+
+
+def table_of(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """Return a table."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else str(cell) for cell in row))
-    print_rich(table)
+        table.add_row(*(cell if isinstance(cell, Text | Bar) else str(cell) for cell in row))
+    return table
 
 
 def coloured(word: str) -> Text:

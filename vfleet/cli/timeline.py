@@ -7,7 +7,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
-from vfleet.cli.output import enum_word, moment
+from vfleet.cli.output import enum_word, moment, table_of
 from vfleet.errors import Reason, VfleetError
 from vfleet.history import blackout_s, is_complete, spans
 from vfleet.v1.records_pb2 import Migration, Phase, Step
@@ -36,17 +36,15 @@ def blackout_word(migration: Migration) -> str:
 
 def timeline(migration: Migration) -> Table:
     """Return the steps of a migration that is over, each with a bar from when it began to when it ended."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    for column in ("STEP", "TOOK", "FROM", ""):
-        table.add_column(column)
+    rows: list[tuple[object, ...]] = []
     found = spans(migration)
     end_s = max((span.begin_s + span.duration_s for span in found), default=0.0)
     if not is_complete(migration):
-        table.add_row("another coordinator", "", _milliseconds(0), _bar(end_s, 0, found[0].begin_s if found else 0))
+        rows.append(("another coordinator", "", _milliseconds(0), _bar(end_s, 0, found[0].begin_s if found else 0)))
     for span in found:
         bar = _bar(end_s, span.begin_s, span.begin_s + span.duration_s)
-        table.add_row(step_word(span.step), _milliseconds(span.duration_s), _milliseconds(span.begin_s), bar)
-    return table
+        rows.append((step_word(span.step), _milliseconds(span.duration_s), _milliseconds(span.begin_s), bar))
+    return table_of(("STEP", "TOOK", "FROM", ""), rows)
 
 
 def write_svg(migration: Migration, path: Path) -> None:
