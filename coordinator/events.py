@@ -7,27 +7,45 @@ its process, and where changes may be missing it says so.
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 from coordinator.snapshot import Snapshot, Stored
 from vfleet.clock import Clock
 from vfleet.etcd import keys
-from vfleet.etcd.store import Changes
+from vfleet.etcd.store import Changes, Event
 from vfleet.history import blackout_s
 from vfleet.v1.fleet_service_pb2 import EventKind, FleetEvent
 from vfleet.v1.records_pb2 import Coordinator, Cordon, Function, FunctionStatus, Host, Migration, Phase, Step
 
-MAX_EVENTS = 1000
+MAX_EVENTS = 1000  # changes, of which not each is an event
 
 RecordT = TypeVar("RecordT")
 
 
+Tell = Callable[[], Iterator[str]]
+
+
+class _Change(NamedTuple):
+    """A change, which `tell` puts into words: none, if it is no event."""
+
+    time_s: float
+    kind: EventKind.ValueType
+    name: str
+    tell: Tell
+    revision: int
+
+
 class EventLog:
-    """The latest events. A position is how many there were before."""
+    """The latest changes. A position is how many there were before.
+
+    A change is put into words when it is read: most are never read.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._events: deque[FleetEvent] = deque()
+        self._changes: deque[_Change] = deque()
         self._known_from = 0
         self.end = 0
 
@@ -35,63 +53,65 @@ class EventLog:
         """Take note that the fleet was read as a whole, after it was known up to revision `before` (0: never)."""
         if before:
             what = f"read as a whole: what changed since revision {before} is not told"
-            self._add(EventKind.EVENT_KIND_FLEET, "", what, revision)
+            self._add(EventKind.EVENT_KIND_FLEET, "", lambda: iter((what,)), revision)
         self._known_from = revision
 
     def follow(self, snapshot: Snapshot, changes: Changes) -> None:
         """Move a snapshot forward by changes, and take note of them."""
         for event in changes.events:
-            told = [(each, each.before(snapshot, event.key)) for each in _TOPICS if event.key.startswith(each.prefix)]
-            snapshot.apply(Changes(event.mod_revision, (event,)))
-            for topic, tell in told:
-                for what in tell():
-                    self._add(topic.kind, event.key.removeprefix(topic.prefix), what, event.mod_revision)
+            topic = _TOPICS.get(event.key[: event.key.find("/", len(keys.PREFIX)) + 1])
+            if topic is None:
+                snapshot.take(event)
+            else:
+                name = event.key.removeprefix(topic.prefix)
+                self._add(topic.kind, name, topic.take(snapshot, name, event), event.mod_revision)
         snapshot.apply(Changes(changes.revision, ()))
 
     def start(self, after_revision: int) -> int:
-        """Return the position of the first event after a revision, or, for 0, of the first that is remembered."""
+        """Return the position of the first change after a revision, or, for 0, of the first that is remembered."""
         if after_revision == 0:
             return self._first
         if after_revision < self._known_from:
             return self._first - 1
-        return next(
-            (self._first + i for i, each in enumerate(self._events) if each.revision > after_revision), self.end
-        )
+        found = (self._first + i for i, change in enumerate(self._changes) if change.revision > after_revision)
+        return next(found, self.end)
 
     def read(self, position: int) -> list[FleetEvent]:
         """Return the events from a position on. If some of them are forgotten, the first says so."""
-        events = list(self._events)[max(0, position - self._first) :]
+        events: list[FleetEvent] = []
         if position < self._first:
             what = f"what changed before revision {self._known_from} is not known here"
-            events.insert(0, self._event(EventKind.EVENT_KIND_FLEET, "", what, self._known_from))
+            missing = (self._clock.time(), EventKind.EVENT_KIND_FLEET, "", lambda: iter((what,)), self._known_from)
+            events += _events(_Change(*missing))
+        for change in islice(self._changes, max(0, position - self._first), None):
+            events += _events(change)
         return events
 
     @property
     def _first(self) -> int:
-        return self.end - len(self._events)
+        return self.end - len(self._changes)
 
-    def _add(self, kind: EventKind.ValueType, name: str, what: str, revision: int) -> None:
-        if len(self._events) == MAX_EVENTS:
-            self._known_from = self._events.popleft().revision
-        self._events.append(self._event(kind, name, what, revision))
+    def _add(self, kind: EventKind.ValueType, name: str, tell: Tell, revision: int) -> None:
+        if len(self._changes) == MAX_EVENTS:
+            self._known_from = self._changes.popleft().revision
+        self._changes.append(_Change(self._clock.time(), kind, name, tell, revision))
         self.end += 1
 
-    def _event(self, kind: EventKind.ValueType, name: str, what: str, revision: int) -> FleetEvent:
-        event = FleetEvent(kind=kind, name=name, what=what, revision=revision)
-        event.time.FromNanoseconds(round(self._clock.time() * 1e9))
-        return event
 
-
-Tell = Callable[[], Iterator[str]]
+def _events(change: _Change) -> Iterator[FleetEvent]:
+    for what in change.tell():
+        event = FleetEvent(kind=change.kind, name=change.name, what=what, revision=change.revision)
+        event.time.FromNanoseconds(round(change.time_s * 1e9))
+        yield event
 
 
 @dataclass(frozen=True, slots=True)
 class _Topic:
-    """Keys whose changes are told. `before` looks at a key, and returns what tells of its change once that is made."""
+    """Keys whose changes are told. `take` lets a snapshot take a change of one over, and returns what tells of it."""
 
     prefix: str
     kind: EventKind.ValueType
-    before: Callable[[Snapshot, str], Tell]
+    take: Callable[[Snapshot, str, Event], Tell]
 
 
 def _topic(
@@ -100,17 +120,14 @@ def _topic(
     table: Callable[[Snapshot], Mapping[str, Stored[RecordT]]],
     words: Callable[[RecordT | None, RecordT | None], Iterator[str]],
 ) -> _Topic:
-    def before(snapshot: Snapshot, key: str) -> Tell:
-        records, name = table(snapshot), key.removeprefix(prefix)
-        was = records.get(name)
+    def take(snapshot: Snapshot, name: str, event: Event) -> Tell:
+        records = table(snapshot)
+        before = records.get(name)
+        snapshot.take(event)
+        after = records.get(name)
+        return partial(words, before.record if before else None, after.record if after else None)
 
-        def tell() -> Iterator[str]:
-            now = records.get(name)
-            return words(was.record if was else None, now.record if now else None)
-
-        return tell
-
-    return _Topic(prefix, kind, before)
+    return _Topic(prefix, kind, take)
 
 
 def _function(before: Function | None, after: Function | None) -> Iterator[str]:
@@ -192,12 +209,16 @@ def _home(function: Function) -> str:
     return f"{function.device}, VF {function.vf_index}"
 
 
-_TOPICS = (
-    _topic(keys.FUNCTIONS, EventKind.EVENT_KIND_FUNCTION, lambda s: s.functions, _function),
-    _topic(keys.MIGRATIONS, EventKind.EVENT_KIND_MIGRATION, lambda s: s.migrations, _migration),
-    _topic(keys.HOSTS, EventKind.EVENT_KIND_HOST, lambda s: s.hosts, _host),
-    _topic(keys.REGISTRATIONS, EventKind.EVENT_KIND_HOST, lambda s: s.registrations, _registration),
-    _topic(keys.CORDONS, EventKind.EVENT_KIND_CORDON, lambda s: s.cordons, _cordon),
-    _topic(keys.COORDINATORS, EventKind.EVENT_KIND_COORDINATOR, lambda s: s.coordinators, _coordinator),
-    _topic(keys.FLEET_GENERATION, EventKind.EVENT_KIND_FLEET, lambda s: s.fleet_generations, _generation),
-)
+# By the first part of a key.
+_TOPICS = {
+    topic.prefix.removesuffix("generation"): topic
+    for topic in (
+        _topic(keys.FUNCTIONS, EventKind.EVENT_KIND_FUNCTION, lambda s: s.functions, _function),
+        _topic(keys.MIGRATIONS, EventKind.EVENT_KIND_MIGRATION, lambda s: s.migrations, _migration),
+        _topic(keys.HOSTS, EventKind.EVENT_KIND_HOST, lambda s: s.hosts, _host),
+        _topic(keys.REGISTRATIONS, EventKind.EVENT_KIND_HOST, lambda s: s.registrations, _registration),
+        _topic(keys.CORDONS, EventKind.EVENT_KIND_CORDON, lambda s: s.cordons, _cordon),
+        _topic(keys.COORDINATORS, EventKind.EVENT_KIND_COORDINATOR, lambda s: s.coordinators, _coordinator),
+        _topic(keys.FLEET_GENERATION, EventKind.EVENT_KIND_FLEET, lambda s: s.fleet_generations, _generation),
+    )
+}

@@ -64,13 +64,13 @@ class Snapshot:
         self._slots_by_device: dict[str, dict[int, Stored[Slot]]] = {}
         self._entries_by_driver: dict[str, dict[str, Stored[TableEntry]]] = {}
         for item in listing.items:
-            self._set(Event(item.key, item.value, item.create_revision, item.mod_revision))
+            self.take(Event(item.key, item.value, item.create_revision, item.mod_revision))
         self.revision = listing.revision
 
     def apply(self, changes: Changes) -> None:
         """Move to the revision of `changes`."""
         for event in changes.events:
-            self._set(event)
+            self.take(event)
         self.revision = changes.revision
 
     @property
@@ -123,7 +123,8 @@ class Snapshot:
         """Return a driver's entries, by function."""
         return self._entries_by_driver.get(driver, {})
 
-    def _set(self, event: Event) -> None:
+    def take(self, event: Event) -> None:
+        """Take one change over. The revision follows, with `apply`, once its other changes are taken over as well."""
         for prefix, put in _TABLES:
             if event.key.startswith(prefix):
                 try:
