@@ -85,7 +85,7 @@ def etcd_endpoint(directory: Path) -> str:
     raise AssertionError(f"no etcd in {directory}")
 
 
-async def test_a_migration_by_hand(vfleet: Vfleet, up: Up, tmp_path: Path) -> None:
+async def test_a_migration_by_hand(vfleet: Vfleet, up: Up) -> None:
     assert (await vfleet("create", "function", "vf1", "--on", "h1/nic0")).code == 0
     assert (
         await vfleet("attach", "vf1", "--driver", "d1", "--host", "h1", "--virtual-address", "0x10000000")
@@ -112,16 +112,6 @@ async def test_a_migration_by_hand(vfleet: Vfleet, up: Up, tmp_path: Path) -> No
     assert (again.code, len(again.err.splitlines())) == (2, 1)
     assert (await vfleet("cancel", "first")).code == 1
     assert (await vfleet("watch", "first")).code == 0
-    history = (await vfleet("history", "vf1")).out
-    assert re.search(r"^1 +h1/nic0 +\d+$", history, re.MULTILINE)
-    assert re.search(r"^2 +h2/nic0 +3 +first +.*Z +done +at most [\d.]+ ms$", history, re.MULTILINE)
-    events = (await vfleet("events")).out
-    for words in ("function +vf1 +driver d1 attached", "migration +first +done after .*, blackout at most"):
-        assert re.search(words, events)
-    assert "h2/nic0, VF 3" in (await vfleet("top", "--once")).out
-    drawing = tmp_path / "first.svg"
-    assert (await vfleet("describe", "migration", "first", "--svg", str(drawing))).code == 0
-    assert "scrub" in drawing.read_text()
     assert (await vfleet("detach", "vf1", "--driver", "d1")).code == 0
     assert (await vfleet("delete", "function", "vf1")).code == 0
     assert (await vfleet("delete", "driver", "d1")).code == 0
