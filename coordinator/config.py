@@ -3,14 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coordinator.retention import Retention
 from vfleet.daemon import DEFAULT_LEASE_TTL_S, Parser, check_address, check_lease_ttl
-from vfleet.errors import VfleetError
+from vfleet.errors import VfleetError, invalid_field
 from vfleet.names import check_name
+
+DEFAULT_KEPT = 10_000
+DEFAULT_KEPT_DAYS = 30
+MAX_KEPT = 100_000
+MAX_KEPT_DAYS = 3650
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """What a coordinator is told: its name, where to listen, etcd's endpoints, its lease's TTL, how much to log.
+
+    And how many records of migrations that are over are kept, and for how many days.
 
     Raise INVALID_FIELD for what can't be.
     """
@@ -20,6 +28,8 @@ class Config:
     etcd: tuple[str, ...]
     lease_ttl_s: int = DEFAULT_LEASE_TTL_S
     log_level: str = "info"
+    keep_migrations: int = DEFAULT_KEPT
+    keep_migrations_days: int = DEFAULT_KEPT_DAYS
 
     def __post_init__(self) -> None:
         check_name("--name", self.name)
@@ -27,6 +37,18 @@ class Config:
         for endpoint in self.etcd:
             check_address("--etcd", endpoint, least_port=1)
         check_lease_ttl("--lease-ttl-s", self.lease_ttl_s)
+        _check_kept("--keep-migrations", self.keep_migrations, MAX_KEPT)
+        _check_kept("--keep-migrations-days", self.keep_migrations_days, MAX_KEPT_DAYS)
+
+    @property
+    def retention(self) -> Retention:
+        """What is kept of the records of migrations."""
+        return Retention(self.keep_migrations, self.keep_migrations_days * 86_400)
+
+
+def _check_kept(field: str, value: int, most: int) -> None:
+    if not 1 <= value <= most:
+        raise invalid_field(field, value, f"1 to {most}")
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -34,6 +56,20 @@ def parse(arguments: Sequence[str]) -> Config:
     parser = Parser(prog="vfleet-coordinator", description="Moves functions between hosts.")
     parser.add_argument("--name", required=True, help="the coordinator's name, unique in the fleet")
     parser.add_common_arguments()
+    parser.add_argument(
+        "--keep-migrations",
+        metavar="N",
+        type=int,
+        default=DEFAULT_KEPT,
+        help="how many records of migrations that are over are kept (%(default)s)",
+    )
+    parser.add_argument(
+        "--keep-migrations-days",
+        metavar="DAYS",
+        type=int,
+        default=DEFAULT_KEPT_DAYS,
+        help="for how long they are kept (%(default)s)",
+    )
     options = parser.parse_args(arguments)
     try:
         return Config(
@@ -42,6 +78,8 @@ def parse(arguments: Sequence[str]) -> Config:
             etcd=tuple(options.etcd.split(",")),
             lease_ttl_s=options.lease_ttl_s,
             log_level=options.log_level,
+            keep_migrations=options.keep_migrations,
+            keep_migrations_days=options.keep_migrations_days,
         )
     except VfleetError as error:
         parser.error(error.message)

@@ -16,6 +16,7 @@ from coordinator.fleet import Fleet
 from coordinator.hosts import Hosts
 from coordinator.inventory import Inventory
 from coordinator.recovery import adopt_orphans, finish_functions
+from coordinator.retention import forget_migrations
 from coordinator.service import FleetService, MigrationService
 from coordinator.tasks import Tasks
 from coordinator.term import Term
@@ -54,7 +55,7 @@ class Daemon:
         """`new_server` makes the server for services of these names: a part of the network, as an argument."""
         self._config = config
         self._new_server = new_server
-        inventory = Inventory()
+        inventory = Inventory(clock)
         self._context = Context(config.name, store, inventory, Hosts(inventory, channels), clock, random)
         self._term: Term | None = None
         self._tasks = Tasks()
@@ -117,6 +118,7 @@ class Daemon:
         try:
             term.spawn(adopt_orphans(self._context, term))
             term.spawn(finish_functions(self._context, term, Fleet(self._context)))
+            term.spawn(forget_migrations(self._context, self._config.retention))
             self._term = term
             await self._wait(session, lambda: inventory.restorations != restorations)
             _log.warning("the session with etcd is lost, or etcd was restored: all work is dropped")

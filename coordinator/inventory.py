@@ -13,7 +13,9 @@ import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
 
+from coordinator.events import EventLog
 from coordinator.snapshot import Snapshot
+from vfleet.clock import Clock, SystemClock
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.keys import MIGRATIONS, OWNERS, PREFIX
 from vfleet.etcd.store import Changes, Listing, Store
@@ -24,7 +26,9 @@ _Waiters = dict[asyncio.Future[None], Callable[[], bool]]
 class Inventory:
     """The fleet as far as the watch has brought it. `run` is to be running; `snapshot` is valid once `ready` is set."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
+        """`clock` says when events happen that the log has."""
+        self.log = EventLog(clock or SystemClock())
         self.snapshot = Snapshot(Listing(0, ()))
         # How often etcd was found to lack what was read before: restored from a backup.
         self.restorations = 0
@@ -42,7 +46,7 @@ class Inventory:
                         self._take(update)
                         self.notify()
                     else:
-                        self.snapshot.apply(update)
+                        self.log.follow(self.snapshot, update)
                         self._notify("", *_concerned(update))
                     if self.snapshot.fleet_generation > self._highest_generation:
                         break
@@ -51,6 +55,7 @@ class Inventory:
         if listing.restored or listing.revision < self.snapshot.revision:
             self.restorations += 1
             self.is_behind = True
+        self.log.listed(self.snapshot.revision, listing.revision)
         self.snapshot = Snapshot(listing)
         if self.snapshot.fleet_generation > self._highest_generation:
             self._highest_generation = self.snapshot.fleet_generation

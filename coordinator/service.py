@@ -47,6 +47,9 @@ from vfleet.v1.types_pb2 import Decision
 RpcContext = grpc.aio.ServicerContext[Message, Message]
 CurrentTerm = Callable[[], Term | None]
 
+# Records of migrations of large groups make a page shorter: it is to be one message.
+MAX_PAGE_BYTES = MAX_MESSAGE_BYTES // 2
+
 ResultT = TypeVar("ResultT")
 
 
@@ -93,17 +96,28 @@ class MigrationService(MigrationServiceServicer):
         """Show migrations, the newest first; a page's token is the revision of BEGIN of its last."""
         size = checked_page_size(request.page_size)
         before = checked_revision(request.page_token) if request.page_token else None
+        function = check_name("function", request.function) if request.function else ""
         snapshot = self._context.snapshot
         table = snapshot.active_migrations if request.active_only else snapshot.migrations
         stored = sorted(
-            (each for each in table.values() if before is None or each.create_revision < before),
+            (
+                each
+                for each in table.values()
+                if (before is None or each.create_revision < before)
+                and (not function or any(move.function == function for move in each.record.moves))
+            ),
             key=lambda each: each.create_revision,
             reverse=True,
         )
-        page = stored[:size]
-        return migration_pb.ListMigrationsResponse(
-            migrations=map(_shown, page), next_page_token=str(page[-1].create_revision) if len(stored) > size else ""
-        )
+        response, size_bytes = migration_pb.ListMigrationsResponse(), 0
+        for each in stored[:size]:
+            size_bytes += each.record.ByteSize()
+            if response.migrations and size_bytes > MAX_PAGE_BYTES:
+                break
+            response.migrations.append(_shown(each))
+        if len(response.migrations) < len(stored):
+            response.next_page_token = str(response.migrations[-1].attempt.revision)
+        return response
 
     async def WatchMigration(
         self, request: migration_pb.WatchMigrationRequest, context: RpcContext
@@ -326,6 +340,22 @@ class FleetService(FleetServiceServicer):
         host = check_name("host", request.host)
         await self._do(lambda: uncordon_host(self._context, host))
         return fleet_pb.UncordonHostResponse()
+
+    async def WatchEvents(
+        self, request: fleet_pb.WatchEventsRequest, context: RpcContext
+    ) -> AsyncIterator[fleet_pb.WatchEventsResponse]:
+        """Send what has changed, and go on if asked to."""
+        if request.after_revision < 0:
+            raise invalid_field("after_revision", request.after_revision, "a revision of etcd, or 0")
+        log = self._context.inventory.log
+        position = log.start(request.after_revision)
+        while True:
+            events, position = log.read(position), log.end
+            if events:
+                yield fleet_pb.WatchEventsResponse(events=events)
+            if not request.follow:
+                return
+            await self._context.inventory.until(lambda: log.end > position)  # noqa: B023
 
     async def _do(self, work: Callable[[], Awaitable[ResultT]]) -> ResultT:
         """Do a change of the fleet under the present term."""

@@ -60,29 +60,29 @@ class Snapshot:
         self.owners: dict[str, Stored[str]] = {}
         self.devices: dict[str, Device] = {}
         self.sites: dict[str, Site] = {}
-        self._fleet_generations: dict[str, Stored[str]] = {}
+        self.fleet_generations: dict[str, Stored[str]] = {}
         self._slots_by_device: dict[str, dict[int, Stored[Slot]]] = {}
         self._entries_by_driver: dict[str, dict[str, Stored[TableEntry]]] = {}
         for item in listing.items:
-            self._set(Event(item.key, item.value, item.create_revision, item.mod_revision))
+            self.take(Event(item.key, item.value, item.create_revision, item.mod_revision))
         self.revision = listing.revision
 
     def apply(self, changes: Changes) -> None:
         """Move to the revision of `changes`."""
         for event in changes.events:
-            self._set(event)
+            self.take(event)
         self.revision = changes.revision
 
     @property
     def fleet_generation(self) -> int:
         """The fleet generation, 1 if it was never raised."""
-        stored = self._fleet_generations.get("")
+        stored = self.fleet_generations.get("")
         return int(stored.record) if stored else 1
 
     @property
     def fleet_generation_is_this(self) -> Compare:
         """What holds while the fleet generation is the snapshot's."""
-        stored = self._fleet_generations.get("")
+        stored = self.fleet_generations.get("")
         return unchanged(keys.FLEET_GENERATION, stored.mod_revision) if stored else absent(keys.FLEET_GENERATION)
 
     def incarnation(self, host: str) -> str | None:
@@ -123,7 +123,8 @@ class Snapshot:
         """Return a driver's entries, by function."""
         return self._entries_by_driver.get(driver, {})
 
-    def _set(self, event: Event) -> None:
+    def take(self, event: Event) -> None:
+        """Take one change over. The revision follows, with `apply`, once its other changes are taken over as well."""
         for prefix, put in _TABLES:
             if event.key.startswith(prefix):
                 try:
@@ -193,7 +194,7 @@ def _put_nested(
 
 
 _TABLES: tuple[tuple[str, Callable[[Snapshot, str, Event], None]], ...] = (
-    (keys.FLEET_GENERATION, lambda s, name, event: _put(s._fleet_generations, name, event, _text)),  # noqa: SLF001
+    (keys.FLEET_GENERATION, lambda s, name, event: _put(s.fleet_generations, name, event, _text)),
     (keys.HOSTS, Snapshot._set_host),  # noqa: SLF001
     (keys.CORDONS, lambda s, name, event: _put(s.cordons, name, event, _decoder(Cordon))),
     (keys.REGISTRATIONS, lambda s, name, event: _put(s.registrations, name, event, _text)),

@@ -6,6 +6,8 @@ Transaction. ABORT is in `vfleet.decision`, because hosts write it too.
 
 from collections.abc import Iterable, Sequence
 
+from coordinator.snapshot import Stored
+from coordinator.states import is_over
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.keys import (
     cordon_key,
@@ -119,6 +121,18 @@ def adopt(migration: Migration, mod_revision: int, coordinator: str, lease: int)
     key = owner_key(migration.name)
     compares = (absent(key), unchanged(migration_key(migration.name), mod_revision))
     return Transaction(compares, (Put(key, coordinator.encode(), lease),))
+
+
+def forget_migrations(found: Iterable[Stored[Migration]]) -> Transaction:
+    """Return the deletion of records of migrations that are over, as they were read."""
+    compares, writes = [], []
+    for stored in found:
+        if not is_over(stored.record.phase):
+            _expect(stored.record, Phase.PHASE_DONE)
+        key = migration_key(stored.record.name)
+        compares.append(unchanged(key, stored.mod_revision))
+        writes.append(Delete(key))
+    return Transaction(tuple(compares), tuple(writes))
 
 
 def entries_after(move: Move) -> list[TableEntry]:

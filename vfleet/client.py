@@ -140,15 +140,22 @@ class FleetClient(_Client):
 
         return await _all_pages(page)
 
-    async def list_migrations(self, *, active_only: bool = False) -> list[Migration]:
-        """Return all migrations, or those that are not over; the newest first."""
+    async def list_migrations(
+        self, *, active_only: bool = False, function: str = "", latest: int = 0
+    ) -> list[Migration]:
+        """Return all migrations, or those that are not over, or that move a function; the newest first.
+
+        Of those the `latest` only, 1 to 1000, if that isn't 0.
+        """
+        if function:
+            check_name("function", function)
 
         async def page(token: str) -> tuple[Iterable[Migration], str]:
             request = migration_pb2.ListMigrationsRequest(
-                page_size=PAGE_SIZE, page_token=token, active_only=active_only
+                page_size=latest or PAGE_SIZE, page_token=token, active_only=active_only, function=function
             )
             response = await self.caller.call(lambda channel: MigrationServiceStub(channel).ListMigrations, request)
-            return response.migrations, response.next_page_token
+            return response.migrations, "" if latest else response.next_page_token
 
         return await _all_pages(page)
 
@@ -248,6 +255,20 @@ class FleetClient(_Client):
         """End a host's cordon, if it has one. Sent once: by the next time it may be cordoned anew."""
         request = fleet_pb2.UncordonHostRequest(host=check_name("host", host))
         await self.caller.call(lambda channel: FleetServiceStub(channel).UncordonHost, request, repeatable=False)
+
+    async def watch_events(self, *, follow: bool = True) -> AsyncGenerator[fleet_pb2.FleetEvent, None]:
+        """Yield what has changed in the fleet, as far back as the coordinator remembers, and then what changes.
+
+        After a break it goes on, at whichever coordinator answers, with what came after the last event; what that one
+        does not remember is told by an event of its own.
+        """
+        request = fleet_pb2.WatchEventsRequest(follow=follow)
+        method = self.caller.stream(lambda channel: FleetServiceStub(channel).WatchEvents, request)
+        async with aclosing(method) as responses:
+            async for response in responses:
+                for event in response.events:
+                    yield event
+                    request.after_revision = max(request.after_revision, event.revision)
 
     async def plan_migration(
         self, moves: Sequence[migration_pb2.MoveRequest], constraints: Constraints | None = None

@@ -7,13 +7,16 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from vfleet.address import table_offset
-from vfleet.cli import cluster, fleet, migration, operations, plan, workload
-from vfleet.cli.main import run
+from vfleet.cli import cluster, contexts, fleet, get, history, migration, operations, plan, top, workload
+from vfleet.cli.main import app, run
+from vfleet.client import move_request
 from vfleet.errors import Reason, VfleetError, invalid_field, not_found
 from vfleet.rpc import Server
 from vfleet.v1 import driver_service_pb2 as driver_pb2
@@ -102,6 +105,7 @@ def a_migration(request: migration_pb2.CreateMigrationRequest | migration_pb2.Pl
         moves=[
             Move(
                 function=move.function,
+                identity=FUNCTION.identity,
                 source=Place(device="h1/nic0", vf_index=1, base=BASE, generation=1, segment=1, routing_id=0x180),
                 target=Place(
                     device=move.target_device or "h2/nic0",
@@ -152,6 +156,9 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
     refuse: VfleetError | None = None
     outcome: Phase.ValueType = Phase.PHASE_DONE
     explanation: Explanation | None = None
+    is_stuck: bool = False
+    functions: list[Function] = field(default_factory=lambda: [FUNCTION])
+    migrations: list[str] = field(default_factory=lambda: ["m-1"])
     requests: list[object] = field(default_factory=list)
 
     def seen(self, request: object) -> None:
@@ -174,7 +181,7 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
 
     async def ListFunctions(self, request, context):
         self.seen(request)
-        return fleet_pb2.FleetServiceListFunctionsResponse(functions=[FUNCTION])
+        return fleet_pb2.FleetServiceListFunctionsResponse(functions=self.functions)
 
     async def ListDrivers(self, request, context):
         self.seen(request)
@@ -221,6 +228,13 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
         self.seen(request)
         return fleet_pb2.UncordonHostResponse()
 
+    async def WatchEvents(self, request, context):
+        self.seen(request)
+        for name, what in (("h2", "cordoned: firmware"), ("h2", "uncordoned")):
+            event = fleet_pb2.FleetEvent(kind=fleet_pb2.EVENT_KIND_CORDON, name=name, what=what, revision=7)
+            event.time.FromMilliseconds(1_500)
+            yield fleet_pb2.WatchEventsResponse(events=[event])
+
     async def PlanMigration(self, request, context):
         self.seen(request)
         if self.explanation is not None:
@@ -240,10 +254,16 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
 
     async def ListMigrations(self, request, context):
         self.seen(request)
-        return migration_pb2.ListMigrationsResponse(migrations=[self.over("m-1")])
+        response = migration_pb2.ListMigrationsResponse(migrations=map(self.over, self.migrations))
+        for over in response.migrations:
+            over.moves.extend(a_migration(migration_pb2.PlanMigrationRequest(moves=[move_request("vf1")])).moves)
+        return response
 
     async def WatchMigration(self, request, context):
         self.seen(request)
+        if self.is_stuck:
+            yield migration_pb2.WatchMigrationResponse(migration=Migration(name=request.name))
+            await asyncio.sleep(60)
         running = Migration(name=request.name, phase=Phase.PHASE_PREPARING)
         copy = migration_pb2.CopyProgress(
             function="vf1",
@@ -313,9 +333,11 @@ Vfleet = Callable[..., "asyncio.Future[Result]"]
 
 
 @pytest.fixture
-def vfleet(fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Vfleet:
+def vfleet(fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Vfleet:
     """Run the vfleet command with the fake as its coordinator."""
     monkeypatch.setenv("VFLEET_COORDINATOR", fake.address)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
     async def command(*arguments: str) -> Result:
         code = await asyncio.to_thread(run, arguments)
@@ -473,6 +495,46 @@ async def test_a_plan_that_there_is_none_of_says_what_would_do(vfleet: Vfleet, f
     assert "no single change would make it possible" in (await vfleet("plan", "vf1")).out
 
 
+async def test_history_shows_homes_and_migrations(vfleet: Vfleet, fake: Fake) -> None:
+    fake.outcome = Phase.PHASE_ABORTED
+    result = await vfleet("history", "vf1")
+    assert (result.code, result.err) == (0, "")
+    assert re.search(r"^1 +h1/nic0 +1$", result.out, re.MULTILINE)
+    assert re.search(
+        r"^1 +h1/nic0 +1 +m-1 .* aborted, to h2/nic0, at copy: h2 is gone +none$", result.out, re.MULTILINE
+    )
+    (asked,) = (request for request in fake.requests if isinstance(request, migration_pb2.ListMigrationsRequest))
+    assert asked.function == "vf1"
+
+
+async def test_the_history_of_a_function_that_is_no_more_is_that_of_its_name(vfleet: Vfleet, fake: Fake) -> None:
+    fake.functions = []
+    result = await vfleet("history", "vf1")
+    assert result.code == 0
+    assert result.out.endswith("vf1 is no more\n")
+    fake.migrations = []
+    assert (await vfleet("history", "vf1")).code == 2
+
+
+async def test_events_are_a_line_each(vfleet: Vfleet, fake: Fake) -> None:
+    result = await vfleet("events", "-f")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines()[0] == "1970-01-01 00:00:01.500Z  cordon       h2            cordoned: firmware"
+    programs = await vfleet("events", "-o", "json")
+    assert [json.loads(line)["what"] for line in programs.out.splitlines()] == ["cordoned: firmware", "uncordoned"]
+    assert [request.follow for request in fake.requests] == [True, False]
+
+
+async def test_a_timeline_is_drawn_into_a_file(vfleet: Vfleet, tmp_path) -> None:
+    file = tmp_path / "m-1.svg"
+    result = await vfleet("describe", "migration", "m-1", "--svg", str(file))
+    assert (result.code, result.err) == (0, "")
+    assert file.read_text().startswith("<svg")
+    nowhere = await vfleet("describe", "migration", "m-1", "--svg", str(tmp_path / "no" / "m-1.svg"))
+    assert nowhere.code == 1
+    assert re.fullmatch(r"vfleet: [^\n]+\n", nowhere.err)
+
+
 async def test_plan_and_migrate_ask_for_the_same(vfleet: Vfleet, fake: Fake) -> None:
     options = ("--adapter", "same", "--power-domain", "different", "--attachment", "lan", "--attachment", "san")
     options += ("--prefer", "pack", "--prefer", "driver-host", "--together", "vf1,vf2", "--apart", "vf1,vf3@bridge")
@@ -529,6 +591,203 @@ async def test_watch_for_programs_is_a_line_an_update(vfleet: Vfleet) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["hosts"], ["h1", "h2"]),
+        (["hosts", "--state", "cordoned"], ["h2"]),
+        (["hosts", "--host", "h1"], ["h1"]),
+        (["hosts", "--state", "unregistered"], []),
+        (["devices", "--host", "h2", "--state", "free"], ["h2/nic0"]),
+        (["devices", "--state", "full"], []),
+        (["functions", "--host", "h1", "--state", "active"], ["vf1"]),
+        (["functions", "--host", "h2"], []),
+        (["functions", "--state", "migrating"], []),
+        (["drivers", "--host", "h1"], ["d1"]),
+        (["migrations", "--host", "h2", "--state", "done"], ["m-1"]),
+        (["migrations", "--host", "h3"], []),
+        (["migrations", "--state", "active"], []),
+    ],
+)
+async def test_get_lists_what_is_asked_for_by_name(vfleet: Vfleet, arguments: list[str], names: list[str]) -> None:
+    result = await vfleet("get", *arguments, "-o", "name")
+    assert (result.code, result.out.splitlines()) == (0, names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("hosts", ["h1", "CORDONED SINCE"]),
+        ("devices", ["h1/nic0", "1af4:10c0"]),
+        ("functions", ["vf1", "0x0000000000000007", "2: 1 MiB"]),
+        ("drivers", ["d1", "4 KiB", "0x0000000010000000"]),
+        ("migrations", ["m-1", "none", "1970-01-01 00:00:00.000Z"]),
+    ],
+)
+async def test_a_wide_list_says_more(vfleet: Vfleet, kind: str, words: list[str]) -> None:
+    narrow, wide = (await vfleet("get", kind)).out, (await vfleet("get", kind, "-o", "wide")).out
+    for word in words:
+        assert word in wide
+    assert words[-1] not in narrow
+
+
+@pytest.mark.parametrize("arguments", [["top", "--once"], ["top"]])
+async def test_top_shows_one_frame_where_there_is_no_terminal(vfleet: Vfleet, arguments: list[str]) -> None:
+    result = await vfleet(*arguments)
+    assert (result.code, result.err) == (0, "")
+    assert "2 of 2 hosts registered, 1 functions, 1 active, 0 in a migration" in result.out
+    assert re.search(r"^h2 +yes +yes: firmware +0 +1 of 32$", result.out, re.MULTILINE)
+    assert re.search(r"^vf1 +active +h1/nic0, VF 1 +1 +1$", result.out, re.MULTILINE)
+    assert re.search(r"^m-1 +done +vf1 to h2/nic0 +[\d.]+ s +none$", result.out, re.MULTILINE)
+
+
+async def test_top_fills_a_terminal_and_leaves_it_as_it_was(vfleet: Vfleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    # The fake's events come to an end, and with them the view.
+    result = await vfleet("top")
+    assert result.code == 0
+    before, _, screen = result.out.partition("\x1b[?1049h")
+    assert before == ""
+    assert "hosts registered" in screen
+    assert "\x1b[?1049l" in screen
+
+
+@pytest.mark.parametrize(
+    ("variables", "colours", "bold"),
+    [({}, False, False), ({"FORCE_COLOR": "1"}, True, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False, True)],
+)
+async def test_colours_are_for_terminals_and_can_be_turned_off(
+    vfleet: Vfleet, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], colours: bool, bold: bool
+) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)  # FORCE_COLOR makes a terminal of what is none
+    out = (await vfleet("get", "functions")).out
+    assert ("\x1b[32m" in out, "\x1b[1m" in out) == (colours, bold)
+
+
+async def test_filters_hold_for_programs_too(vfleet: Vfleet) -> None:
+    result = await vfleet("get", "hosts", "--state", "cordoned", "-o", "json")
+    assert [host["name"] for host in json.loads(result.out)["hosts"]] == ["h2"]
+
+
+@pytest.mark.parametrize(
+    "command", [["migrate", "vf1=h2/nic0", "--wait"], ["watch", "m-1"], ["cancel", "m-1", "--wait"]]
+)
+async def test_waiting_ends_in_time(vfleet: Vfleet, fake: Fake, command: list[str]) -> None:
+    fake.is_stuck = True
+    result = await vfleet(*command, "--timeout", "0.2")
+    assert (result.code, result.out) == (1, "")
+    assert re.search(r"^vfleet: m-\w+ is not over after 0\.2 s, and goes on; .*: vfleet watch m-\w+$", result.err, re.M)
+
+
+async def test_cancel_waits_until_all_is_back(vfleet: Vfleet, fake: Fake) -> None:
+    fake.outcome = Phase.PHASE_ABORTED
+    assert (await vfleet("cancel", "m-1", "--wait")).out == "m-1 is aborted\n"
+
+
+@pytest.fixture
+def settings(vfleet: Vfleet, fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file of settings in which the fake is `lab`; no other way leads there."""
+    monkeypatch.delenv("VFLEET_COORDINATOR")
+    path = tmp_path / "config" / "vfleet" / "config.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        f"# mine\ncontexts:\n  lab: {{coordinator: '{fake.address}'}}\n  nowhere: {{coordinator: '127.0.0.1:1'}}\n"
+    )
+    return path
+
+
+async def test_a_context_names_a_cluster(vfleet: Vfleet, settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (await vfleet("get", "hosts")).code == 2
+    assert (await vfleet("--context", "lab", "get", "hosts")).code == 0
+    monkeypatch.setenv("VFLEET_CONTEXT", "lab")
+    assert (await vfleet("get", "hosts")).code == 0
+    unknown = await vfleet("--context", "other", "get", "hosts")
+    assert unknown.code == 2
+    assert "expected one of the contexts of" in unknown.err
+    assert "local, lab, nowhere" in unknown.err
+
+
+async def test_the_context_that_is_used_stays_and_so_does_the_rest_of_the_file(vfleet: Vfleet, settings) -> None:
+    before = settings.read_text()
+    for name in ("nowhere", "lab"):
+        assert (await vfleet("context", "use", name)).code == 0
+    assert settings.read_text() == f"current: lab\n{before}"
+    assert (await vfleet("get", "hosts")).code == 0
+    assert re.search(r"^\* +lab +127", (await vfleet("context", "list")).out, re.MULTILINE)
+    assert (await vfleet("context", "use", "other")).code == 2
+    assert (await vfleet("context", "use", "local")).code == 0
+    assert (await vfleet("get", "hosts")).code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("contexts: [", "expected YAML"),
+        ("[]", "expected a mapping"),
+        ("contexts: {lab: {}}", "contexts.lab"),
+        ("contexts: {lab: {coordinator: 'a:1', etcd: 'a:2'}}", "one of coordinator and etcd"),
+        ("contexts: {lab: {coordinator: nowhere}}", "contexts.lab.coordinator"),
+        ("contexts: {lab: {etcd: 'a:1', colour: red}}", "colour"),
+        ("contexts: {7: {etcd: 'a:1'}}", "a mapping of names"),
+        ("current: lab", "current is 'lab'"),
+        ("colour: red", "colour"),
+    ],
+)
+async def test_bad_settings_are_one_line_that_names_the_field(vfleet: Vfleet, settings, text: str, words: str) -> None:
+    settings.write_text(text)
+    result = await vfleet("get", "hosts")
+    assert (result.code, result.out) == (2, "")
+    assert re.fullmatch(r"vfleet: [^\n]+\n", result.err)
+    assert words in result.err
+
+
+async def test_settings_that_can_not_be_changed_by_line_stay(vfleet: Vfleet, settings) -> None:
+    settings.write_text("{contexts: {lab: {etcd: 'a:1'}}}\n")
+    assert (await vfleet("context", "use", "lab")).code == 2
+    assert settings.read_text().startswith("{contexts")
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("describe host ", ["h1", "h2"]),
+        ("describe device h2", ["h2/nic0"]),
+        ("describe migration ", ["m-1"]),
+        ("history v", ["vf1"]),
+        ("history x", []),
+        ("delete driver ", ["d1"]),
+        ("cordon ", ["h1", "h2"]),
+        ("watch ", ["m-1"]),
+        ("migrate vf1=h", ["vf1=h1/nic0", "vf1=h2/nic0"]),
+        ("migrate vf1 --to h1", ["h1/nic0"]),
+        ("get functions --state c", ["cordoned", "creating", "committed"]),
+        ("get functions --host ", ["h1", "h2"]),
+        ("context use ", ["local"]),
+        ("describe host --coordinator 127.0.0.1:1 ", []),
+    ],
+)
+async def test_names_are_completed_from_the_cluster(
+    vfleet: Vfleet,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    names: list[str],
+) -> None:
+    # As a shell asks: the line so far, and which of its words is to be completed.
+    line = f"vfleet {words}"
+    monkeypatch.setenv("_VFLEET_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+    with pytest.raises(SystemExit):
+        await vfleet()
+    assert capsys.readouterr().out.split() == names
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["migrate", "vf1:4"],
@@ -560,6 +819,9 @@ async def test_watch_for_programs_is_a_line_an_update(vfleet: Vfleet) -> None:
         ["attach", "vf1", "--driver", "d1", "--host", "h1", "--main-memory-bytes", "2147483648"],
         ["describe", "function", ""],
         ["describe", "gadget", "vf1"],
+        ["describe", "function", "vf1", "--svg", "vf1.svg"],
+        ["history"],
+        ["history", "Not A Name"],
         ["workload", "start", "d1", "vf1", "--rate", "-1"],
         ["workload", "start", "d1", "vf1", "--channel", "99999999999"],
         ["get"],
@@ -569,6 +831,19 @@ async def test_watch_for_programs_is_a_line_an_update(vfleet: Vfleet) -> None:
         ["get", "hosts", "--coordinator", "127.0.0.1:99999"],
         ["get", "hosts", "--etcd", "127.0.0.1:2379"],  # with VFLEET_COORDINATOR, too
         ["get", "hosts", "-o", "xml"],
+        ["get", "hosts", "--state", "lost"],
+        ["get", "drivers", "--state", "active"],
+        ["get", "functions", "--host", "h1/nic0"],
+        ["get", "hosts", "--context", "lab"],
+        ["--context", "lab", "get", "hosts"],  # with VFLEET_COORDINATOR, too
+        ["context", "use", "lab"],
+        ["context"],
+        ["migrate", "vf1=h2/nic0", "--timeout", "5"],
+        ["migrate", "vf1=h2/nic0", "--wait", "--timeout", "0"],
+        ["migrate", "vf1=h2/nic0", "--wait", "--timeout", "nan"],
+        ["migrate", "vf1=h2/nic0", "--wait", "--timeout", "soon"],
+        ["watch", "m-1", "--timeout", "-1"],
+        ["cancel", "m-1", "--wait", "--timeout", "inf"],
         ["create"],
         ["fly"],
     ],
@@ -631,7 +906,7 @@ async def test_the_cluster_that_up_left_is_found(
 ) -> None:
     monkeypatch.delenv("VFLEET_COORDINATOR")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    (tmp_path / "vfleet").mkdir()
+    (tmp_path / "vfleet").mkdir(exist_ok=True)
     (tmp_path / "vfleet" / "local.json").write_text(json.dumps({"coordinator": fake.address}))
     assert (await vfleet("get", "hosts")).code == 0
 
@@ -644,7 +919,7 @@ async def test_workload_report_is_the_drivers_own_view(vfleet: Vfleet) -> None:
 
 
 def examples() -> Iterator[str]:
-    for module in (cluster, fleet, migration, operations, plan, workload):
+    for module in (cluster, contexts, fleet, get, history, migration, operations, plan, top, workload):
         for _, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__:
                 yield from re.findall(r"Example: (vfleet .*)", function.__doc__ or "")
@@ -656,14 +931,22 @@ async def test_the_examples_of_the_help_work(vfleet: Vfleet, example: str) -> No
     assert (result.code, result.out != "") == (0, True), result.err
 
 
-async def test_every_command_has_an_example(vfleet: Vfleet) -> None:
-    words = re.findall(r"^  ([\w-]+)  ", (await vfleet()).out.partition("Commands:")[2], re.MULTILINE)
-    assert len(words) == 17
-    for word in words:
-        out = (await vfleet(word, "--help")).out
-        inner = re.findall(r"^  ([\w-]+)  ", out.partition("Commands:")[2], re.MULTILINE)
-        for command in [[word, name] for name in inner] or [[word]]:
-            assert f"Example: vfleet {' '.join(command)}" in (await vfleet(*command, "--help")).out
+def commands() -> Iterator[list[str]]:
+    for name, command in typer.main.get_command(app).commands.items():
+        inner = getattr(command, "commands", None)
+        yield from ([name, each] for each in inner) if inner else [[name]]
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+async def test_every_command_has_an_example_in_its_help(vfleet: Vfleet, command: list[str]) -> None:
+    assert f"Example: vfleet {' '.join(command)}" in (await vfleet(*command, "--help")).out
+
+
+async def test_help_has_every_command_with_what_it_does(vfleet: Vfleet) -> None:
+    out = (await vfleet()).out
+    for name, *_ in commands():
+        assert re.search(rf"(^|  ){name} +[A-Z]", out, re.MULTILINE)
+    assert "..." not in out.partition("\n")[2]
 
 
 async def test_help_fits_one_screen(vfleet: Vfleet, monkeypatch: pytest.MonkeyPatch) -> None:

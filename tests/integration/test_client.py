@@ -61,6 +61,12 @@ class FakeFleet(FleetServiceServicer, MigrationServiceServicer):
         await self.act(request, context)
         return migration_pb2.CreateMigrationResponse(migration=Migration(name=request.request_id))
 
+    async def WatchEvents(self, request, context):
+        for revision in range(request.after_revision + 1, 5):
+            yield fleet_pb2.WatchEventsResponse(events=[fleet_pb2.FleetEvent(revision=revision)])
+            if revision == 2:
+                await self.act(request, context)
+
     async def WatchMigration(self, request, context):
         yield migration_pb2.WatchMigrationResponse(migration=Migration(phase=Phase.PHASE_PREPARING))
         await self.act(request, context)
@@ -280,6 +286,13 @@ async def test_a_watch_goes_on_when_its_stream_breaks(serve: Serve) -> None:
     async with FleetClient([await serve(fake)]) as fleet:
         phases = [update.migration.phase async for update in fleet.watch_migration("m-1")]
     assert phases == [Phase.PHASE_PREPARING, Phase.PHASE_PREPARING, Phase.PHASE_DONE]
+
+
+async def test_events_are_told_once_though_their_stream_breaks(serve: Serve) -> None:
+    broken, other = FakeFleet(silences=1), FakeFleet()
+    async with FleetClient([await serve(broken), await serve(other)]) as fleet:
+        assert [event.revision async for event in fleet.watch_events()] == [1, 2, 3, 4]
+    assert len(broken.requests) == 1
 
 
 @pytest.mark.parametrize("addresses", [[], [""], ["h1"], ["h1:"], [":1"], ["h1:65536"], ["h1:1", "h2"], ["h\xe9:1"]])

@@ -41,6 +41,8 @@ async def test_it_announces_its_address_and_gives_its_lease_back_when_told_to_st
         (["--name", "c1", "--etcd", "nowhere"], "--etcd is 'nowhere'"),
         (["--name", "c1", "--etcd", "127.0.0.1:1", "--listen", "x:99999"], "--listen is 'x:99999'"),
         (["--name", "c1", "--etcd", "127.0.0.1:1", "--lease-ttl-s", "0"], "--lease-ttl-s is 0"),
+        (["--name", "c1", "--etcd", "127.0.0.1:1", "--keep-migrations", "0"], "--keep-migrations is 0"),
+        (["--name", "c1", "--etcd", "127.0.0.1:1", "--keep-migrations-days", "9999"], "--keep-migrations-days is 9999"),
     ],
 )
 async def test_bad_arguments_end_with_2_and_one_line(arguments, words):

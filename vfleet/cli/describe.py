@@ -3,20 +3,13 @@
 from collections.abc import Iterable
 
 from vfleet.address import Location, bar_layout, format_routing_id, location_of, translate, vf_routing_id
-from vfleet.cli.output import enum_word, hex64, milliseconds, print_fields, print_table, size
+from vfleet.cli.output import enum_word, hex64, moment, print_fields, print_rich, print_table, size
+from vfleet.cli.timeline import blackout_word, timeline
+from vfleet.cli.timeline import phase_word as phase_word
+from vfleet.cli.timeline import step_word as step_word
 from vfleet.v1.fleet_service_pb2 import DeviceUse
-from vfleet.v1.records_pb2 import Driver, Function, FunctionStatus, Host, Migration, Move, Phase, Place, Step
+from vfleet.v1.records_pb2 import Driver, Function, FunctionStatus, Host, Migration, Move, Place
 from vfleet.v1.types_pb2 import Bar, TableEntry, TransferMode
-
-
-def phase_word(migration: Migration) -> str:
-    """Return how far a migration is, in a word."""
-    return enum_word(Phase.Name(migration.phase), "PHASE_")
-
-
-def step_word(step: Step.ValueType) -> str:
-    """Return a step's name, in small letters."""
-    return enum_word(Step.Name(step), "STEP_")
 
 
 def status_word(function: Function) -> str:
@@ -47,7 +40,7 @@ def describe_host(host: Host, devices: Iterable[DeviceUse]) -> None:
             ("Cordoned", cordon_word(host)),
         ]
     )
-    print_devices(devices)
+    print_table(DEVICE_COLUMNS, map(device_row, devices))
 
 
 def cordon_word(host: Host) -> str:
@@ -57,24 +50,21 @@ def cordon_word(host: Host) -> str:
     return f"yes: {host.cordon.reason}" if host.cordon.reason else "yes"
 
 
-def print_devices(devices: Iterable[DeviceUse]) -> None:
-    """Print devices and the use of their slots, one a line."""
-    print_table(
-        ("DEVICE", "LOCATION", "MODEL", "TYPE", "VFS", "USED", "RESERVED", "BARS", "ATTACHMENTS"),
-        (
-            (
-                use.device.name,
-                Location(use.segment, use.device.routing_id),
-                use.device.model,
-                use.device.io_type,
-                use.device.total_vfs,
-                use.used_slots,
-                use.reserved_slots,
-                _bars(use.device.bars),
-                ", ".join(use.device.attachments),
-            )
-            for use in devices
-        ),
+DEVICE_COLUMNS = ("DEVICE", "LOCATION", "MODEL", "TYPE", "VFS", "USED", "RESERVED", "BARS", "ATTACHMENTS")
+
+
+def device_row(use: DeviceUse) -> tuple[object, ...]:
+    """Return what is said of a device and the use of its slots in these columns."""
+    return (
+        use.device.name,
+        Location(use.segment, use.device.routing_id),
+        use.device.model,
+        use.device.io_type,
+        use.device.total_vfs,
+        use.used_slots,
+        use.reserved_slots,
+        bars(use.device.bars),
+        ", ".join(use.device.attachments),
     )
 
 
@@ -102,7 +92,7 @@ def describe_device(use: DeviceUse) -> None:
             ("VFs", f"{device.total_vfs}: {use.used_slots} used, {use.reserved_slots} reserved"),
             ("VF n", f"routing ID {device.routing_id:#06x} + {device.first_vf_offset} + (n - 1) * {device.vf_stride}"),
             ("VFs at", f"{format_routing_id(first)} to {format_routing_id(last)}"),
-            ("VF BARs", _bars(device.bars)),
+            ("VF BARs", bars(device.bars)),
         ]
     )
 
@@ -165,7 +155,10 @@ def describe_migration(migration: Migration) -> None:
             ("Migration", migration.name or "not begun"),
             ("Phase", phase_word(migration)),
             ("Attempt", f"{attempt.fleet_generation}.{attempt.revision}" if attempt.revision else "none"),
-            ("Coordinator", migration.coordinator or "none"),
+            ("Coordinator", coordinators(migration)),
+            *([("Begun", moment(migration.begin_time))] if migration.HasField("begin_time") else []),
+            *([("Over", moment(migration.finish_time))] if migration.HasField("finish_time") else []),
+            *([("Blackout", blackout_word(migration))] if migration.steps else []),
             *([("Mode", mode_word(migration))] if migration.mode else []),
             *(
                 [("Aborted", f"{migration.abort_reason} (at {step_word(migration.abort_step)})")]
@@ -176,10 +169,13 @@ def describe_migration(migration: Migration) -> None:
     )
     print_moves(migration.moves)
     if migration.steps:
-        print_table(
-            ("STEP", "TOOK"),
-            ((step_word(step.step), milliseconds(step.duration)) for step in migration.steps),
-        )
+        print_rich(timeline(migration))
+
+
+def coordinators(migration: Migration) -> str:
+    """Return who began a migration, and who ended it if that was another."""
+    begun, ended = migration.coordinator, migration.finished_by
+    return f"{begun}, ended by {ended}" if ended and ended != begun else begun or "none"
 
 
 def mode_word(migration: Migration) -> str:
@@ -220,5 +216,6 @@ def _location(place: Place) -> Location:
     return Location(place.segment, place.routing_id)
 
 
-def _bars(bars: Iterable[Bar]) -> str:
-    return ", ".join(f"{bar.index}: {size(bar.size_bytes)}" for bar in bars)
+def bars(found: Iterable[Bar]) -> str:
+    """Return BARs with their sizes."""
+    return ", ".join(f"{bar.index}: {size(bar.size_bytes)}" for bar in found)

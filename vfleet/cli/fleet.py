@@ -1,37 +1,21 @@
-"""The commands about what is in the fleet: get, describe, create, delete, attach, detach."""
+"""The commands about what is in the fleet: describe, create, delete, attach, detach."""
 
 import enum
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from google.protobuf.message import Message
 
-from vfleet.cli import describe
-from vfleet.cli.output import Output, OutputOption, hex64, print_message, print_table
+from vfleet.cli import complete, describe
+from vfleet.cli.output import Output, OutputOption, print_message
 from vfleet.cli.session import CoordinatorOption, EtcdOption, fleet_client, run
-from vfleet.client import FleetClient
+from vfleet.cli.timeline import write_svg
 from vfleet.errors import invalid_field
-from vfleet.v1.fleet_service_pb2 import (
-    FleetServiceListDriversResponse,
-    FleetServiceListFunctionsResponse,
-    ListDevicesResponse,
-    ListHostsResponse,
-)
-from vfleet.v1.migration_service_pb2 import ListMigrationsResponse
 
 create_app = typer.Typer()
 delete_app = typer.Typer()
-
-
-class Kinds(enum.StrEnum):
-    """What there is, in the plural."""
-
-    HOSTS = "hosts"
-    DEVICES = "devices"
-    FUNCTIONS = "functions"
-    DRIVERS = "drivers"
-    MIGRATIONS = "migrations"
 
 
 class Kind(enum.StrEnum):
@@ -44,116 +28,32 @@ class Kind(enum.StrEnum):
     MIGRATION = "migration"
 
 
-FunctionArgument = Annotated[str, typer.Argument(metavar="FUNCTION", help="The function.")]
-DriverArgument = Annotated[str, typer.Argument(metavar="DRIVER", help="The driver.")]
-
-
-def get(
-    kind: Annotated[Kinds, typer.Argument(metavar="KIND", help="hosts, devices, functions, drivers or migrations.")],
-    active: Annotated[bool, typer.Option("--active", help="Only migrations that are not over.")] = False,
-    coordinator: CoordinatorOption = None,
-    etcd: EtcdOption = None,
-    output: OutputOption = Output.TABLE,
-) -> None:
-    """List hosts, devices, functions, drivers or migrations.
-
-    Example: vfleet get functions -o json
-    """
-
-    async def command() -> None:
-        async with fleet_client(coordinator, etcd) as fleet:
-            listing = await _listing(fleet, kind, active_only=active)
-        if output is Output.TABLE:
-            _print_listing(listing)
-        else:
-            print_message(listing, output)
-
-    run(command())
-
-
-async def _listing(fleet: FleetClient, kind: Kinds, *, active_only: bool) -> Message:
-    match kind:
-        case Kinds.HOSTS:
-            return ListHostsResponse(hosts=await fleet.list_hosts())
-        case Kinds.DEVICES:
-            return ListDevicesResponse(devices=await fleet.list_devices())
-        case Kinds.FUNCTIONS:
-            return FleetServiceListFunctionsResponse(functions=await fleet.list_functions())
-        case Kinds.DRIVERS:
-            return FleetServiceListDriversResponse(drivers=await fleet.list_drivers())
-        case Kinds.MIGRATIONS:
-            return ListMigrationsResponse(migrations=await fleet.list_migrations(active_only=active_only))
-
-
-def _print_listing(listing: Message) -> None:
-    if isinstance(listing, ListHostsResponse):
-        print_table(
-            ("HOST", "SEGMENT", "ADDRESS", "REGISTERED", "CORDONED", "INCARNATION"),
-            (
-                (
-                    host.name,
-                    f"{host.segment:#06x}",
-                    host.address,
-                    "yes" if host.registered else "no",
-                    describe.cordon_word(host),
-                    host.incarnation,
-                )
-                for host in listing.hosts
-            ),
-        )
-    elif isinstance(listing, ListDevicesResponse):
-        describe.print_devices(listing.devices)
-    elif isinstance(listing, FleetServiceListFunctionsResponse):
-        print_table(
-            ("FUNCTION", "STATUS", "GENERATION", "DEVICE", "VF", "BASE", "DRIVERS", "MIGRATION"),
-            (
-                (
-                    function.name,
-                    describe.status_word(function),
-                    function.generation,
-                    function.device,
-                    function.vf_index,
-                    hex64(function.base),
-                    ", ".join(function.drivers),
-                    function.migration,
-                )
-                for function in listing.functions
-            ),
-        )
-    elif isinstance(listing, FleetServiceListDriversResponse):
-        print_table(
-            ("DRIVER", "HOST", "FUNCTIONS"),
-            (
-                (driver.name, driver.host, ", ".join(entry.function for entry in driver.entries))
-                for driver in listing.drivers
-            ),
-        )
-    elif isinstance(listing, ListMigrationsResponse):
-        print_table(
-            ("MIGRATION", "PHASE", "MOVES", "REASON"),
-            (
-                (
-                    migration.name,
-                    describe.phase_word(migration),
-                    ", ".join(f"{move.function}={move.target.device}" for move in migration.moves),
-                    migration.abort_reason,
-                )
-                for migration in listing.migrations
-            ),
-        )
+FunctionArgument = Annotated[
+    str, typer.Argument(metavar="FUNCTION", help="The function.", autocompletion=complete.functions)
+]
+DriverArgument = Annotated[str, typer.Argument(metavar="DRIVER", help="The driver.", autocompletion=complete.drivers)]
 
 
 def describe_command(
     kind: Annotated[Kind, typer.Argument(metavar="KIND", help="host, device, function, driver or migration.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name.", autocompletion=complete.of_kind)],
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", help="Draw a migration's timeline into a file, too.")
+    ] = None,
     coordinator: CoordinatorOption = None,
     etcd: EtcdOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Show one host, device, function, driver or migration.
 
+    Of a migration that is over also a timeline of its steps.
+
+    \b
     Example: vfleet describe device h1/nic0
+    Example: vfleet describe migration m-0123456789ab
     """
+    if svg is not None and kind is not Kind.MIGRATION:
+        raise invalid_field("--svg", svg, "only with a migration")
 
     async def command() -> None:
         async with fleet_client(coordinator, etcd) as fleet:
@@ -176,6 +76,8 @@ def describe_command(
                     _show(driver, output, lambda: describe.describe_driver(driver))
                 case Kind.MIGRATION:
                     migration = await fleet.get_migration(name)
+                    if svg is not None:
+                        write_svg(migration, svg)
                     _show(migration, output, lambda: describe.describe_migration(migration))
 
     run(command())
@@ -184,7 +86,12 @@ def describe_command(
 @create_app.command("function")
 def create_function(
     function: Annotated[str, typer.Argument(metavar="NAME", help="The new function's name.")],
-    device: Annotated[str, typer.Option("--on", metavar="HOST/DEVICE", help="The device that is to be its home.")],
+    device: Annotated[
+        str,
+        typer.Option(
+            "--on", metavar="HOST/DEVICE", help="The device that is to be its home.", autocompletion=complete.devices
+        ),
+    ],
     vf_index: Annotated[int, typer.Option("--vf", metavar="N", help="The VF's index; 0 for the lowest free.")] = 0,
     coordinator: CoordinatorOption = None,
     etcd: EtcdOption = None,
@@ -235,8 +142,15 @@ def delete_driver(driver: DriverArgument, coordinator: CoordinatorOption = None,
 
 def attach(
     function: FunctionArgument,
-    driver: Annotated[str, typer.Option("--driver", metavar="DRIVER", help="The driver; made if it isn't there.")],
-    host: Annotated[str, typer.Option("--host", metavar="HOST", help="Its host, if it is new.")] = "",
+    driver: Annotated[
+        str,
+        typer.Option(
+            "--driver", metavar="DRIVER", help="The driver; made if it isn't there.", autocompletion=complete.drivers
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option("--host", metavar="HOST", help="Its host, if it is new.", autocompletion=complete.hosts)
+    ] = "",
     virtual_address: Annotated[
         str,
         typer.Option("--virtual-address", metavar="0x…", help="Where it sees the function; by default, a free place."),
@@ -269,7 +183,9 @@ def attach(
 
 def detach(
     function: FunctionArgument,
-    driver: Annotated[str, typer.Option("--driver", metavar="DRIVER", help="The driver.")],
+    driver: Annotated[
+        str, typer.Option("--driver", metavar="DRIVER", help="The driver.", autocompletion=complete.drivers)
+    ],
     coordinator: CoordinatorOption = None,
     etcd: EtcdOption = None,
 ) -> None:

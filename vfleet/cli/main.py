@@ -11,18 +11,21 @@ from typing import Annotated
 import typer
 from typer.core import TyperOption
 
-from vfleet.cli import cluster, demo, fleet, migration, operations, plan, workload
-from vfleet.cli.session import FAILED, INTERRUPTED, exit_code
+from vfleet.cli import cluster, contexts, demo, fleet, get, history, migration, operations, plan, top, workload
+from vfleet.cli.contexts import context_names
+from vfleet.cli.help import HelpInPanels
+from vfleet.cli.session import FAILED, INTERRUPTED, chosen_context, exit_code
 from vfleet.errors import VfleetError
 
 # Plain help: it fits one screen. The error edge below replaces Typer's own, which prints tracebacks and boxes.
 app = typer.Typer(
     name="vfleet",
+    cls=HelpInPanels,
     help="Move SR-IOV virtual functions between hosts under running drivers.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Options: --version, --install-completion, --help (-h).",
+    epilog="Options: --context NAME, --version, --install-completion, --help (-h).",
 )
 
 
@@ -34,30 +37,42 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    show_version: Annotated[
+    context: Annotated[
+        str | None,
+        typer.Option("--context", metavar="NAME", help="The cluster of this name.", autocompletion=context_names),
+    ] = None,
+    _version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Move SR-IOV virtual functions between hosts under running drivers."""
+    chosen_context.set(context)
 
 
-app.command("demo")(demo.demo)
-app.command("up")(cluster.up)
-app.command("get")(fleet.get)
-app.command("describe")(fleet.describe_command)
-app.add_typer(fleet.create_app, name="create", help="Make a function.")
-app.add_typer(fleet.delete_app, name="delete", help="End a function or a driver.")
-app.command("attach")(fleet.attach)
-app.command("detach")(fleet.detach)
-app.command("plan")(plan.plan)
-app.command("migrate")(migration.migrate)
-app.command("watch")(migration.watch)
-app.command("cancel")(migration.cancel)
-app.command("cordon")(operations.cordon)
-app.command("uncordon")(operations.uncordon)
-app.command("doctor")(operations.doctor)
-app.add_typer(operations.fleet_app, name="fleet", help="Raise the fleet generation, or forget a host.")
-app.add_typer(workload.app, name="workload", help="Start, stop or report a workload of a driver.")
+# The panels of the help. What is said of a command there has 27 characters at most.
+_CLUSTER, _SEE, _MAKE, _MOVE, _HOSTS = "Cluster", "See", "Make and end", "Move", "Hosts and upkeep"
+
+app.command("demo", short_help="Functions move under load", rich_help_panel=_CLUSTER)(demo.demo)
+app.command("up", short_help="A cluster on this machine", rich_help_panel=_CLUSTER)(cluster.up)
+app.add_typer(contexts.app, name="context", help="Clusters with a name", rich_help_panel=_CLUSTER)
+app.command("get", short_help="List what there is", rich_help_panel=_SEE)(get.get)
+app.command("describe", short_help="Show one thing in full", rich_help_panel=_SEE)(fleet.describe_command)
+app.command("history", short_help="Where a function has been", rich_help_panel=_SEE)(history.history)
+app.command("events", short_help="What has changed", rich_help_panel=_SEE)(history.events)
+app.command("top", short_help="Watch the whole fleet", rich_help_panel=_SEE)(top.top)
+app.add_typer(fleet.create_app, name="create", help="Make a function", rich_help_panel=_MAKE)
+app.add_typer(fleet.delete_app, name="delete", help="End a function or driver", rich_help_panel=_MAKE)
+app.command("attach", short_help="Attach a driver", rich_help_panel=_MAKE)(fleet.attach)
+app.command("detach", short_help="Detach a driver", rich_help_panel=_MAKE)(fleet.detach)
+app.add_typer(workload.app, name="workload", help="A driver at work", rich_help_panel=_MAKE)
+app.command("plan", short_help="Where to, and why", rich_help_panel=_MOVE)(plan.plan)
+app.command("migrate", short_help="Move functions, all or none", rich_help_panel=_MOVE)(migration.migrate)
+app.command("watch", short_help="Follow a migration", rich_help_panel=_MOVE)(migration.watch)
+app.command("cancel", short_help="Abort a migration", rich_help_panel=_MOVE)(migration.cancel)
+app.command("cordon", short_help="Keep functions off a host", rich_help_panel=_HOSTS)(operations.cordon)
+app.command("uncordon", short_help="Use a host again", rich_help_panel=_HOSTS)(operations.uncordon)
+app.command("doctor", short_help="Compare etcd with all hosts", rich_help_panel=_HOSTS)(operations.doctor)
+app.add_typer(operations.fleet_app, name="fleet", help="After a loss: etcd, a host", rich_help_panel=_HOSTS)
 
 
 def run(arguments: Sequence[str]) -> int:

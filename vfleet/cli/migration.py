@@ -1,5 +1,6 @@
 """The commands about migrations: migrate, watch, cancel."""
 
+import asyncio
 import enum
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -7,14 +8,14 @@ from typing import Annotated
 
 import typer
 
+from vfleet.cli import complete, describe
 from vfleet.cli import constraints as asked
-from vfleet.cli import describe
 from vfleet.cli.constraints import Rule
 from vfleet.cli.output import Output, OutputOption, console, print_message
 from vfleet.cli.progress import LiveProgress, progress_line
-from vfleet.cli.session import FAILED, CoordinatorOption, EtcdOption, fleet_client, run
+from vfleet.cli.session import FAILED, CoordinatorOption, EtcdOption, TimeoutOption, checked_timeout, fleet_client, run
 from vfleet.client import PHASES_OVER, FleetClient, move_request, request_id
-from vfleet.errors import invalid_field
+from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.v1.migration_service_pb2 import LimitPolicy, MigrationOptions, MoveRequest
 from vfleet.v1.records_pb2 import Migration, Phase
 from vfleet.v1.types_pb2 import TransferMode
@@ -40,15 +41,26 @@ _MODES = {
 }
 _POLICIES = {OnLimit.ABORT: LimitPolicy.LIMIT_POLICY_ABORT, OnLimit.FORCE: LimitPolicy.LIMIT_POLICY_FORCE}
 
-MigrationArgument = Annotated[str, typer.Argument(metavar="MIGRATION", help="The migration.")]
+MigrationArgument = Annotated[
+    str, typer.Argument(metavar="MIGRATION", help="The migration.", autocompletion=complete.active_migrations)
+]
 
 
+WaitOption = Annotated[bool, typer.Option("--wait", help="Wait until it is over; exit 1 if it was aborted.")]
 FunctionsArgument = Annotated[
-    list[str], typer.Argument(metavar="FUNCTION[=DEVICE[:VF]]…", help="Functions, and where each is to go.")
+    list[str],
+    typer.Argument(
+        metavar="FUNCTION[=DEVICE[:VF]]…", help="Functions, and where each is to go.", autocompletion=complete.moves
+    ),
 ]
 ToOption = Annotated[
     str | None,
-    typer.Option("--to", metavar="DEVICE[:VF]", help="Where functions named without a device go; else it is chosen."),
+    typer.Option(
+        "--to",
+        metavar="DEVICE[:VF]",
+        help="Where functions named without a device go; else it is chosen.",
+        autocompletion=complete.devices,
+    ),
 ]
 
 
@@ -65,7 +77,8 @@ def migrate(
     together: asked.TogetherOption = None,
     apart: asked.ApartOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and do nothing.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until it is over; exit 1 if it was aborted.")] = False,
+    wait: WaitOption = False,
+    timeout: TimeoutOption = None,
     name: Annotated[
         str, typer.Option("--request-id", metavar="NAME", help="Name of the migration; the same again is the same one.")
     ] = "",
@@ -95,7 +108,7 @@ def migrate(
     shows and explains.
 
     \b
-    Example: vfleet migrate vf1 --wait
+    Example: vfleet migrate vf1 --wait --timeout 60
     Example: vfleet migrate vf1 vf2 --host different --apart vf1,vf2
     Example: vfleet migrate vf1 --to h2/nic0 --wait
     Example: vfleet migrate vf1=h2/nic0 vf2=h3/nic1:4
@@ -109,7 +122,7 @@ def migrate(
         max_rounds=_fits("--max-rounds", max_rounds),
         bandwidth_mib_per_s=_fits("--bandwidth", bandwidth),
     )
-    moves = move_requests(functions, to)
+    moves, patience_s = move_requests(functions, to), _waiting(wait, timeout)
     wanted = asked.constraints(
         host=host,
         adapter=adapter,
@@ -129,7 +142,7 @@ def migrate(
             migration = await fleet.create_migration(
                 moves, name=name or request_id(), options=options, constraints=wanted
             )
-            return await _follow(fleet, migration.name) if wait else migration
+            return await _follow(fleet, migration.name, timeout_s=patience_s) if wait else migration
 
     migration = run(command())
     if output is not Output.TABLE:
@@ -145,6 +158,7 @@ def migrate(
 
 def watch(
     migration: MigrationArgument,
+    timeout: TimeoutOption = None,
     coordinator: CoordinatorOption = None,
     etcd: EtcdOption = None,
     output: OutputOption = Output.TABLE,
@@ -155,10 +169,11 @@ def watch(
 
     Example: vfleet watch m-0123456789ab
     """
+    patience_s = checked_timeout(timeout)
 
     async def command() -> Migration:
         async with fleet_client(coordinator, etcd) as fleet:
-            return await _follow(fleet, migration, output)
+            return await _follow(fleet, migration, output, timeout_s=patience_s)
 
     last = run(command())
     if output is Output.TABLE:
@@ -168,18 +183,24 @@ def watch(
 
 def cancel(
     migration: MigrationArgument,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until everything is back in its place.")] = False,
+    timeout: TimeoutOption = None,
     coordinator: CoordinatorOption = None,
     etcd: EtcdOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Abort a migration that is not yet committed.
 
+    \b
     Example: vfleet cancel m-0123456789ab
+    Example: vfleet cancel m-0123456789ab --wait
     """
+    patience_s = _waiting(wait, timeout)
 
     async def command() -> Migration:
         async with fleet_client(coordinator, etcd) as fleet:
-            return await fleet.cancel_migration(migration)
+            cancelled = await fleet.cancel_migration(migration)
+            return await _follow(fleet, migration, timeout_s=patience_s) if wait else cancelled
 
     cancelled = run(command())
     if output is Output.TABLE:
@@ -206,27 +227,40 @@ def _move(argument: str, to: str | None) -> MoveRequest:
     return move_request(function, device, int(vf_index) if colon else 0)
 
 
-async def _follow(fleet: FleetClient, name: str, output: Output = Output.TABLE) -> Migration:
-    """Return the migration once it is over.
+async def _follow(
+    fleet: FleetClient, name: str, output: Output = Output.TABLE, *, timeout_s: float | None = None
+) -> Migration:
+    """Return the migration once it is over. Raise ILLEGAL_STATE if that is later than in `timeout_s`.
 
     Until then show how far it is: on a terminal as bars that grow, else a line for each step and each round; or every
     update in the form for programs.
     """
     out = console(stderr=True)
     shown = ""
-    with LiveProgress(out, name) as live:
-        async with aclosing(fleet.watch_migration(name)) as updates:
-            async for update in updates:
-                if output is not Output.TABLE:
-                    print_message(update, output, compact=True)
-                elif out.is_terminal:
-                    live.show(update)
-                elif (line := progress_line(update)) != shown:
-                    out.print(line)
-                    shown = line
-                if update.migration.phase in PHASES_OVER:
-                    return update.migration
+    try:
+        with LiveProgress(out, name) as live:
+            async with asyncio.timeout(timeout_s), aclosing(fleet.watch_migration(name)) as updates:
+                async for update in updates:
+                    if output is not Output.TABLE:
+                        print_message(update, output, compact=True)
+                    elif out.is_terminal:
+                        live.show(update)
+                    elif (line := progress_line(update)) != shown:
+                        out.print(line)
+                        shown = line
+                    if update.migration.phase in PHASES_OVER:
+                        return update.migration
+    except TimeoutError:
+        message = f"{name} is not over after {timeout_s:g} s, and goes on; follow it with: vfleet watch {name}"
+        raise VfleetError(Reason.ILLEGAL_STATE, message) from None
     return await fleet.get_migration(name)
+
+
+def _waiting(wait: bool, timeout: float | None) -> float | None:
+    """Return how long to wait. Raise INVALID_FIELD for a bad timeout, or one for nothing."""
+    if timeout is not None and not wait:
+        raise invalid_field("--timeout", timeout, "only with --wait")
+    return checked_timeout(timeout)
 
 
 def _fits(option: str, value: int) -> int:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vfleet.cli import complete
 from vfleet.cli.output import Output, OutputOption, enum_word, print_message, print_table
 from vfleet.cli.session import FAILED, CoordinatorOption, EtcdOption, fleet_client, run
 from vfleet.v1.fleet_service_pb2 import (
@@ -18,9 +19,11 @@ from vfleet.v1.records_pb2 import Cordon
 
 fleet_app = typer.Typer()
 
+HostArgument = Annotated[str, typer.Argument(metavar="HOST", help="The host.", autocompletion=complete.hosts)]
+
 
 def cordon(
-    host: Annotated[str, typer.Argument(metavar="HOST", help="The host.")],
+    host: HostArgument,
     reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for who asks.")] = "",
     coordinator: CoordinatorOption = None,
     etcd: EtcdOption = None,
@@ -47,7 +50,7 @@ def cordon(
 
 
 def uncordon(
-    host: Annotated[str, typer.Argument(metavar="HOST", help="The host.")],
+    host: HostArgument,
     coordinator: CoordinatorOption = None,
     etcd: EtcdOption = None,
 ) -> None:
@@ -115,7 +118,10 @@ def bump_generation(
 
 @fleet_app.command("forget-host")
 def forget_host(
-    host: Annotated[str, typer.Argument(metavar="HOST", help="A host that is down and never comes back.")],
+    host: Annotated[
+        str,
+        typer.Argument(metavar="HOST", help="A host that is down and never comes back.", autocompletion=complete.hosts),
+    ],
     force: Annotated[
         bool, typer.Option("--force", help="Also if something is there: functions become LOST, drivers go.")
     ] = False,

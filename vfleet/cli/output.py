@@ -5,6 +5,7 @@ Results go to standard output, progress to standard error. Colours and animation
 
 import enum
 from collections.abc import Iterable, Sequence
+from datetime import UTC
 from typing import Annotated
 
 import typer
@@ -12,10 +13,20 @@ import yaml
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict, MessageToJson
 from google.protobuf.message import Message
-from rich.console import Console
+from google.protobuf.timestamp_pb2 import Timestamp
+from rich.bar import Bar
+from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 PIPE_WIDTH = 400  # columns, where there is no terminal to fit: enough not to break lines
+
+
+_STYLES = {
+    **dict.fromkeys(("active", "done", "yes"), "green"),
+    **dict.fromkeys(("creating", "deleting", "preparing", "committed", "aborting"), "yellow"),
+    **dict.fromkeys(("lost", "aborted", "no"), "red"),
+}
 
 
 class Output(enum.StrEnum):
@@ -54,12 +65,22 @@ def print_message(message: Message, output: Output, *, compact: bool = False) ->
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table."""
+    print_rich(table_of(columns, rows))
+
+
+def table_of(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """Return a table."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    _print_aligned(table)
+        table.add_row(*(cell if isinstance(cell, Text | Bar) else str(cell) for cell in row))
+    return table
+
+
+def coloured(word: str) -> Text:
+    """Return a state's word in the colour of what it means; there are colours on a terminal only."""
+    return Text(word, _STYLES.get(word, ""))
 
 
 def print_fields(fields: Iterable[tuple[str, object]]) -> None:
@@ -67,14 +88,14 @@ def print_fields(fields: Iterable[tuple[str, object]]) -> None:
     grid = Table.grid(padding=(0, 3))
     for name, value in fields:
         grid.add_row(name, str(value))
-    _print_aligned(grid)
+    print_rich(grid)
 
 
-def _print_aligned(table: Table) -> None:
-    """Print a table without the blanks that rich puts at the end of lines."""
+def print_rich(shown: RenderableType) -> None:
+    """Print what rich can show, without the blanks that it puts at the end of lines."""
     out = console()
     with out.capture() as captured:
-        out.print(table)
+        out.print(shown)
     for line in captured.get().splitlines():
         typer.echo(line.rstrip(), color=True)  # rich has decided on colours already
 
@@ -103,6 +124,11 @@ def rounded_size(value_bytes: int) -> str:
 def milliseconds(duration: Duration) -> str:
     """Return a duration in milliseconds."""
     return f"{duration.ToTimedelta().total_seconds() * 1000:.1f} ms"
+
+
+def moment(time: Timestamp) -> str:
+    """Return a moment in UTC, to the millisecond."""
+    return time.ToDatetime(UTC).isoformat(" ", "milliseconds").removesuffix("+00:00") + "Z"
 
 
 def enum_word(name: str, prefix: str) -> str:

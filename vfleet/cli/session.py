@@ -1,7 +1,8 @@
 """How a command meets a cluster: where the coordinators are, and what a failure means to the shell.
 
-The coordinators are those of --coordinator or VFLEET_COORDINATOR, or those that --etcd knows, or those of the cluster
-that `vfleet up` runs on this machine.
+The coordinators are those of --coordinator or VFLEET_COORDINATOR, or those that --etcd knows; else those of the context
+that --context or VFLEET_CONTEXT names; else those of the current context, which is that of the cluster that `vfleet up`
+runs on this machine, unless the settings say otherwise.
 """
 
 import asyncio
@@ -9,16 +10,18 @@ import json
 import os
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from random import Random
 from typing import Annotated, TypeVar
 
 import typer
 
-from vfleet.caller import parse_addresses
+from vfleet.caller import PATIENCE_S, parse_addresses
+from vfleet.cli.settings import load_settings
 from vfleet.client import FleetClient, HostClient
 from vfleet.clock import SystemClock
-from vfleet.errors import Reason, VfleetError
+from vfleet.errors import Reason, VfleetError, invalid_field
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -50,6 +53,20 @@ OwnEtcdOption = Annotated[
 ]
 
 
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option("--timeout", metavar="SECONDS", help="Wait no longer than this; exit 1 if it is not over by then."),
+]
+MAX_TIMEOUT_S = 86_400.0
+
+
+def checked_timeout(seconds: float | None) -> float | None:
+    """Return how long to wait, in seconds, None for ever. Raise INVALID_FIELD for what no clock can wait for."""
+    if seconds is not None and not 0 < seconds <= MAX_TIMEOUT_S:
+        raise invalid_field("--timeout", seconds, f"more than 0 and at most {MAX_TIMEOUT_S:g} seconds")
+    return seconds
+
+
 def exit_code(error: VfleetError) -> int:
     """Return what a command that fails with this error exits with: 2 for what can never succeed as asked, else 1."""
     return BAD_INPUT if error.reason in _BAD_INPUT_REASONS else FAILED
@@ -69,18 +86,32 @@ def state_file() -> Path:
     return (Path(state) if state else Path.home() / ".local" / "state") / "vfleet" / "local.json"
 
 
+# The context that the command line names.
+chosen_context: ContextVar[str | None] = ContextVar("chosen_context", default=None)
+
+
 @asynccontextmanager
-async def fleet_client(coordinator: str | None, etcd: str | None) -> AsyncIterator[FleetClient]:
+async def fleet_client(
+    coordinator: str | None, etcd: str | None, *, patience_s: float = PATIENCE_S
+) -> AsyncIterator[FleetClient]:
     """Give a client of the cluster that the options mean. Raise VfleetError if they mean none."""
-    if coordinator is not None and etcd is not None:
-        raise VfleetError(Reason.INVALID_FIELD, "both --coordinator and --etcd are given; expected one of them")
+    context = chosen_context.get()
+    given = {"--context": context, "--coordinator": coordinator, "--etcd": etcd}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise VfleetError(Reason.INVALID_FIELD, f"both {' and '.join(names)} are given; expected one of them")
+    if coordinator is None and etcd is None:
+        named = context or os.environ.get("VFLEET_CONTEXT")
+        settings = load_settings()
+        found = settings.context(named or settings.current, "--context" if context else "VFLEET_CONTEXT")
+        coordinator, etcd = found.coordinator, found.etcd
     if coordinator is not None:
         addresses = parse_addresses("--coordinator", coordinator)
     elif etcd is not None:
         addresses = await _registered_coordinators(parse_addresses("--etcd", etcd))
     else:
         addresses = _local_coordinators()
-    async with FleetClient(addresses) as fleet:
+    async with FleetClient(addresses, patience_s=patience_s) as fleet:
         yield fleet
 
 
@@ -112,7 +143,9 @@ def _local_coordinators() -> tuple[str, ...]:
     try:
         return parse_addresses(str(path), str(json.loads(path.read_text(encoding="utf-8"))["coordinator"]))
     except FileNotFoundError:
-        message = "no cluster: give --coordinator or --etcd, set VFLEET_COORDINATOR, or run `vfleet up TOPOLOGY`"
+        message = (
+            "no cluster: give --coordinator, --etcd or --context, set VFLEET_COORDINATOR, or run `vfleet up TOPOLOGY`"
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"{path}, left by `vfleet up`, can't be read: {error}"
     raise VfleetError(Reason.INVALID_FIELD, message)

@@ -14,7 +14,7 @@
 | slots/HOST/DEVICE/VF_INDEX | Slot |
 | drivers/DRIVER | Driver |
 | entries/HOST/DRIVER/FUNCTION | TableEntry; HOST is the driver's |
-| migrations/MIGRATION | Migration |
+| migrations/MIGRATION | Migration; deleted some time after it is over |
 | owners/MIGRATION | name of the coordinator that runs it, under its lease |
 """
 

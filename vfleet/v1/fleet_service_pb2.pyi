@@ -6,6 +6,7 @@ coordinator: what is in the fleet."""
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from vfleet.v1 import records_pb2 as _records_pb2
@@ -132,6 +133,46 @@ DIFFERENCE_KIND_UNFINISHED_FUNCTION: DifferenceKind.ValueType  # 22
 DIFFERENCE_KIND_DETACHED_DRIVER: DifferenceKind.ValueType  # 23
 """A function keeps the sequences of a driver that was detached."""
 Global___DifferenceKind: _TypeAlias = DifferenceKind  # noqa: Y015
+
+class _EventKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EVENT_KIND_UNSPECIFIED: _EventKind.ValueType  # 0
+    """Not set."""
+    EVENT_KIND_FUNCTION: _EventKind.ValueType  # 1
+    """A function: made, moved, lost, deleted, drivers attached or detached."""
+    EVENT_KIND_MIGRATION: _EventKind.ValueType  # 2
+    """A migration: begun, decided, over."""
+    EVENT_KIND_HOST: _EventKind.ValueType  # 3
+    """A host: new, registered or not any more, started anew, forgotten."""
+    EVENT_KIND_CORDON: _EventKind.ValueType  # 4
+    """A cordon; the name is the host's."""
+    EVENT_KIND_COORDINATOR: _EventKind.ValueType  # 5
+    """A coordinator: it has come or gone."""
+    EVENT_KIND_FLEET: _EventKind.ValueType  # 6
+    """The fleet as a whole: its generation; or events are missing here."""
+
+class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
+    """What an event is about."""
+
+EVENT_KIND_UNSPECIFIED: EventKind.ValueType  # 0
+"""Not set."""
+EVENT_KIND_FUNCTION: EventKind.ValueType  # 1
+"""A function: made, moved, lost, deleted, drivers attached or detached."""
+EVENT_KIND_MIGRATION: EventKind.ValueType  # 2
+"""A migration: begun, decided, over."""
+EVENT_KIND_HOST: EventKind.ValueType  # 3
+"""A host: new, registered or not any more, started anew, forgotten."""
+EVENT_KIND_CORDON: EventKind.ValueType  # 4
+"""A cordon; the name is the host's."""
+EVENT_KIND_COORDINATOR: EventKind.ValueType  # 5
+"""A coordinator: it has come or gone."""
+EVENT_KIND_FLEET: EventKind.ValueType  # 6
+"""The fleet as a whole: its generation; or events are missing here."""
+Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 @_typing.final
 class ListHostsRequest(_message.Message):
@@ -911,3 +952,93 @@ class UncordonHostResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UncordonHostResponse: _TypeAlias = UncordonHostResponse  # noqa: Y015
+
+@_typing.final
+class FleetEvent(_message.Message):
+    """One change of one thing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    WHAT_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    kind: Global___EventKind.ValueType
+    """What it is about."""
+    name: _builtins.str
+    """Its name; empty for the fleet."""
+    what: _builtins.str
+    """What changed, for people."""
+    revision: _builtins.int
+    """Revision of etcd at which it changed; the same at every coordinator."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When the coordinator that tells it learned of it, by its clock."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        kind: Global___EventKind.ValueType = ...,
+        name: _builtins.str = ...,
+        what: _builtins.str = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "name", b"name", "revision", b"revision", "time", b"time", "what", b"what"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FleetEvent: _TypeAlias = FleetEvent  # noqa: Y015
+
+@_typing.final
+class WatchEventsRequest(_message.Message):
+    """Request of WatchEvents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_REVISION_FIELD_NUMBER: _builtins.int
+    FOLLOW_FIELD_NUMBER: _builtins.int
+    after_revision: _builtins.int
+    """Only what changed after this revision, for who goes on after a break; 0 for all that is remembered."""
+    follow: _builtins.bool
+    """Whether to go on with what changes from now on."""
+    def __init__(
+        self,
+        *,
+        after_revision: _builtins.int = ...,
+        follow: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_revision", b"after_revision", "follow", b"follow"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEventsRequest: _TypeAlias = WatchEventsRequest  # noqa: Y015
+
+@_typing.final
+class WatchEventsResponse(_message.Message):
+    """Response of WatchEvents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___FleetEvent]:
+        """Events in their order. Those of one revision are not split."""
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___FleetEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEventsResponse: _TypeAlias = WatchEventsResponse  # noqa: Y015

@@ -106,6 +106,11 @@ class FleetServiceStub:
                 request_serializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostRequest.SerializeToString,
                 response_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostResponse.FromString,
                 _registered_method=True)
+        self.WatchEvents = channel.unary_stream(
+                '/vfleet.v1.FleetService/WatchEvents',
+                request_serializer=vfleet_dot_v1_dot_fleet__service__pb2.WatchEventsRequest.SerializeToString,
+                response_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.WatchEventsResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer:
@@ -216,6 +221,14 @@ class FleetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchEvents(self, request, context):
+        """WatchEvents sends what has changed in the fleet, as far back as the coordinator remembers, and then, if asked to
+        follow, whatever changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -288,6 +301,11 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.UncordonHost,
                     request_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostRequest.FromString,
                     response_serializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostResponse.SerializeToString,
+            ),
+            'WatchEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEvents,
+                    request_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.WatchEventsRequest.FromString,
+                    response_serializer=vfleet_dot_v1_dot_fleet__service__pb2.WatchEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -670,6 +688,33 @@ class FleetService:
             '/vfleet.v1.FleetService/UncordonHost',
             vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostRequest.SerializeToString,
             vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vfleet.v1.FleetService/WatchEvents',
+            vfleet_dot_v1_dot_fleet__service__pb2.WatchEventsRequest.SerializeToString,
+            vfleet_dot_v1_dot_fleet__service__pb2.WatchEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -73,6 +73,10 @@ class FleetServiceStub:
     """
     UncordonHost: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.UncordonHostRequest, _fleet_service_pb2.UncordonHostResponse]
     """UncordonHost ends that. A host that isn't cordoned counts as done."""
+    WatchEvents: _grpc.UnaryStreamMultiCallable[_fleet_service_pb2.WatchEventsRequest, _fleet_service_pb2.WatchEventsResponse]
+    """WatchEvents sends what has changed in the fleet, as far back as the coordinator remembers, and then, if asked to
+    follow, whatever changes.
+    """
 
 @_typing.type_check_only
 class FleetServiceAsyncStub(FleetServiceStub):
@@ -119,6 +123,10 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """
     UncordonHost: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.UncordonHostRequest, _fleet_service_pb2.UncordonHostResponse]  # type: ignore[assignment]
     """UncordonHost ends that. A host that isn't cordoned counts as done."""
+    WatchEvents: _aio.UnaryStreamMultiCallable[_fleet_service_pb2.WatchEventsRequest, _fleet_service_pb2.WatchEventsResponse]  # type: ignore[assignment]
+    """WatchEvents sends what has changed in the fleet, as far back as the coordinator remembers, and then, if asked to
+    follow, whatever changes.
+    """
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
     """FleetService shows hosts, devices, functions and drivers, and makes and ends functions and attachments. Any
@@ -246,5 +254,15 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_service_pb2.UncordonHostResponse, _abc.Awaitable[_fleet_service_pb2.UncordonHostResponse]]:
         """UncordonHost ends that. A host that isn't cordoned counts as done."""
+
+    @_abc_1.abstractmethod
+    def WatchEvents(
+        self,
+        request: _fleet_service_pb2.WatchEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_fleet_service_pb2.WatchEventsResponse], _abc.AsyncIterator[_fleet_service_pb2.WatchEventsResponse]]:
+        """WatchEvents sends what has changed in the fleet, as far back as the coordinator remembers, and then, if asked to
+        follow, whatever changes.
+        """
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

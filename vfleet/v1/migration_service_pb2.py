@@ -28,15 +28,15 @@ from vfleet.v1 import records_pb2 as vfleet_dot_v1_dot_records__pb2
 from vfleet.v1 import types_pb2 as vfleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!vfleet/v1/migration_service.proto\x12\tvfleet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19vfleet/v1/placement.proto\x1a\x17vfleet/v1/records.proto\x1a\x15vfleet/v1/types.proto\"O\n\x0bMoveRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x15\n\rtarget_device\x18\x02 \x01(\t\x12\x17\n\x0ftarget_vf_index\x18\x03 \x01(\r\"\x88\x02\n\x10MigrationOptions\x12\x12\n\nmax_rounds\x18\x01 \x01(\r\x12\x1a\n\x12prepare_timeout_ms\x18\x02 \x01(\r\x12\x17\n\x0fhold_timeout_ms\x18\x03 \x01(\r\x12\x1e\n\x16\x61\x63knowledge_timeout_ms\x18\x04 \x01(\r\x12%\n\x04mode\x18\x05 \x01(\x0e\x32\x17.vfleet.v1.TransferMode\x12\x19\n\x11\x64owntime_limit_ms\x18\x06 \x01(\r\x12,\n\x0climit_policy\x18\x07 \x01(\x0e\x32\x16.vfleet.v1.LimitPolicy\x12\x1b\n\x13\x62\x61ndwidth_mib_per_s\x18\x08 \x01(\r\"{\n\x14PlanMigrationRequest\x12%\n\x05moves\x18\x01 \x03(\x0b\x32\x16.vfleet.v1.MoveRequest\x12+\n\x0b\x63onstraints\x18\x02 \x01(\x0b\x32\x16.vfleet.v1.Constraints\x12\x0f\n\x07\x65xplain\x18\x03 \x01(\x08\"m\n\x15PlanMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\x12+\n\x0b\x65xplanation\x18\x02 \x01(\x0b\x32\x16.vfleet.v1.Explanation\"\xae\x01\n\x16\x43reateMigrationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x05moves\x18\x02 \x03(\x0b\x32\x16.vfleet.v1.MoveRequest\x12,\n\x07options\x18\x03 \x01(\x0b\x32\x1b.vfleet.v1.MigrationOptions\x12+\n\x0b\x63onstraints\x18\x04 \x01(\x0b\x32\x16.vfleet.v1.Constraints\"B\n\x17\x43reateMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\"#\n\x13GetMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x14GetMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\"S\n\x15ListMigrationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0b\x61\x63tive_only\x18\x03 \x01(\x08\"[\n\x16ListMigrationsResponse\x12(\n\nmigrations\x18\x01 \x03(\x0b\x32\x14.vfleet.v1.Migration\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"9\n\x15WatchMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nuntil_over\x18\x02 \x01(\x08\"\xf5\x01\n\x0c\x43opyProgress\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x0e\n\x06rounds\x18\x02 \x01(\r\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x64irty_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\x19\n\x11\x64irty_bytes_per_s\x18\x06 \x01(\x04\x12\x35\n\x12\x65stimated_blackout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10throttle_percent\x18\x08 \x01(\r\x12\x15\n\rmissing_bytes\x18\t \x01(\x04\"\x89\x01\n\x16WatchMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\x12\x1d\n\x04step\x18\x02 \x01(\x0e\x32\x0f.vfleet.v1.Step\x12\'\n\x06\x63opies\x18\x03 \x03(\x0b\x32\x17.vfleet.v1.CopyProgress\"&\n\x16\x43\x61ncelMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"B\n\x17\x43\x61ncelMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration*[\n\x0bLimitPolicy\x12\x1c\n\x18LIMIT_POLICY_UNSPECIFIED\x10\x00\x12\x16\n\x12LIMIT_POLICY_ABORT\x10\x01\x12\x16\n\x12LIMIT_POLICY_FORCE\x10\x02\x32\x9b\x04\n\x10MigrationService\x12R\n\rPlanMigration\x12\x1f.vfleet.v1.PlanMigrationRequest\x1a .vfleet.v1.PlanMigrationResponse\x12X\n\x0f\x43reateMigration\x12!.vfleet.v1.CreateMigrationRequest\x1a\".vfleet.v1.CreateMigrationResponse\x12O\n\x0cGetMigration\x12\x1e.vfleet.v1.GetMigrationRequest\x1a\x1f.vfleet.v1.GetMigrationResponse\x12U\n\x0eListMigrations\x12 .vfleet.v1.ListMigrationsRequest\x1a!.vfleet.v1.ListMigrationsResponse\x12W\n\x0eWatchMigration\x12 .vfleet.v1.WatchMigrationRequest\x1a!.vfleet.v1.WatchMigrationResponse0\x01\x12X\n\x0f\x43\x61ncelMigration\x12!.vfleet.v1.CancelMigrationRequest\x1a\".vfleet.v1.CancelMigrationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!vfleet/v1/migration_service.proto\x12\tvfleet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19vfleet/v1/placement.proto\x1a\x17vfleet/v1/records.proto\x1a\x15vfleet/v1/types.proto\"O\n\x0bMoveRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x15\n\rtarget_device\x18\x02 \x01(\t\x12\x17\n\x0ftarget_vf_index\x18\x03 \x01(\r\"\x88\x02\n\x10MigrationOptions\x12\x12\n\nmax_rounds\x18\x01 \x01(\r\x12\x1a\n\x12prepare_timeout_ms\x18\x02 \x01(\r\x12\x17\n\x0fhold_timeout_ms\x18\x03 \x01(\r\x12\x1e\n\x16\x61\x63knowledge_timeout_ms\x18\x04 \x01(\r\x12%\n\x04mode\x18\x05 \x01(\x0e\x32\x17.vfleet.v1.TransferMode\x12\x19\n\x11\x64owntime_limit_ms\x18\x06 \x01(\r\x12,\n\x0climit_policy\x18\x07 \x01(\x0e\x32\x16.vfleet.v1.LimitPolicy\x12\x1b\n\x13\x62\x61ndwidth_mib_per_s\x18\x08 \x01(\r\"{\n\x14PlanMigrationRequest\x12%\n\x05moves\x18\x01 \x03(\x0b\x32\x16.vfleet.v1.MoveRequest\x12+\n\x0b\x63onstraints\x18\x02 \x01(\x0b\x32\x16.vfleet.v1.Constraints\x12\x0f\n\x07\x65xplain\x18\x03 \x01(\x08\"m\n\x15PlanMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\x12+\n\x0b\x65xplanation\x18\x02 \x01(\x0b\x32\x16.vfleet.v1.Explanation\"\xae\x01\n\x16\x43reateMigrationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x05moves\x18\x02 \x03(\x0b\x32\x16.vfleet.v1.MoveRequest\x12,\n\x07options\x18\x03 \x01(\x0b\x32\x1b.vfleet.v1.MigrationOptions\x12+\n\x0b\x63onstraints\x18\x04 \x01(\x0b\x32\x16.vfleet.v1.Constraints\"B\n\x17\x43reateMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\"#\n\x13GetMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x14GetMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\"e\n\x15ListMigrationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0b\x61\x63tive_only\x18\x03 \x01(\x08\x12\x10\n\x08\x66unction\x18\x04 \x01(\t\"[\n\x16ListMigrationsResponse\x12(\n\nmigrations\x18\x01 \x03(\x0b\x32\x14.vfleet.v1.Migration\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"9\n\x15WatchMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nuntil_over\x18\x02 \x01(\x08\"\xf5\x01\n\x0c\x43opyProgress\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x0e\n\x06rounds\x18\x02 \x01(\r\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x64irty_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\x19\n\x11\x64irty_bytes_per_s\x18\x06 \x01(\x04\x12\x35\n\x12\x65stimated_blackout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10throttle_percent\x18\x08 \x01(\r\x12\x15\n\rmissing_bytes\x18\t \x01(\x04\"\x89\x01\n\x16WatchMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\x12\x1d\n\x04step\x18\x02 \x01(\x0e\x32\x0f.vfleet.v1.Step\x12\'\n\x06\x63opies\x18\x03 \x03(\x0b\x32\x17.vfleet.v1.CopyProgress\"&\n\x16\x43\x61ncelMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"B\n\x17\x43\x61ncelMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration*[\n\x0bLimitPolicy\x12\x1c\n\x18LIMIT_POLICY_UNSPECIFIED\x10\x00\x12\x16\n\x12LIMIT_POLICY_ABORT\x10\x01\x12\x16\n\x12LIMIT_POLICY_FORCE\x10\x02\x32\x9b\x04\n\x10MigrationService\x12R\n\rPlanMigration\x12\x1f.vfleet.v1.PlanMigrationRequest\x1a .vfleet.v1.PlanMigrationResponse\x12X\n\x0f\x43reateMigration\x12!.vfleet.v1.CreateMigrationRequest\x1a\".vfleet.v1.CreateMigrationResponse\x12O\n\x0cGetMigration\x12\x1e.vfleet.v1.GetMigrationRequest\x1a\x1f.vfleet.v1.GetMigrationResponse\x12U\n\x0eListMigrations\x12 .vfleet.v1.ListMigrationsRequest\x1a!.vfleet.v1.ListMigrationsResponse\x12W\n\x0eWatchMigration\x12 .vfleet.v1.WatchMigrationRequest\x1a!.vfleet.v1.WatchMigrationResponse0\x01\x12X\n\x0f\x43\x61ncelMigration\x12!.vfleet.v1.CancelMigrationRequest\x1a\".vfleet.v1.CancelMigrationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vfleet.v1.migration_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LIMITPOLICY']._serialized_start=1819
-  _globals['_LIMITPOLICY']._serialized_end=1910
+  _globals['_LIMITPOLICY']._serialized_start=1837
+  _globals['_LIMITPOLICY']._serialized_end=1928
   _globals['_MOVEREQUEST']._serialized_start=155
   _globals['_MOVEREQUEST']._serialized_end=234
   _globals['_MIGRATIONOPTIONS']._serialized_start=237
@@ -54,19 +54,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMIGRATIONRESPONSE']._serialized_start=1021
   _globals['_GETMIGRATIONRESPONSE']._serialized_end=1084
   _globals['_LISTMIGRATIONSREQUEST']._serialized_start=1086
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=1169
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=1171
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=1262
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=1264
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=1321
-  _globals['_COPYPROGRESS']._serialized_start=1324
-  _globals['_COPYPROGRESS']._serialized_end=1569
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=1572
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=1709
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=1711
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=1749
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=1751
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=1817
-  _globals['_MIGRATIONSERVICE']._serialized_start=1913
-  _globals['_MIGRATIONSERVICE']._serialized_end=2452
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=1187
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=1189
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=1280
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=1282
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=1339
+  _globals['_COPYPROGRESS']._serialized_start=1342
+  _globals['_COPYPROGRESS']._serialized_end=1587
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=1590
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=1727
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=1729
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=1767
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=1769
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=1835
+  _globals['_MIGRATIONSERVICE']._serialized_start=1931
+  _globals['_MIGRATIONSERVICE']._serialized_end=2470
 # @@protoc_insertion_point(module_scope)
