@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from hostd.arrival import Range
-from hostd.direct import Grant
 from hostd.fabric import MAX_JOINED, Link
-from hostd.image import Sequencer, order_of
-from hostd.instance import Instance, Result, SequenceGapError
+from hostd.grant import Grant
+from hostd.instance import Instance, SequenceGapError
 from hostd.reach import Reach, segment_of
+from hostd.sequencer import Result, Sequencer, order_of
 from hostd.translation import Entry
 from hostd.waiting import Waiting
 from vfleet.address import translate, window_offset

@@ -15,12 +15,13 @@ from hostd.deadlines import Deadlines
 from hostd.device_state import AFTER_FAULT
 from hostd.engine_part import ENGINE_BYTES
 from hostd.fence import Fences, order_of
-from hostd.image import FunctionImage, Sequencer, SessionOrder, image_bytes
+from hostd.image import FunctionImage, image_bytes
 from hostd.instance import Instance
 from hostd.ledger import Ledger
 from hostd.models import create_model
 from hostd.models.base import BusMaster, DeviceModel
 from hostd.segment import Segment
+from hostd.sequencer import Sequencer, SessionOrder
 from vfleet import failpoint
 from vfleet.address import bar_span, location_of
 from vfleet.clock import Clock

@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 
-from hostd.instance import Result
+from hostd.sequencer import Result
 from vfleet.v1.access_pb2 import AccessKind
 
 

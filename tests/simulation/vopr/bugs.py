@@ -22,9 +22,9 @@ from hostd.access_queue import AccessQueue
 from hostd.drivers import Drivers
 from hostd.fence import Fences
 from hostd.functions import Functions
-from hostd.image import Sequencer
 from hostd.instance import Instance
 from hostd.resolution import Resolver
+from hostd.sequencer import Sequencer
 from hostd.transfer import Export
 from hostd.translation import TranslationTable
 from vfleet import decision
