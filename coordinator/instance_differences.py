@@ -1,6 +1,6 @@
 """Differences between etcd and the instances that hosts have: left over, stopped, missing, ahead of etcd. Pure.
 
-Where etcd was restored from a backup, a host may know better: see `_ahead`.
+Where etcd was restored from a backup, a host may know better: see `_is_ahead`.
 """
 
 from collections.abc import Iterator
@@ -42,33 +42,39 @@ def instance_findings(view: View, host: str, instance: FunctionInstance) -> Iter
             yield _stopped(view, host, instance, stored)
         yield from _detached(view, host, instance, stored.record)
         return
-    is_earlier = instance.attempt.fleet_generation < view.snapshot.fleet_generation and instance.complete
-    if stored is None:
-        is_ahead = is_earlier
-    else:
-        is_ahead = instance.generation > stored.record.generation and instance.complete
-        at_home = any(is_home(stored.record, place, other) for place, other in view.instances_of(instance.function))
-        if stored.record.identity != instance.identity:
-            # The function was deleted and another was made under its name, which a backup may have forgotten.
-            is_ahead = is_earlier and not at_home
-        is_unknown = bool(view.silent) and is_earlier
-        if (
-            is_ahead
-            and instance.state not in HOME_STATES
-            and not is_unknown
-            and (at_home or _has_rival(view, instance))
-        ):
-            # If no table leads to it, and the home has all that it has, its attempt was not committed.
-            is_ahead = _is_led_to(view, instance)
     function = stored.record if stored is not None else None
-    if is_ahead:
+    if _is_ahead(view, instance, function):
         yield _ahead(view, host, instance, function)
-        return
-    if any(
+    elif not any(
         other.arriving and other.generation > instance.generation for _, other in view.instances_of(instance.function)
     ):
-        # The later instance fetches from this one; when it has everything, this one is left over.
-        return
+        # Else the later instance fetches from this one; when it has everything, this one is left over.
+        yield _orphan(view, host, instance, function)
+
+
+def _is_earlier(view: View, instance: FunctionInstance) -> bool:
+    """Return whether an instance with all its state was made before the fleet generation was raised."""
+    return instance.attempt.fleet_generation < view.snapshot.fleet_generation and instance.complete
+
+
+def _is_ahead(view: View, instance: FunctionInstance, function: Function | None) -> bool:
+    """Return whether an instance that isn't the home by etcd's word is, or may be, one that a backup has forgotten."""
+    is_earlier = _is_earlier(view, instance)
+    if function is None:
+        return is_earlier
+    is_ahead = instance.generation > function.generation and instance.complete
+    at_home = any(is_home(function, place, other) for place, other in view.instances_of(instance.function))
+    if function.identity != instance.identity:
+        # The function was deleted and another was made under its name, which a backup may have forgotten.
+        is_ahead = is_earlier and not at_home
+    is_unknown = bool(view.silent) and is_earlier
+    if is_ahead and instance.state not in HOME_STATES and not is_unknown and (at_home or _has_rival(view, instance)):
+        # If no table leads to it, and the home has all that it has, its attempt was not committed.
+        is_ahead = _is_led_to(view, instance)
+    return is_ahead
+
+
+def _orphan(view: View, host: str, instance: FunctionInstance, function: Function | None) -> Finding:
     request = DestroyFunctionRequest(
         attempt=view.attempt,
         function=instance.function,
@@ -79,10 +85,10 @@ def instance_findings(view: View, host: str, instance: FunctionInstance) -> Iter
     repair: Call | None = Call(host, request)
     if view.silent and instance.HasField("stopped_by"):
         remedy, repair = ASK_AGAIN, None
-    elif function is not None and function.identity != instance.identity and is_earlier:
+    elif function is not None and function.identity != instance.identity and _is_earlier(view, instance):
         # Both are homes: a backup had forgotten the one, and the other was made before the raise.
         remedy, repair = "none: delete the function that has its name now, and it comes back", None
-    yield finding(
+    return finding(
         DifferenceKind.DIFFERENCE_KIND_ORPHAN_INSTANCE,
         host=host,
         function=instance.function,
