@@ -42,6 +42,9 @@ SERVING_STATES = frozenset({DeviceState.DEVICE_STATE_RUNNING, DeviceState.DEVICE
 # States in which an instance is, or was, its function's home.
 HOME_STATES = SERVING_STATES | {DeviceState.DEVICE_STATE_STOP_COPY, DeviceState.DEVICE_STATE_ERROR}
 
+ASK_AGAIN = "none while a host can't be asked: it may have the function"
+"""What ends a difference about which a silent host may know better."""
+
 
 @dataclass(frozen=True, slots=True)
 class HostState:

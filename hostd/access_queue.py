@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from hostd.arrival import Range
-from hostd.direct import Grant
 from hostd.fabric import MAX_JOINED, Link
-from hostd.image import Sequencer, order_of
-from hostd.instance import Instance, Result, SequenceGapError
+from hostd.grant import Grant
+from hostd.instance import Instance, SequenceGapError
 from hostd.reach import Reach, segment_of
+from hostd.sequencer import Result, Sequencer, order_of
 from hostd.translation import Entry
-from hostd.waiting import Waiting
+from hostd.waiting import Waiting, exchange_request
 from vfleet.address import translate, window_offset
 from vfleet.clock import backoff_delays
 from vfleet.errors import Reason, VfleetError
@@ -29,7 +29,6 @@ from vfleet.v1.fabric_service_pb2 import (
     REFUSAL_NOT_YET,
     REFUSAL_UNSPECIFIED,
     DmaWindow,
-    ExchangeRequest,
     ExchangeResponse,
 )
 
@@ -365,31 +364,10 @@ class AccessQueue:
                 self._give_sequence(access)
                 batch.append(access)
             self._sent = end
-            if not link.send(self._request(batch), self):
+            if not link.send(exchange_request(self._entry, self._session, self._acknowledged, batch), self):
                 self._sent = 0
                 return
             batch = []
-
-    def _request(self, batch: list[Waiting]) -> ExchangeRequest:
-        entry, offset = self._entry, self._entry.offset
-        request = ExchangeRequest(
-            driver=self._driver,
-            function=entry.function,
-            generation=entry.generation,
-            acknowledged_sequence=self._acknowledged,
-            session=self._session,
-        )
-        # In half the time of a list of accesses, which would be copied.
-        add = request.accesses.add
-        for access in batch:
-            message = add()
-            message.sequence = access.sequence
-            message.kind = access.kind
-            message.address = translate(access.virtual_address, offset)
-            message.length_bytes = access.length
-            if access.data:
-                message.data = access.data
-        return request
 
     def _start_repair(self) -> None:
         self._revoke()

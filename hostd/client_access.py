@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 from hostd.driver import Submitted
 from hostd.drivers import Drivers
-from hostd.instance import Result
+from hostd.sequencer import Result
 from hostd.workload import Workloads
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.limits import WINDOW

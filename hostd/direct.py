@@ -4,109 +4,36 @@ A `DirectAccess` is a driver's lookaside: it keeps what the last translation fou
 one function. A grant is revoked, and then maps nothing, by whatever could make it wrong: a swap of the table, a change
 of the instance's state, dirty tracking, an access that waits in the queue, the end of the driver at the function.
 
-    redo record of plain writes:  | name | offsets in memory, 8 bytes each | data, all of one length |
-
-A write, or a batch of up to 64 of one length, writes the record's offsets and data first, then its name, one word that
-says whose it is, of which length, and the last sequence; then the effect; then the sequence. So a kill leaves all of a
-batch or nothing of it, and whoever opens the image finishes what has a name that the sequence has not reached.
-Answers are not kept: the driver, in this very process, has each before anything else can happen. Other drivers' plain
-writes have the same record, one at a time, and their answers are kept.
+Writes have a redo record (hostd/plain_redo.py). Answers are not kept: the driver, in this very process, has each before
+anything else can happen. Other drivers' plain writes have the same record, one at a time, and their answers are kept.
 """
-
-from __future__ import annotations
 
 import struct
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import repeat
-from struct import Struct
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import Final, Protocol, cast
 
-from vfleet.address import MAX_ACCESS_BYTES, PAGE_BYTES
+from hostd.grant import Grant
+from hostd.plain_redo import (
+    COUNT_SHIFT,
+    OFFSETS,
+    PLAIN_REDO_BODY,
+    PLAIN_REDO_END,
+    PLAIN_REDO_NAME,
+    SEQUENCE_SHIFT,
+    WORD_BYTES,
+)
+from hostd.sequencer import Result
 from vfleet.errors import VfleetError, invalid_field
 from vfleet.limits import WINDOW
 from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, ACCESS_STATUS_OK, AccessKind
 
-if TYPE_CHECKING:
-    from hostd.image import FunctionImage, Sequencer
-    from hostd.instance import Result
-
 Access = tuple[int, int | bytes]
 """A virtual address, and the length of a read or the data of a write."""
 
-_WORD_BYTES: Final = 8
 _DONE: Final = (ACCESS_STATUS_OK, b"")
-
-# Where the record lies in the image: after the other redo record (hostd/image.py). The name is a word, the rest bytes.
-PLAIN_REDO_START: Final = 4 * PAGE_BYTES
-PLAIN_REDO_END: Final = 8 * PAGE_BYTES
-PLAIN_REDO_NAME: Final = PLAIN_REDO_START // _WORD_BYTES
-PLAIN_REDO_BODY: Final = PLAIN_REDO_START + _WORD_BYTES
-
-_EXPONENTS: Final = {1 << exponent: exponent for exponent in range(MAX_ACCESS_BYTES.bit_length())}
-_DATA: Final = {length: Struct(f"{length}s") for length in _EXPONENTS}
-_ONE_WRITE: Final = {length: Struct(f"<Q{length}s") for length in _EXPONENTS}
-_OFFSETS: Final = [Struct(f"<{count}Q") for count in range(WINDOW + 1)]
-
-# The name's fields, from bit 0: the sequencer's index, the length's exponent, the number of writes, the sequence.
-_EXPONENT_SHIFT: Final = 4
-_COUNT_SHIFT: Final = 8
-_SEQUENCE_SHIFT: Final = 15
-
-
-class Grant:
-    """Leave to access plain memory, at `low` in the image and at `base` + `low` for the driver, until it is revoked.
-
-    The function's window has `span` bytes. `length` is that of the last access, which is known to be legal. An offset
-    is one of such an access if its bits in `select` are those of `low`: plain memory and accesses have a power of two
-    of bytes, and are aligned to it. The name of one write of that length (`tag`) and how its bytes are read and written
-    (twice as fast as by slices) go with it.
-    """
-
-    __slots__ = (
-        "base",
-        "bytes",
-        "last_word",
-        "length",
-        "low",
-        "memory",
-        "pack",
-        "pack_redo",
-        "select",
-        "sequencer",
-        "size",
-        "span",
-        "tag",
-        "unpack",
-        "words",
-    )
-
-    def __init__(self, image: FunctionImage, sequencer: Sequencer, base: int, span: int, plain: range) -> None:
-        self.base = base
-        self.span = span
-        # Where none of it is plain, no offset is selected.
-        self.low, self.size = (plain.start, len(plain)) if plain else (-1, 0)
-        self.memory = image.memory
-        self.bytes, self.words = image.bytes, image.words
-        self.sequencer = sequencer
-        self.last_word = sequencer.last_word
-        self.take_length(1)
-
-    def take_length(self, length: int) -> bool:
-        """Note the length of an access. Return False if none has it."""
-        if length not in _EXPONENTS:
-            return False
-        self.length = length
-        self.select = -self.size | length - 1
-        self.tag = 1 << _COUNT_SHIFT | _EXPONENTS[length] << _EXPONENT_SHIFT | self.sequencer.index
-        self.unpack, self.pack = _DATA[length].unpack_from, _DATA[length].pack_into
-        self.pack_redo = _ONE_WRITE[length].pack_into
-        return True
-
-    def revoke(self) -> None:
-        """Let it map nothing from now on."""
-        self.low, self.select, self.size, self.span = -1, 0, 0, 0
 
 
 class Place(Protocol):
@@ -163,7 +90,7 @@ class DirectAccess:
                 words, sequencer = grant.words, grant.sequencer
                 sequence = sequencer.last + 1
                 grant.pack_redo(grant.bytes, PLAIN_REDO_BODY, offset, data)
-                words[PLAIN_REDO_NAME] = sequence << _SEQUENCE_SHIFT | grant.tag
+                words[PLAIN_REDO_NAME] = sequence << SEQUENCE_SHIFT | grant.tag
                 grant.pack(grant.memory, offset, data)
                 sequencer.last = words[grant.last_word] = sequence
                 return True
@@ -247,10 +174,10 @@ def _write_all(grant: Grant, accesses: Sequence[Access]) -> list[Result]:
         offsets = [address - base for address, _ in writes]
         written = [data for _, data in writes if len(data) == length]
         # What the record says has been done: without its name, it may have offsets that turn out to be none.
-        _OFFSETS[count].pack_into(image, PLAIN_REDO_BODY, *offsets)
+        OFFSETS[count].pack_into(image, PLAIN_REDO_BODY, *offsets)
     except (TypeError, struct.error):  # there are reads among them; an offset is negative or has more than 64 bits
         return []
-    end_of_offsets = PLAIN_REDO_BODY + count * _WORD_BYTES
+    end_of_offsets = PLAIN_REDO_BODY + count * WORD_BYTES
     end = end_of_offsets + count * length
     # All offsets are checked as one number: each for itself would take a third of the batch's time.
     select, low = _each(count, grant.select, grant.low)
@@ -259,7 +186,7 @@ def _write_all(grant: Grant, accesses: Sequence[Access]) -> list[Result]:
         return []
     sequence = sequencer.last + count
     image[end_of_offsets:end] = b"".join(written)
-    words[PLAIN_REDO_NAME] = sequence << _SEQUENCE_SHIFT | grant.tag + (count - 1 << _COUNT_SHIFT)
+    words[PLAIN_REDO_NAME] = sequence << SEQUENCE_SHIFT | grant.tag + (count - 1 << COUNT_SHIFT)
     deque(map(grant.pack, repeat(grant.memory), offsets, written), maxlen=0)
     sequencer.last = words[grant.last_word] = sequence
     return [_DONE] * count
@@ -268,32 +195,5 @@ def _write_all(grant: Grant, accesses: Sequence[Access]) -> list[Result]:
 @lru_cache(maxsize=4 * WINDOW)
 def _each(count: int, select: int, low: int) -> tuple[int, int]:
     """Return a grant's `select` and `low` for so many offsets at once, as they lie in the record."""
-    ones = sum(1 << 8 * _WORD_BYTES * place for place in range(count))
-    return ones * (select & (1 << 8 * _WORD_BYTES) - 1), ones * low
-
-
-def record_plain_write(image: FunctionImage, sequencer: Sequencer, sequence: int, offset: int, data: bytes) -> None:
-    """Write the redo record of one write, by a driver that may be on another host and ask for the answer again."""
-    length = len(data)
-    _ONE_WRITE[length].pack_into(image.bytes, PLAIN_REDO_BODY, offset, data)
-    tag = 1 << _COUNT_SHIFT | _EXPONENTS[length] << _EXPONENT_SHIFT | sequencer.index
-    image.words[PLAIN_REDO_NAME] = sequence << _SEQUENCE_SHIFT | tag
-
-
-def finish_plain_writes(image: FunctionImage) -> None:
-    """Do the writes of a redo record whose sequence a killed daemon had not stored yet."""
-    name: int = image.words[PLAIN_REDO_NAME]
-    sequencer = image.sequencer_at(name & (1 << _EXPONENT_SHIFT) - 1)
-    sequence = name >> _SEQUENCE_SHIFT
-    if not sequencer.driver or sequence <= sequencer.last:
-        return
-    length = 1 << (name >> _EXPONENT_SHIFT & (1 << _COUNT_SHIFT - _EXPONENT_SHIFT) - 1)
-    count = name >> _COUNT_SHIFT & (1 << _SEQUENCE_SHIFT - _COUNT_SHIFT) - 1
-    offsets = _OFFSETS[count].unpack_from(image.bytes, PLAIN_REDO_BODY)
-    start = PLAIN_REDO_BODY + count * _WORD_BYTES
-    for number, offset in enumerate(offsets):
-        image.store([(offset, bytes(image.bytes[start + number * length : start + (number + 1) * length]))])
-    if count == 1:
-        sequencer.advance(sequence, *_DONE)
-    else:
-        sequencer.skip_to(sequence)
+    ones = sum(1 << 8 * WORD_BYTES * place for place in range(count))
+    return ones * (select & (1 << 8 * WORD_BYTES) - 1), ones * low

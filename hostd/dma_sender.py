@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from hostd.dma_exchange import admit
 from hostd.dma_link import DmaLink, DmaLinks
-from hostd.dma_receiver import DmaReceiver, admit
+from hostd.dma_receiver import DmaReceiver
 from hostd.drivers import Drivers
 from hostd.engine_part import EnginePart, Entry
 from hostd.instance import Instance

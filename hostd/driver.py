@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from hostd.access_queue import AccessQueue
-from hostd.direct import DirectAccess, Grant
+from hostd.direct import DirectAccess
 from hostd.dma_receiver import DmaReceiver, Receivers
-from hostd.instance import Result
+from hostd.grant import Grant
 from hostd.reach import Reach
+from hostd.sequencer import Result
 from hostd.translation import Entry, TranslationTable
 from hostd.waiting import Waiting
 from vfleet.address import AddressError, check_access

@@ -12,11 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from hostd.deadlines import Deadlines
 from hostd.dma_receiver import Receivers, file_of
 from hostd.driver import Driver
+from hostd.entry_order import taken_over
 from hostd.fence import Fences
-from hostd.functions import check_deadline
+from hostd.function_checks import check_deadline
+from hostd.holds import EntryId, Holds, ledger_key
 from hostd.ledger import Ledger
 from hostd.main_memory import MainMemory
 from hostd.reach import Reach
@@ -45,9 +46,6 @@ MAX_ENTRIES_A_REQUEST = 128
 
 _DRIVER = "driver"
 _ENTRY = "entry"
-_HOLD = "hold"
-
-EntryId = tuple[str, str]
 
 _log = logging.getLogger(__name__)
 
@@ -72,14 +70,13 @@ class Drivers:
         self._clock = clock
         self._reach = reach
         self._receivers = receivers
-        self._holds: dict[EntryId, Hold] = {(h.driver, h.function): h for h in ledger.all(_HOLD, Hold)}
-        self._acknowledgements: dict[EntryId, tuple[Attempt, asyncio.Event]] = {}
+        self._holds = Holds(ledger)
+        self.deadlines = self._holds.deadlines
         self._followed_revision = 0
         self._detached: dict[EntryId, int] = {}  # by calls ahead of the watch, which may tell of the attachment still
-        self.deadlines = Deadlines()
         entries: dict[str, list[Entry]] = defaultdict(list)
         for message in ledger.all(_ENTRY, TableEntry):
-            held = (message.driver, message.function) in self._holds
+            held = self._holds.find((message.driver, message.function)) is not None
             entries[message.driver].append(replace(Entry.from_proto(message), held=held))
         self._drivers = {
             record.driver: self._open(record, entries[record.driver]) for record in ledger.all(_DRIVER, DriverRecord)
@@ -170,8 +167,8 @@ class Drivers:
         if driver is None or entry is None or entry.revision > revision:
             return None
         with self._ledger.together():
-            self._ledger.delete(_ENTRY, _key(identifier))
-            self._forget_holds([identifier])
+            self._ledger.delete(_ENTRY, ledger_key(identifier))
+            self._holds.forget([identifier])
         driver.swap(driver.table.without([function]))
         driver.notify(WatchNotificationsResponse(kind=NOTIFICATION_KIND_DETACHED, function=function))
         return entry
@@ -204,9 +201,7 @@ class Drivers:
     def acknowledge(self, driver: str, function: str, attempt: Attempt) -> None:
         """Note that a driver knows of a hold. Raise NOT_FOUND for a driver that isn't here."""
         self.require(driver)
-        of, told = self._acknowledgements.get((driver, function), (None, None))
-        if told is not None and of == attempt:
-            told.set()
+        self._holds.acknowledge((driver, function), attempt)
 
     def lift(self, request: LiftHoldRequest) -> None:
         """End this attempt's holds; offsets stay as they are (LiftHold in the contract)."""
@@ -214,7 +209,7 @@ class Drivers:
         for name in request.entries:
             self._fences.conclude(name.function, request.attempt)
         names = [(name.driver, name.function) for name in request.entries]
-        holds = [self._holds[name] for name in names if name in self._holds]
+        holds = [hold for name in names if (hold := self._holds.find(name)) is not None]
         with failpoint.around("hostd.lift"):
             self._forget_and_replace([(h.driver, h.function) for h in holds if h.attempt == request.attempt])
 
@@ -263,7 +258,7 @@ class Drivers:
             for driver in self.all():
                 entries = [replace(entry, revision=0) for entry in driver.table.entries]
                 for entry in (entry for entry in entries if entry.function):
-                    self._ledger.put(_ENTRY, _key(_id(entry)), entry.to_proto())
+                    self._ledger.put(_ENTRY, ledger_key(_id(entry)), entry.to_proto())
                 driver.swap(TranslationTable(entries))
 
     def resolve_holds(self, migration: str, entries: Iterable[TableEntry]) -> None:
@@ -278,19 +273,11 @@ class Drivers:
 
     def postpone(self, migration: str, resolve_time: float) -> None:
         """Give a migration's holds another deadline, in seconds since 1970."""
-        with self._ledger.together():
-            for hold in self.holds(migration):
-                later = Hold()
-                later.CopyFrom(hold)
-                later.resolve_time = resolve_time
-                self._holds[hold.driver, hold.function] = later
-                self._ledger.put(_HOLD, _key((hold.driver, hold.function)), later)
-        self.deadlines.note(resolve_time)
+        self._holds.postpone(migration, resolve_time)
 
     def holds(self, migration: str | None = None) -> list[Hold]:
         """Return all holds, or those of a migration, by driver and function."""
-        holds = (self._holds[identifier] for identifier in sorted(self._holds))
-        return [hold for hold in holds if migration in (None, hold.migration)]
+        return self._holds.of(migration)
 
     def close(self) -> None:
         """End all drivers' queues."""
@@ -358,20 +345,14 @@ class Drivers:
         newer: list[Entry] = []
         lifted: list[EntryId] = []
         for entry in entries:
-            if entry.revision <= self._detached.get(_id(entry), 0):
+            if entry.driver not in self._drivers or entry.revision <= self._detached.get(_id(entry), 0):
                 continue
-            own = self._find(_id(entry))
-            hold = self._holds.get(_id(entry))
-            if _id(entry)[0] not in self._drivers or (own is not None and _is_as_new(own, entry, goes_back)):
-                # It came by another way before; a hold of the generation that is over is to be lifted still.
-                own_is_new = own is not None and hold is not None and hold.generation < own.generation
-                if own_is_new and not keep_held:
-                    lifted.append(_id(entry))
-                continue
-            held = hold is not None and (keep_held or hold.generation >= entry.generation)
-            if hold is not None and not held:
+            own, hold = self._find(_id(entry)), self._holds.find(_id(entry))
+            taken, is_lifted = taken_over(entry, own, hold, keep_held=keep_held, goes_back=goes_back)
+            if taken is not None:
+                newer.append(taken)
+            if is_lifted:
                 lifted.append(_id(entry))
-            newer.append(replace(entry, held=held))
         return newer, lifted
 
     def _forget_and_replace(self, lifted: Sequence[EntryId], newer: Sequence[Entry] = ()) -> None:
@@ -380,12 +361,12 @@ class Drivers:
         named = {_id(entry) for entry in newer}
         own = (self._find(identifier) for identifier in lifted if identifier not in named)
         unheld = [replace(entry, held=False) for entry in own if entry is not None]
-        attempts = {identifier: self._holds[identifier].attempt for identifier in lifted}
+        holds = [hold for identifier in lifted if (hold := self._holds.find(identifier)) is not None]
         attached = [entry for entry in newer if self._find(_id(entry)) is None]
         lost = [entry for entry in newer if entry.lost and not getattr(self._find(_id(entry)), "lost", False)]
         self._replace([*newer, *unheld], lifted)
-        for driver, function in lifted:
-            self._notify(driver, function, NOTIFICATION_KIND_LIFTED, attempts[driver, function])
+        for hold in holds:
+            self._notify(hold.driver, hold.function, NOTIFICATION_KIND_LIFTED, hold.attempt)
         for entry in attached:
             self._notify(entry.driver, entry.function, NOTIFICATION_KIND_ATTACHED, None)
         for entry in lost:
@@ -399,30 +380,20 @@ class Drivers:
         # Built first: entries that can't be together raise before anything is durable.
         tables = {name: self._drivers[name].table.with_entries(own) for name, own in by_driver.items()}
         with self._ledger.together():
-            self._forget_holds(lifted)
+            self._holds.forget(lifted)
             for hold in placed:
-                self._ledger.put(_HOLD, _key((hold.driver, hold.function)), hold)
-                self._holds[hold.driver, hold.function] = hold
+                self._holds.put(hold)
             for entry in entries:
-                self._ledger.put(_ENTRY, _key(_id(entry)), entry.to_proto())
+                self._ledger.put(_ENTRY, ledger_key(_id(entry)), entry.to_proto())
         for name, table in tables.items():
             self._drivers[name].swap(table)
-
-    def _forget_holds(self, identifiers: Iterable[EntryId]) -> None:
-        for identifier in identifiers:
-            if self._holds.pop(identifier, None) is not None:
-                self._ledger.delete(_HOLD, _key(identifier))
 
     async def _told(self, entries: Sequence[Entry], attempt: Attempt, timeout_s: float) -> list[str]:
         """Tell the drivers that they are held, and wait for those that listen."""
         awaited: list[tuple[str, asyncio.Event]] = []
         for entry in entries:
             if self._drivers[entry.driver].listeners:
-                of, told = self._acknowledgements.get(_id(entry), (None, asyncio.Event()))
-                if of != attempt:
-                    told = asyncio.Event()
-                    self._acknowledgements[_id(entry)] = attempt, told
-                awaited.append((entry.driver, told))
+                awaited.append((entry.driver, self._holds.expect(_id(entry), attempt)))
             self._notify(entry.driver, entry.function, NOTIFICATION_KIND_HELD, attempt)
         if not awaited:
             return []
@@ -437,17 +408,8 @@ class Drivers:
             self._drivers[driver].notify(WatchNotificationsResponse(kind=kind, function=function, attempt=attempt))
 
 
-def _is_as_new(own: Entry, entry: Entry, goes_back: bool) -> bool:
-    is_forgotten = not own.revision and own.generation > entry.generation
-    return own.revision >= entry.revision or (is_forgotten and not goes_back)
-
-
 def _id(entry: Entry) -> EntryId:
     return entry.driver, entry.function
-
-
-def _key(identifier: EntryId) -> str:
-    return f"{identifier[0]}/{identifier[1]}"
 
 
 def _check_count(field: str, count: int) -> None:

@@ -13,16 +13,15 @@ from typing import BinaryIO
 from hostd.arrival import Arrival
 from hostd.deadlines import Deadlines
 from hostd.device_state import AFTER_FAULT
-from hostd.engine_part import ENGINE_BYTES
 from hostd.fence import Fences, order_of
-from hostd.image import FunctionImage, Sequencer, SessionOrder, image_bytes
+from hostd.function_checks import check_deadline, check_whole, checked_model, is_of_before
 from hostd.instance import Instance
 from hostd.ledger import Ledger
-from hostd.models import create_model
-from hostd.models.base import BusMaster, DeviceModel
 from hostd.segment import Segment
+from hostd.sequencer import Sequencer, SessionOrder
+from hostd.slots import Slots
 from vfleet import failpoint
-from vfleet.address import bar_span, location_of
+from vfleet.address import location_of
 from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError, invalid_field, not_found
 from vfleet.names import check_name
@@ -47,10 +46,6 @@ from vfleet.v1.types_pb2 import (
     Attempt,
 )
 
-_KIND = "instance"
-
-Slot = tuple[str, int]
-
 _log = logging.getLogger(__name__)
 
 
@@ -65,34 +60,31 @@ class Functions:
         self._ledger = ledger
         self._fences = fences
         self._clock = clock
-        self._by_slot: dict[Slot, Instance] = {}
-        self._by_function: dict[str, list[Instance]] = {}
+        self._slots = Slots(ledger)
         self.listeners: list[Callable[[Instance], None]] = []  # told of each instance that is made
         self.deadlines = Deadlines()
         self.arrivals_changed = asyncio.Event()
-        for record in ledger.all(_KIND, InstanceRecord):
-            instance = self._open(record)
-            self._add(instance)
+        for instance in self._slots.instances():
             if instance.state == DEVICE_STATE_PRE_COPY:
                 # The export that made it so has ended with the daemon.
                 instance.go_to(DEVICE_STATE_RUNNING)
-            if record.is_resetting:
+            if instance.record.is_resetting:
                 self._finish_reset(instance)
 
     def files(self) -> set[str]:
         """Return the names of the mapped files that instances use."""
-        return {instance.record.file for instance in self.instances()}
+        return self._slots.files()
 
     def instances(self) -> list[Instance]:
         """Return all instances, by device and VF index."""
-        return [self._by_slot[slot] for slot in sorted(self._by_slot)]
+        return self._slots.instances()
 
     def find(self, function: str, generation: int) -> Instance | None:
         """Return the function's instance of this generation (0: the newest), whatever its state.
 
         Of two, one is left by an attempt that was aborted; it is the later attempt's that is meant.
         """
-        instances = self._by_function.get(function, [])
+        instances = self._slots.instances_of(function)
         named = (instance for instance in instances if generation in (0, instance.about.generation))
         return max(named, key=lambda i: (i.about.generation, order_of(i.about.attempt)), default=None)
 
@@ -112,10 +104,10 @@ class Functions:
 
     def create(self, request: CreateFunctionRequest) -> Instance:
         """Make an instance (CreateFunction in the contract). Raise SLOT_TAKEN, STALE_ATTEMPT or INVALID_FIELD."""
-        model = _checked_model(request)
+        model = checked_model(request)
         place = self._segment.place(request.device, request.vf_index)
         self._fences.prepare(request.function, request.attempt)
-        there = self._by_slot.get((request.device, request.vf_index))
+        there = self._slots.find((request.device, request.vf_index))
         if there is not None:
             if there.about.function == request.function and there.about.attempt == request.attempt:
                 return there
@@ -144,15 +136,14 @@ class Functions:
             resolve_time=0 if request.fresh else self._clock.time() + request.resolve_after_ms / 1000,
             file=f"{request.function}-{attempt.fleet_generation}-{attempt.revision}",
         )
-        # A file that a killed daemon left without a record is not this function's, and a slot's memory begins as zero.
-        self._ledger.delete_file(record.file)
-        instance = self._open(record, model)
-        instance.is_blank = True
+        instance = self._slots.make(record, model)
         if request.fresh:
             # All of a new file is zero.
             instance.image.store(model.reset())
         self._save(instance)
-        self._add(instance)
+        self._slots.add(instance)
+        for listener in self.listeners:
+            listener(instance)
         failpoint.reach("hostd.create.after")
         return instance
 
@@ -184,14 +175,7 @@ class Functions:
 
     def remove(self, instance: Instance) -> None:
         """Reset an instance out of existence: its memory is gone, and its slot free and zero."""
-        slot = (instance.about.device, instance.about.vf_index)
-        self._ledger.delete(_KIND, _key(slot))
-        failpoint.reach("hostd.remove.halfway")
-        self._ledger.delete_file(instance.record.file)
-        del self._by_slot[slot]
-        self._by_function[instance.about.function].remove(instance)
-        instance.about.state = DEVICE_STATE_STOP
-        instance.close()
+        self._slots.remove(instance)
 
     def stop(self, request: ChangeStateRequest) -> Instance:
         """Stop a home for its last copy. Raise STALE_ATTEMPT, NOT_FOUND, WRONG_GENERATION or ILLEGAL_STATE.
@@ -210,7 +194,7 @@ class Functions:
                 )
             return instance
         self.prove(instance)
-        _check_whole(instance)
+        check_whole(instance)
         with failpoint.around("hostd.stop"):
             instance.go_to(DEVICE_STATE_STOP_COPY)
             instance.about.stopped_by.CopyFrom(request.attempt)
@@ -349,7 +333,7 @@ class Functions:
     def serving(self, function: str, generation: int, address: int) -> Instance | None:
         """Return the home that a fabric address leads to, if it is this function's, of this generation, and runs."""
         route = self._segment.route(location_of(address).routing_id)
-        instance = self._by_slot.get((route.device, route.vf_index)) if route is not None else None
+        instance = self._slots.find((route.device, route.vf_index)) if route is not None else None
         if instance is None or (instance.about.function, instance.about.generation) != (function, generation):
             return None
         self.prove(instance)
@@ -360,7 +344,7 @@ class Functions:
         self._fences.prepare(function, attempt)
         instance = self.require(function, generation)
         self.prove(instance)
-        _check_whole(instance)
+        check_whole(instance)
         return instance
 
     def fence_for_import(self, function: str, generation: int, attempt: Attempt) -> Instance:
@@ -377,7 +361,7 @@ class Functions:
 
     def open_image(self, instance: Instance) -> BinaryIO:
         """Open the file of an instance's image, for a copy."""
-        return self._ledger.open_file(instance.record.file)
+        return self._slots.open_image(instance)
 
     def with_deadline(self) -> Iterator[Instance]:
         """Yield the instances that wait for a decision, each until its `record.resolve_time`."""
@@ -385,79 +369,13 @@ class Functions:
 
     def close(self) -> None:
         """Unmap all images."""
-        for instance in self.instances():
-            instance.close()
-
-    def _open(self, record: InstanceRecord, model: DeviceModel | None = None) -> Instance:
-        """Open an instance; with a model, a new one, whose file isn't there yet."""
-        about = record.instance
-        bars = {bar.index: bar.size_bytes for bar in about.bars}
-        is_new = model is not None
-        model = model or create_model(about.model, about.identity, bars)
-        model_bytes = bar_span(bars) + model.private_bytes
-        if not isinstance(model, BusMaster):
-            mapped = self._ledger.map_file(record.file, image_bytes(model_bytes))
-            return Instance(record, model, FunctionImage(mapped, is_new=is_new))
-        mapped = self._ledger.map_file(record.file, image_bytes(model_bytes + ENGINE_BYTES))
-        return Instance(record, model, FunctionImage(mapped, model_bytes, is_new=is_new))
+        self._slots.close()
 
     def _finish_reset(self, instance: Instance) -> None:
         instance.reset()
         instance.record.is_resetting = False
         self._save(instance)
 
-    def _add(self, instance: Instance) -> None:
-        self._by_slot[instance.about.device, instance.about.vf_index] = instance
-        self._by_function.setdefault(instance.about.function, []).append(instance)
-        for listener in self.listeners:
-            listener(instance)
-
     def _save(self, instance: Instance) -> None:
-        self._ledger.put(_KIND, _key((instance.about.device, instance.about.vf_index)), instance.record)
+        self._slots.save(instance)
         self.deadlines.note(instance.record.resolve_time)
-
-
-def is_of_before(instance: Instance, fleet_generation: int) -> bool:
-    """Return whether an instance waits for what was begun before the fleet generation was raised.
-
-    A backup is older than what was decided after it. So etcd may have forgotten that this is the home, or that the
-    function has moved away from here. A source from which the rest was fetched knows that it has, raised or not.
-    """
-    if instance.about.fetched:
-        return True
-    about = instance.about
-    attempt = about.stopped_by if about.HasField("stopped_by") else about.attempt
-    return about.complete and attempt.fleet_generation < fleet_generation
-
-
-def _check_whole(instance: Instance) -> None:
-    """Raise ILLEGAL_STATE unless all of a home's state is here."""
-    about = instance.about
-    if not about.complete or about.arriving:
-        raise VfleetError(
-            Reason.ILLEGAL_STATE,
-            f"function {about.function!r} does not have all its state here; it can't leave",
-            metadata={"function": about.function},
-        )
-
-
-def check_deadline(resolve_after_ms: int) -> None:
-    """Raise INVALID_FIELD unless there is a deadline."""
-    if not resolve_after_ms:
-        raise invalid_field("resolve_after_ms", resolve_after_ms, "from 1 ms on: whatever waits has a deadline")
-
-
-def _checked_model(request: CreateFunctionRequest) -> DeviceModel:
-    check_name("function", request.function)
-    if not request.generation:
-        raise invalid_field("generation", 0, "from 1 on")
-    if not request.identity:
-        raise invalid_field("identity", 0, "an identity other than 0")
-    if not request.fresh:
-        check_name("migration", request.migration)
-        check_deadline(request.resolve_after_ms)
-    return create_model(request.model, request.identity, {bar.index: bar.size_bytes for bar in request.bars})
-
-
-def _key(slot: Slot) -> str:
-    return f"{slot[0]}/{slot[1]}"

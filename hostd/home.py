@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from hostd.functions import Functions
-from hostd.image import order_of
 from hostd.instance import SequenceGapError
+from hostd.sequencer import order_of
 from vfleet.address import MAX_ACCESS_BYTES, WINDOW_SHIFT, AddressError, check_access, window_offset
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.names import check_name

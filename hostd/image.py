@@ -11,7 +11,7 @@ An access's effect and its sequence become durable together: the redo record (wh
 written first, then the effect, and the sequence last. A daemon that is killed anywhere in between and comes back does
 the rest; a record that was torn fails its checksum, and then the access has had no effect and will be sent again. A
 step of the engine is the same with another number: the first word of the engine's part counts the steps. Plain writes,
-which need no model, have a record of their own (hostd/direct.py).
+which need no model, have a record of their own (hostd/plain_redo.py).
 
 `arrived` counts only while the state is still coming after the lift (post-copy): a page's byte is set after its bytes.
 """
@@ -24,20 +24,14 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
-from hostd.direct import (
-    PLAIN_REDO_END,
-    PLAIN_REDO_NAME,
-    PLAIN_REDO_START,
-    Grant,
-    finish_plain_writes,
-    record_plain_write,
-)
+from hostd.grant import Grant
 from hostd.models.base import Store
-from vfleet.address import MAX_ACCESS_BYTES, PAGE_BYTES
+from hostd.plain_redo import PLAIN_REDO_START, record_plain_write, recorded_plain_writes
+from hostd.sequencer import SEQUENCERS_END, SEQUENCERS_START, Sequencer
+from vfleet.address import PAGE_BYTES
 from vfleet.errors import Reason, VfleetError
-from vfleet.limits import MAX_DRIVERS, WINDOW
-from vfleet.v1.access_pb2 import ACCESS_STATUS_OK, AccessStatus, Answer, Session
-from vfleet.v1.transfer_service_pb2 import DriverSequence
+from vfleet.limits import MAX_DRIVERS
+from vfleet.v1.access_pb2 import ACCESS_STATUS_OK, AccessStatus
 
 _REDO_BYTES = PLAIN_REDO_START
 _CRC_BYTES = 4  # of the CRC-32 of all that follows it
@@ -48,156 +42,15 @@ _ENGINE = MAX_DRIVERS  # in the place of a sequencer's index
 _BODY_START = _CRC_BYTES + _REDO_HEAD.size
 MAX_STEP_BYTES = _REDO_BYTES - _BODY_START  # of a step's stores, with 12 for each and 24 for each thing sent
 
-_NAME_BYTES = 64
-_ANSWERS_OFFSET = PAGE_BYTES
-_ANSWER_HEAD = struct.Struct("<QII")  # sequence, bytes of data, status
-_ANSWER_BYTES = _ANSWER_HEAD.size + MAX_ACCESS_BYTES
-_SEQUENCER_BYTES = _ANSWERS_OFFSET + -(-WINDOW * _ANSWER_BYTES // PAGE_BYTES) * PAGE_BYTES
-_SEQUENCERS_OFFSET = PLAIN_REDO_END
-_MEMORY_OFFSET = _SEQUENCERS_OFFSET + MAX_DRIVERS * _SEQUENCER_BYTES
+_MEMORY_OFFSET = SEQUENCERS_END
 
 SHORT_GAP_PAGES = 8  # to send so many pages of zeros costs less than another message
-
-KeptAnswer = tuple[AccessStatus.ValueType, bytes]
-
-SessionOrder = tuple[int, int, int]
-"""What sessions are compared by: fleet generation, revision, start."""
 
 
 def image_bytes(memory_bytes: int) -> int:
     """Return the size of the file for a memory of this size, both multiples of 4096."""
     pages = memory_bytes // PAGE_BYTES
     return _MEMORY_OFFSET + (pages + -(-pages // PAGE_BYTES)) * PAGE_BYTES
-
-
-def order_of(session: Session) -> SessionOrder:
-    """Return what a session is compared by."""
-    return session.fleet_generation, session.revision, session.start
-
-
-class Sequencer:
-    """What a function knows of one driver's accesses: the last sequence applied, and the answers kept.
-
-    Words are stored through a view of 64-bit integers, because that is one machine store each: nothing is ever seen
-    half written, also not by the process that comes after a kill.
-    """
-
-    __slots__ = (
-        "_answers",
-        "_base",
-        "_bytes",
-        "_session_word",
-        "_words",
-        "acknowledged",
-        "driver",
-        "grant",
-        "index",
-        "is_blank",
-        "last",
-        "last_word",
-        "session",
-    )
-
-    def __init__(self, memory: memoryview, words: memoryview, index: int, *, is_blank: bool = False) -> None:
-        """Take one of the sequencers of an image; `is_blank` says that all of it is zero, and spares looking."""
-        self.is_blank = is_blank
-        self._bytes = memory
-        self._words = words
-        self._base = _SEQUENCERS_OFFSET + index * _SEQUENCER_BYTES
-        self._answers = self._base + _ANSWERS_OFFSET
-        self.index = index
-        self.last_word = (self._base + 8 + _NAME_BYTES) // 8
-        self._session_word = self.last_word + 1
-        self.last: int
-        self.session: SessionOrder
-        self.grant: Grant | None = None
-        self.acknowledged = 0
-        if is_blank:
-            self.driver, self.last, self.session = "", 0, (0, 0, 0)
-            return
-        # Its length stands before the name: 0 where there is no driver.
-        name_bytes = words[self._base // 8]
-        start = self._base + 8
-        self.driver = bytes(memory[start : start + name_bytes]).decode()
-        self.last = words[self.last_word]
-        start, revision, fleet_generation = words[self._session_word : self._session_word + 3]
-        self.session = (fleet_generation, revision, start)
-
-    def take(self, driver: str) -> None:
-        """Make this the sequencer of a driver that has none; it has seen nothing yet."""
-        name = driver.encode()
-        self.revoke()
-        if not self.is_blank:
-            # What it says of this sequencer is another driver's writes, and done.
-            self._words[PLAIN_REDO_NAME] = 0
-            self._bytes[self._base : self._base + _SEQUENCER_BYTES] = bytes(_SEQUENCER_BYTES)
-        self.is_blank = False
-        self._bytes[self._base + 8 : self._base + 8 + len(name)] = name
-        self._words[self._base // 8] = len(name)
-        self.driver, self.last, self.session, self.acknowledged = driver, 0, (0, 0, 0), 0
-
-    def free(self) -> None:
-        """Forget the driver."""
-        self.revoke()
-        self._words[self._base // 8] = 0
-        self.driver = ""
-
-    def set_session(self, session: SessionOrder) -> None:
-        """Refuse earlier sessions from now on."""
-        # What counts least goes first: a kill in between leaves none that is later than this one.
-        for index, part in enumerate(reversed(session)):
-            self._words[self._session_word + index] = part
-        self.session = session
-
-    def advance(self, sequence: int, status: AccessStatus.ValueType, data: bytes) -> None:
-        """Keep an answer, and only then count its access as applied."""
-        start = self._answers + sequence % WINDOW * _ANSWER_BYTES
-        _ANSWER_HEAD.pack_into(self._bytes, start, sequence, len(data), status)
-        if data:
-            start += _ANSWER_HEAD.size
-            self._bytes[start : start + len(data)] = data
-        self._words[self.last_word] = self.last = sequence
-
-    def skip_to(self, sequence: int) -> None:
-        """Count accesses as applied whose answers nobody will ask for."""
-        self._words[self.last_word] = sequence
-        self.last = sequence
-
-    def revoke(self) -> None:
-        """End the driver's leave to access memory directly."""
-        if self.grant is not None:
-            self.grant.revoke()
-            self.grant = None
-
-    def answer(self, sequence: int) -> KeptAnswer | None:
-        """Return the answer that an access got, or None once it is forgotten (more than 64 accesses ago)."""
-        start = self._answers + sequence % WINDOW * _ANSWER_BYTES
-        kept, length, status = _ANSWER_HEAD.unpack_from(self._bytes, start)
-        if sequence > self.last or kept != sequence:
-            return None
-        start += _ANSWER_HEAD.size
-        return AccessStatus.ValueType(status), bytes(self._bytes[start : start + length])
-
-    def export(self) -> DriverSequence:
-        """Return the sequencer as it moves with the function's state."""
-        fleet_generation, revision, start = self.session
-        session = Session(fleet_generation=fleet_generation, revision=revision, start=start)
-        exported = DriverSequence(driver=self.driver, last_sequence=self.last, session=session)
-        for sequence in range(max(self.acknowledged, self.last - WINDOW) + 1, self.last + 1):
-            kept = self.answer(sequence)
-            if kept is not None:
-                exported.answers.append(Answer(sequence=sequence, status=kept[0], data=kept[1]))
-        return exported
-
-    def load(self, exported: DriverSequence) -> None:
-        """Become what another instance's sequencer was."""
-        # One that was just taken has nothing that would have to be zeroed.
-        if self.driver != exported.driver or self.last or any(self.session):
-            self.take(exported.driver)
-        for answer in exported.answers:
-            self.advance(answer.sequence, answer.status, answer.data)
-        self.skip_to(exported.last_sequence)
-        self.set_session(order_of(exported.session))
 
 
 class FunctionImage:
@@ -222,7 +75,7 @@ class FunctionImage:
         self._dirty: set[int] | None = None
         if not is_new:
             self._redo()
-            finish_plain_writes(self)
+            self._redo_plain_writes()
 
     def known_sequencer(self, driver: str) -> Sequencer | None:
         """Return the driver's sequencer, or None."""
@@ -276,7 +129,7 @@ class FunctionImage:
 
     def write_plain(self, sequencer: Sequencer, sequence: int, offset: int, data: bytes) -> None:
         """Make a write to plain memory, its answer and its sequence durable, together: as `apply`, in half the time."""
-        record_plain_write(self, sequencer, sequence, offset, data)
+        record_plain_write(self.bytes, self.words, sequencer.index, sequence, offset, data)
         self.store(((offset, data),))
         sequencer.advance(sequence, ACCESS_STATUS_OK, b"")
 
@@ -329,9 +182,11 @@ class FunctionImage:
         None while changes are tracked: a direct write tells nobody.
         """
         sequencer.revoke()
-        if self._dirty is None:
-            sequencer.grant = Grant(self, sequencer, base, span, plain)
-        return sequencer.grant
+        if self._dirty is not None:
+            return None
+        grant = Grant(self.bytes, self.words, self.memory, sequencer, base, span, plain)
+        sequencer.grant = grant
+        return grant
 
     def revoke(self) -> None:
         """End all leaves to access memory directly."""
@@ -369,7 +224,7 @@ class FunctionImage:
     def clear(self) -> None:
         """Zero the memory and forget all drivers; nothing has arrived."""
         # The redo records go first: what they say must not come back over what is put there next.
-        self.bytes[:_SEQUENCERS_OFFSET] = bytes(_SEQUENCERS_OFFSET)
+        self.bytes[:SEQUENCERS_START] = bytes(SEQUENCERS_START)
         try:
             # Of a file that has never been written to this is nothing, however large it is.
             self._mapped.madvise(mmap.MADV_REMOVE, _MEMORY_OFFSET, len(self.bytes) - _MEMORY_OFFSET)
@@ -417,6 +272,18 @@ class FunctionImage:
         elif sequencer.driver and sequence == sequencer.last + 1:
             self.store(stores)
             sequencer.advance(sequence, status, data)
+
+    def _redo_plain_writes(self) -> None:
+        """Do the writes of a record whose sequence a killed daemon had not stored yet."""
+        recorded = recorded_plain_writes(self.words)
+        sequencer = self._sequencers[recorded.sequencer_index]
+        if not sequencer.driver or recorded.sequence <= sequencer.last:
+            return
+        self.store(recorded.stores(self.bytes))
+        if recorded.count == 1:
+            sequencer.advance(recorded.sequence, ACCESS_STATUS_OK, b"")
+        else:
+            sequencer.skip_to(recorded.sequence)
 
     def _redo_record(self) -> tuple[Sequencer | None, int, AccessStatus.ValueType, bytes, list[Store]] | None:
         length, sequence, index, status, data_bytes, count = _REDO_HEAD.unpack_from(self.bytes, _CRC_BYTES)

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from hostd.arrival import Arrival, Range
 from hostd.device_state import AFTER_FAULT, AFTER_RESET, next_state, path, serves
-from hostd.direct import Grant
 from hostd.engine_part import EnginePart
-from hostd.image import FunctionImage, Sequencer
+from hostd.grant import Grant
+from hostd.image import FunctionImage
 from hostd.models.base import DeviceModel, Section
 from hostd.rounds import Throttle
+from hostd.sequencer import Result, Sequencer
 from vfleet.address import window_offset
 from vfleet.v1.access_pb2 import (
     ACCESS_KIND_READ,
@@ -21,13 +22,10 @@ from vfleet.v1.access_pb2 import (
     ACCESS_STATUS_OK,
     ACCESS_STATUS_UNSUPPORTED_REQUEST,
     AccessKind,
-    AccessStatus,
 )
 from vfleet.v1.function_service_pb2 import FunctionInstance
 from vfleet.v1.host_records_pb2 import InstanceRecord
 from vfleet.v1.types_pb2 import Attempt, DeviceState
-
-Result = tuple[AccessStatus.ValueType, bytes]
 
 
 class SequenceGapError(Exception):

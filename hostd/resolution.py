@@ -13,7 +13,8 @@ from collections.abc import Awaitable
 
 from hostd.drivers import Drivers
 from hostd.fence import Fences
-from hostd.functions import Functions, is_of_before
+from hostd.function_checks import is_of_before
+from hostd.functions import Functions
 from hostd.history import History
 from hostd.instance import Instance
 from vfleet import failpoint

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from hostd import home, rest, transfer
 from hostd.client_access import ClientAccess
-from hostd.dma_receiver import exchange_dma
+from hostd.dma_exchange import exchange_dma
 from hostd.host import Host
 from vfleet.errors import invalid_field
 from vfleet.v1 import driver_service_pb2 as driver_pb2

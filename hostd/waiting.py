@@ -1,10 +1,14 @@
 """An access of a driver on its way to its function, from when it is submitted until it has its answer."""
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hostd.instance import Result
-from vfleet.v1.access_pb2 import AccessKind
+from hostd.sequencer import Result
+from hostd.translation import Entry
+from vfleet.address import translate
+from vfleet.v1.access_pb2 import AccessKind, Session
+from vfleet.v1.fabric_service_pb2 import ExchangeRequest
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +49,32 @@ class Waiting:
     def _finish_as(self, answer: "asyncio.Future[Result]") -> None:
         error = answer.exception()
         self.finish(answer.result() if error is None else error)
+
+
+def exchange_request(entry: Entry, session: Session, acknowledged: int, accesses: Iterable[Waiting]) -> ExchangeRequest:
+    """Return accesses through an entry, each with its sequence, as they go to another host.
+
+    `acknowledged` is the last sequence up to which no answer will be asked for again.
+    """
+    request = ExchangeRequest(
+        driver=entry.driver,
+        function=entry.function,
+        generation=entry.generation,
+        acknowledged_sequence=acknowledged,
+        session=session,
+    )
+    offset = entry.offset
+    # In half the time of a list of accesses, which would be copied.
+    add = request.accesses.add
+    for access in accesses:
+        message = add()
+        message.sequence = access.sequence
+        message.kind = access.kind
+        message.address = translate(access.virtual_address, offset)
+        message.length_bytes = access.length
+        if access.data:
+            message.data = access.data
+    return request
 
 
 def _settle(answer: "asyncio.Future[Result]", outcome: Result | BaseException) -> None:

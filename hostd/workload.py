@@ -14,9 +14,9 @@ from hostd.access_queue import AccessQueue
 from hostd.checker_script import WORD_BYTES, CheckerScript, Step
 from hostd.direct import Access
 from hostd.drivers import Drivers
-from hostd.instance import Result
 from hostd.ledger import Ledger
 from hostd.models import checker
+from hostd.sequencer import Result
 from hostd.translation import Entry
 from hostd.waiting import Waiting
 from vfleet.clock import Clock

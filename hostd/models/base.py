@@ -56,7 +56,7 @@ class DeviceModel(Protocol):
     plain_memory: range
     """Bytes of a BAR that are plain memory: an access there reads or writes them and does nothing else, so that the
     engine need not ask the model. No work begins by it. Empty, or a whole BAR: the grant of a driver on the same host
-    (hostd/direct.py) counts on its alignment."""
+    (hostd/grant.py) counts on its alignment."""
 
     def reset(self) -> Sequence[Store]:
         """Return the stores that give the registers their initial values: an FLR zeroes all else but a medium."""

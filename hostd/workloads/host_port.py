@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from hostd.dma_receiver import DmaReceiver
 from hostd.driver import Driver
-from hostd.instance import Result
+from hostd.sequencer import Result
 from hostd.waiting import Waiting
 from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError, invalid_field

@@ -2,8 +2,8 @@
 
 from support.unreliable_link import UnreliableLink, UnreliableLinks
 
+from hostd.dma_exchange import exchange_dma
 from hostd.dma_link import Sender
-from hostd.dma_receiver import exchange_dma
 from hostd.drivers import Drivers
 from vfleet.v1.fabric_service_pb2 import ExchangeDmaRequest, ExchangeDmaResponse
 

@@ -8,12 +8,14 @@ from support.kills import torn
 
 import hostd.direct
 import hostd.image
+import hostd.plain_redo
+import hostd.sequencer
 from hostd.image import FunctionImage, image_bytes
 
 MEMORY_BYTES = 2 * 4096
 __all__ = ["content_of", "new_image", "snapshots_during", "torn"]
 
-_TRACED = (hostd.image.__file__, hostd.direct.__file__)
+_TRACED = tuple(module.__file__ for module in (hostd.direct, hostd.image, hostd.plain_redo, hostd.sequencer))
 
 
 def new_image(content: bytes = b"", memory_bytes: int = MEMORY_BYTES, engine_start: int | None = None) -> FunctionImage:

@@ -16,7 +16,8 @@ from support.killed_image import MEMORY_BYTES as IMAGE_BYTES
 from support.killed_image import content_of, new_image, snapshots_during, torn
 from support.manual_clock import ManualClock, settle
 
-from hostd.direct import Access, DirectAccess, Grant
+from hostd.direct import Access, DirectAccess
+from hostd.grant import Grant
 from hostd.models import MODELS, checker, create_model
 from hostd.translation import Entry, TranslationTable
 from hostd.waiting import Waiting

@@ -11,7 +11,8 @@ from support.bench import Bench, reason_of
 from support.driver_bench import told
 
 import hostd.dma_receiver
-from hostd.dma_receiver import DmaReceiver, exchange_dma
+from hostd.dma_exchange import exchange_dma
+from hostd.dma_receiver import DmaReceiver
 from vfleet.errors import Reason, VfleetError
 from vfleet.limits import INTERRUPT_PAGE_ADDRESS
 from vfleet.v1.driver_service_pb2 import NOTIFICATION_KIND_INTERRUPT

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.killed_image import MEMORY_BYTES, content_of, new_image, snapshots_during, torn
 
-from hostd.image import FunctionImage, Sequencer
+from hostd.image import FunctionImage
 from hostd.models.base import Store
+from hostd.sequencer import Sequencer
 from vfleet.errors import Reason, VfleetError
 from vfleet.limits import MAX_DRIVERS, WINDOW
 from vfleet.v1.access_pb2 import ACCESS_STATUS_OK as OK

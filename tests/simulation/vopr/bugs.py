@@ -22,9 +22,10 @@ from hostd.access_queue import AccessQueue
 from hostd.drivers import Drivers
 from hostd.fence import Fences
 from hostd.functions import Functions
-from hostd.image import Sequencer
 from hostd.instance import Instance
 from hostd.resolution import Resolver
+from hostd.sequencer import Sequencer
+from hostd.slots import Slots
 from hostd.transfer import Export
 from hostd.translation import TranslationTable
 from vfleet import decision
@@ -101,7 +102,7 @@ def no_fence_and_resume_by_any_attempt() -> list[Patch]:
 def no_fence_and_lift_of_any_hold() -> list[Patch]:
     def lift(self, request):
         names = [(name.driver, name.function) for name in request.entries]
-        self._forget_and_replace([name for name in names if name in self._holds])
+        self._forget_and_replace([name for name in names if self._holds.find(name)])
 
     return [*_no_fence(), (Drivers, "lift", lift)]
 
@@ -266,7 +267,7 @@ def source_runs_on() -> list[Patch]:
 
 @_bug(found_at=3)
 def nothing_zeroed() -> list[Patch]:
-    open_instance = Functions._open
+    open_instance = Slots._open
 
     def by_slot(self, record, model=None):
         file, record.file = record.file, f"{record.instance.device}-{record.instance.vf_index}".replace("/", "-")
@@ -275,7 +276,7 @@ def nothing_zeroed() -> list[Patch]:
         finally:
             record.file = file
 
-    return [(Functions, "_open", by_slot)]
+    return [(Slots, "_open", by_slot)]
 
 
 @_bug(found_at=8)
@@ -400,7 +401,7 @@ def table_changes_in_parts() -> list[Patch]:
         entries = list(entries)
         put(self, entries[:1], keep_held=keep_held)
         for entry in entries[1:]:
-            hold = self._holds.get((entry.driver, entry.function))
+            hold = self._holds.find((entry.driver, entry.function))
             if hold is not None and not keep_held:
                 self._forget_and_replace([(entry.driver, entry.function)])
 

@@ -15,8 +15,8 @@ from simulation.vopr.loop import LIFE
 from simulation.vopr.network import SimulatedServer
 
 from hostd.driver import Driver
-from hostd.image import Sequencer
 from hostd.instance import Instance
+from hostd.sequencer import Sequencer
 from vfleet.etcd import keys
 from vfleet.etcd.store import Changes
 from vfleet.names import host_of

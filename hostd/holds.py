@@ -1,0 +1,74 @@
+"""The holds on entries of this host's tables: whose each is, until when, and which driver knows. Durable."""
+
+import asyncio
+from collections.abc import Iterable
+
+from hostd.deadlines import Deadlines
+from hostd.ledger import Ledger
+from vfleet.v1.hold_service_pb2 import Hold
+from vfleet.v1.types_pb2 import Attempt
+
+EntryId = tuple[str, str]
+"""An entry's driver and function."""
+
+_KIND = "hold"
+
+
+class Holds:
+    """All holds of the host. `deadlines` are theirs. Each has the generation of the entry that it was placed on."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._by_entry: dict[EntryId, Hold] = {(h.driver, h.function): h for h in ledger.all(_KIND, Hold)}
+        self._acknowledgements: dict[EntryId, tuple[Attempt, asyncio.Event]] = {}
+        self.deadlines = Deadlines()
+
+    def find(self, entry: EntryId) -> Hold | None:
+        """Return the hold of an entry, or None."""
+        return self._by_entry.get(entry)
+
+    def of(self, migration: str | None) -> list[Hold]:
+        """Return all holds (None), or those of a migration, by driver and function."""
+        holds = (self._by_entry[entry] for entry in sorted(self._by_entry))
+        return [hold for hold in holds if migration in (None, hold.migration)]
+
+    def put(self, hold: Hold) -> None:
+        """Write a hold, in the place of the one that its entry has."""
+        entry = hold.driver, hold.function
+        self._ledger.put(_KIND, ledger_key(entry), hold)
+        self._by_entry[entry] = hold
+
+    def forget(self, entries: Iterable[EntryId]) -> None:
+        """Delete the holds of entries; of one that has none, nothing."""
+        for entry in entries:
+            if self._by_entry.pop(entry, None) is not None:
+                self._ledger.delete(_KIND, ledger_key(entry))
+
+    def postpone(self, migration: str, resolve_time: float) -> None:
+        """Give a migration's holds another deadline, in seconds since 1970."""
+        with self._ledger.together():
+            for hold in self.of(migration):
+                later = Hold()
+                later.CopyFrom(hold)
+                later.resolve_time = resolve_time
+                self.put(later)
+        self.deadlines.note(resolve_time)
+
+    def expect(self, entry: EntryId, attempt: Attempt) -> asyncio.Event:
+        """Return what is set once an entry's driver has acknowledged this attempt's hold: one for all who ask."""
+        of, told = self._acknowledgements.get(entry, (None, asyncio.Event()))
+        if of != attempt:
+            told = asyncio.Event()
+            self._acknowledgements[entry] = attempt, told
+        return told
+
+    def acknowledge(self, entry: EntryId, attempt: Attempt) -> None:
+        """Note that an entry's driver knows of this attempt's hold. If another's is expected, that one stays so."""
+        of, told = self._acknowledgements.get(entry, (None, None))
+        if told is not None and of == attempt:
+            told.set()
+
+
+def ledger_key(entry: EntryId) -> str:
+    """Return the key of an entry, and of its hold, in the ledger."""
+    return f"{entry[0]}/{entry[1]}"
