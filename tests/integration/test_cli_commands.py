@@ -616,7 +616,6 @@ async def test_get_lists_what_is_asked_for_by_name(vfleet: Vfleet, arguments: li
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("hosts", ["h1", "CORDONED SINCE"]),
         ("devices", ["h1/nic0", "1af4:10c0"]),
         ("functions", ["vf1", "0x0000000000000007", "2: 1 MiB"]),
         ("drivers", ["d1", "4 KiB", "0x0000000010000000"]),

@@ -74,11 +74,11 @@ async def world() -> AsyncIterator[World]:
 
 
 async def test_the_latest_are_kept_by_count(world: World) -> None:
-    for name, age_s in (("b", 3000), ("d", 1000), ("a", 4000), ("c", 2000)):
+    for name, age_s in (("b", 4000), ("d", 3000), ("a", 2000), ("c", 1000)):
         world.add(name, age_s)
     world.keep(count=2)
     await world.clock.advance(0)
-    assert world.kept == ["d", "c"]
+    assert world.kept == ["a", "c"]
 
 
 async def test_those_that_are_too_old_go_whatever_their_number(world: World) -> None:

@@ -131,7 +131,7 @@ def _hosts(fleet: Fleet) -> RenderableType:
     for use in fleet.devices:
         used[use.device.host] += use.used_slots + use.reserved_slots
         slots[use.device.host] += use.device.total_vfs
-    hosts = sorted(fleet.hosts, key=lambda host: (host.registered and not host.HasField("cordon"), host.name))
+    hosts = sorted(fleet.hosts, key=lambda host: (host.registered and cordon_word(host) == "no", host.name))
     rows = [
         (
             host.name,
