@@ -25,7 +25,7 @@ def history(
 ) -> None:
     """Show where a function has been: its homes, and its migrations with what came of them.
 
-    As far back as coordinators keep records. Blackouts are as the coordinator saw them: drivers waited no longer.
+    As far back as coordinators keep records. Blackouts are as the coordinator saw them: no driver was on hold longer.
 
     \b
     Example: vfleet history vf1
