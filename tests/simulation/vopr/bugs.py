@@ -17,7 +17,7 @@ from coordinator import migration, transaction
 from coordinator import service as coordinator_service
 from coordinator.migration import Run
 from coordinator.tasks import together
-from hostd import device_state, drivers, instance, resolution, transfer
+from hostd import device_state, drivers, entry_order, instance, resolution, transfer
 from hostd.access_queue import AccessQueue
 from hostd.drivers import Drivers
 from hostd.fence import Fences
@@ -170,7 +170,7 @@ def old_table_applied() -> list[Patch]:
         by_function.update({entry.function: entry for entry in entries})
         return TranslationTable(by_function.values())
 
-    return [(drivers, "_is_as_new", lambda *_: False), (TranslationTable, "with_entries", with_entries)]
+    return [(entry_order, "_is_as_new", lambda *_: False), (TranslationTable, "with_entries", with_entries)]
 
 
 @_bug(found_at=1)
@@ -397,9 +397,9 @@ def group_commits_in_parts() -> list[Patch]:
 def table_changes_in_parts() -> list[Patch]:
     put = Drivers._put_entries
 
-    def first_only(self, entries, *, keep_held=False):
+    def first_only(self, entries, *, keep_held=False, goes_back=False):
         entries = list(entries)
-        put(self, entries[:1], keep_held=keep_held)
+        put(self, entries[:1], keep_held=keep_held, goes_back=goes_back)
         for entry in entries[1:]:
             hold = self._holds.find((entry.driver, entry.function))
             if hold is not None and not keep_held:
