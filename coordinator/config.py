@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coordinator.queueing import DEFAULT_ALLOWANCE, Allowance
 from coordinator.retention import Retention
 from vfleet.daemon import DEFAULT_LEASE_TTL_S, Parser, check_address, check_lease_ttl
 from vfleet.errors import VfleetError, invalid_field
@@ -12,11 +13,14 @@ DEFAULT_KEPT = 10_000
 DEFAULT_KEPT_DAYS = 30
 MAX_KEPT = 100_000
 MAX_KEPT_DAYS = 3650
+MAX_LIMIT = 10_000
+_LIMITS = ("--max-migrations", "--max-migrations-per-host", "--max-migrations-per-device")
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What a coordinator is told: its name, where to listen, etcd's endpoints, its lease's TTL, how much to log.
+    """What a coordinator is told: its name, where to listen, etcd's endpoints, its lease's TTL, how much to log, how
+    many migrations may be under way.
 
     And how many records of migrations that are over are kept, and for how many days.
 
@@ -30,6 +34,7 @@ class Config:
     log_level: str = "info"
     keep_migrations: int = DEFAULT_KEPT
     keep_migrations_days: int = DEFAULT_KEPT_DAYS
+    allowance: Allowance = DEFAULT_ALLOWANCE
 
     def __post_init__(self) -> None:
         check_name("--name", self.name)
@@ -39,6 +44,11 @@ class Config:
         check_lease_ttl("--lease-ttl-s", self.lease_ttl_s)
         _check_kept("--keep-migrations", self.keep_migrations, MAX_KEPT)
         _check_kept("--keep-migrations-days", self.keep_migrations_days, MAX_KEPT_DAYS)
+        for field, value in zip(
+            _LIMITS, (self.allowance.fleet, self.allowance.host, self.allowance.device), strict=True
+        ):
+            if not 1 <= value <= MAX_LIMIT:
+                raise invalid_field(field, value, f"1 to {MAX_LIMIT}")
 
     @property
     def retention(self) -> Retention:
@@ -55,6 +65,15 @@ def parse(arguments: Sequence[str]) -> Config:
     """Return the settings. Exit with 2 and one line on stderr if they are not what is expected."""
     parser = Parser(prog="vfleet-coordinator", description="Moves functions between hosts.")
     parser.add_argument("--name", required=True, help="the coordinator's name, unique in the fleet")
+    default = DEFAULT_ALLOWANCE
+    for option, number, where in zip(
+        _LIMITS,
+        (default.fleet, default.host, default.device),
+        ("in the fleet", "from or to one host", "from or to one device"),
+        strict=True,
+    ):
+        text = f"how many migrations may be under way {where}; others wait (%(default)s)"
+        parser.add_argument(option, metavar="N", type=int, default=number, help=text)
     parser.add_common_arguments()
     parser.add_argument(
         "--keep-migrations",
@@ -80,6 +99,9 @@ def parse(arguments: Sequence[str]) -> Config:
             log_level=options.log_level,
             keep_migrations=options.keep_migrations,
             keep_migrations_days=options.keep_migrations_days,
+            allowance=Allowance(
+                options.max_migrations, options.max_migrations_per_host, options.max_migrations_per_device
+            ),
         )
     except VfleetError as error:
         parser.error(error.message)

@@ -10,6 +10,7 @@ from typing import TypeVar
 from coordinator.hosts import Hosts
 from coordinator.inventory import Inventory
 from coordinator.planner import Limits
+from coordinator.queueing import DEFAULT_ALLOWANCE, Allowance
 from coordinator.snapshot import Snapshot
 from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError
@@ -36,7 +37,8 @@ def _never_lost() -> None:
 class Context:
     """A coordinator's name, its store, inventory and hosts, its clock and its randomness.
 
-    `check` raises CONFLICT once the session is lost under which this context is used.
+    `check` raises CONFLICT once the session is lost under which this context is used. `allowance` is how many
+    migrations may be under way.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Context:
     clock: Clock
     random: Random
     check: Callable[[], None] = _never_lost
+    allowance: Allowance = DEFAULT_ALLOWANCE
 
     def under(self, check: Callable[[], None]) -> "Context":
         """Return the context of work that may act only while `check` does not raise.

@@ -12,6 +12,7 @@ from random import Random
 
 from coordinator.config import Config
 from coordinator.context import Context
+from coordinator.dispatch import Dispatcher
 from coordinator.fleet import Fleet
 from coordinator.hosts import Hosts
 from coordinator.inventory import Inventory
@@ -56,7 +57,9 @@ class Daemon:
         self._config = config
         self._new_server = new_server
         inventory = Inventory(clock)
-        self._context = Context(config.name, store, inventory, Hosts(inventory, channels), clock, random)
+        self._context = Context(
+            config.name, store, inventory, Hosts(inventory, channels), clock, random, allowance=config.allowance
+        )
         self._term: Term | None = None
         self._tasks = Tasks()
 
@@ -119,6 +122,7 @@ class Daemon:
             term.spawn(adopt_orphans(self._context, term))
             term.spawn(finish_functions(self._context, term, Fleet(self._context)))
             term.spawn(forget_migrations(self._context, self._config.retention))
+            term.spawn(Dispatcher(self._context, term).run())
             self._term = term
             await self._wait(session, lambda: inventory.restorations != restorations)
             _log.warning("the session with etcd is lost, or etcd was restored: all work is dropped")

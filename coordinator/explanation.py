@@ -11,6 +11,7 @@ from coordinator.placement import Question
 from coordinator.placement_filters import FREE_SLOT, Rule, Values, free_slots, group_values
 from coordinator.site import Site
 from vfleet.errors import Obstacle, Reason, VfleetError
+from vfleet.parts import spoken
 from vfleet.v1.placement_pb2 import Boundary, Explanation, Merit, Placement, PlacementFilter, Relation, Relaxation
 
 MAX_OBSTACLES = 8  # in an error, which travels in a header
@@ -139,8 +140,14 @@ def _remedy(question: Question, rule: Rule, answer: Mapping[str, str]) -> str:
         case PlacementFilter.PLACEMENT_FILTER_HOST_REGISTERED:
             return f"bring back {hosts}"
         case PlacementFilter.PLACEMENT_FILTER_CORDON:
-            return f"uncordon {hosts}"
+            return f"uncordon {_listed(_cordons(question, kept))}"
     return f"leave the {_word(PlacementFilter.Name(rule.filter))} open"
+
+
+def _cordons(question: Question, sites: Iterable[Site]) -> list[str]:
+    """Return the parts of the fleet that are cordoned and that one of the devices is in, as people write them."""
+    cordons = question.snapshot.cordons
+    return [spoken(part) for part in dict.fromkeys(p for site in sites for p in site.parts) if part in cordons]
 
 
 def _is_kept_by(question: Question, rule: Rule, answer: Mapping[str, str], site: Site) -> bool:

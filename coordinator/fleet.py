@@ -59,7 +59,8 @@ class Fleet:
                 stored = snapshot.functions.get(name)
                 if stored is None:
                     function = self._new_function(snapshot, name, device, vf_index)
-                    await self._commit(transaction.create_function(function, snapshot.fleet_generation_is_this))
+                    parts = snapshot.sites[device].parts
+                    await self._commit(transaction.create_function(function, snapshot.fleet_generation_is_this, parts))
                     continue
             if stored.record.device != device or vf_index not in (0, stored.record.vf_index):
                 raise VfleetError(
@@ -191,7 +192,7 @@ class Fleet:
 
     def _new_function(self, snapshot: Snapshot, name: str, device_name: str, vf_index: int) -> Function:
         device = find_device(snapshot, device_name)
-        check_not_cordoned(snapshot, device.host)
+        check_not_cordoned(snapshot, device.name)
         index = pick_slot(snapshot, device, vf_index, field="vf_index")
         routing_id = vf_routing_id(device.routing_id, device.first_vf_offset, device.vf_stride, index)
         return Function(

@@ -162,4 +162,5 @@ def _delete_records(snapshot: Snapshot, host: str) -> Transaction:
         unchanged(host_key(host), stored.mod_revision),
         value_is(segment, host.encode()),
     )
-    return Transaction(compares, (Delete(host_key(host)), Delete(segment), Delete(cordon_key(host))))
+    cordons = (Delete(cordon_key(part)) for part in snapshot.cordons_of(host))
+    return Transaction(compares, (Delete(host_key(host)), Delete(segment), *cordons))

@@ -24,6 +24,13 @@ class Matching:
         self._items: defaultdict[str, dict[str, None]] = defaultdict(dict)  # the same the other way, in order
         self.is_complete = all(self._settle(item) for item in options)
 
+    @classmethod
+    def without_seat(cls, options: Mapping[str, Sequence[str]], room: Mapping[str, int]) -> list[str]:
+        """Return as few items as can be, in order, without which all others have a seat."""
+        matching = cls({}, room)
+        matching._options = options
+        return [item for item in options if not matching._settle(item)]
+
     def fix(self, item: str, seat: str) -> bool:
         """Fix an item to one of its seats; return False, and change nothing, if then not all would have one."""
         before, items = self._seats[item], self._items[seat]

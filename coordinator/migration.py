@@ -120,7 +120,7 @@ class Run:
                         await self._journal.settle(self._commit)
             except VfleetError as error:
                 _log.warning("migration %s fails at %s: %s", self.record.name, self.state, error.message)
-                await self._abort(error.message, self.state.step)
+                await self._abort(error.message, self.state.step, error.reason)
         committed = self.record.phase in (Phase.PHASE_COMMITTED, Phase.PHASE_DONE)
         self._advance(Event.COMMITTED if committed else Event.ABORTED)
 
@@ -257,18 +257,20 @@ class Run:
     def _commit(self) -> Transaction:
         clock = self._context.clock
         if clock.monotonic() >= self._commit_by_s:
-            return self._abort_transaction("etcd did not take the COMMIT in time", Step.STEP_COMMIT)
+            return self._abort_transaction(
+                "etcd did not take the COMMIT in time", Step.STEP_COMMIT, Reason.LIMIT_EXCEEDED
+            )
         return transaction.commit(self.record, self.attempt.revision, clock.time())
 
-    async def _abort(self, reason: str, step: Step.ValueType) -> None:
+    async def _abort(self, reason: str, step: Step.ValueType, cause: Reason | None = None) -> None:
         if self.record.phase == Phase.PHASE_PREPARING:
             with failpoint.around("coordinator.abort"):
-                await self._journal.settle(lambda: self._abort_transaction(reason, step))
+                await self._journal.settle(lambda: self._abort_transaction(reason, step, cause))
 
-    def _abort_transaction(self, reason: str, step: Step.ValueType) -> Transaction:
+    def _abort_transaction(self, reason: str, step: Step.ValueType, cause: Reason | None) -> Transaction:
         journal = self._journal
         return abort_transaction(
-            journal.record, journal.mod_revision, reason, step, self._context.clock.time(), journal.owned
+            journal.record, journal.mod_revision, reason, step, self._context.clock.time(), journal.owned, cause
         )
 
     # --- after COMMIT ---

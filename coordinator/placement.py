@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from coordinator.assignment import Assignment, Group
+from coordinator.matching import Matching
 from coordinator.placement_filters import (
     FREE_SLOT,
     GroupNeed,
@@ -86,6 +87,12 @@ class Question:
         }
         options = {name: choices[needs] for name, needs in self.needs.items()}
         return self._assign(options, relaxed)
+
+    def without_device(self) -> list[str]:
+        """Return as few functions as can be without which all others have devices, if rules about groups allow it."""
+        choices = {needs: self._choices(needs) for needs in dict.fromkeys(self.needs.values())}
+        options = {name: choices[needs] for name, needs in self.needs.items()}
+        return Matching.without_seat(options, _Room(self.snapshot, all_are_free=False))
 
     def obstacles(self) -> list[Rule]:
         """Return the constraints that any device fails at, or that keep functions from a device together, in order."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from coordinator.site import Site
 from coordinator.snapshot import Snapshot
+from vfleet.parts import spoken
 from vfleet.v1.placement_pb2 import Boundary, BoundaryRule, PlacementFilter, Relation
 
 Values = tuple[str, str]
@@ -54,6 +55,12 @@ class Rule:
 
 Check = Callable[[Needs, Site, Snapshot], Values | None]
 RuleCheck = tuple[Rule, Check]
+
+
+def cordon_words(snapshot: Snapshot, part: str) -> str:
+    """Return that a part of the fleet is cordoned, and why, for people."""
+    reason = snapshot.cordons[part].record.reason
+    return f"cordoned: {reason}" if reason else "cordoned"
 
 
 def free_slots(snapshot: Snapshot, site: Site) -> int:
@@ -116,11 +123,8 @@ def _host_registered(needs: Needs, site: Site, snapshot: Snapshot) -> Values | N
 
 
 def _cordon(needs: Needs, site: Site, snapshot: Snapshot) -> Values | None:
-    cordon = snapshot.cordons.get(site.host)
-    if cordon is None:
-        return None
-    reason = f": {cordon.record.reason}" if cordon.record.reason else ""
-    return f"{site.host} cordoned{reason}", "not cordoned"
+    part = snapshot.cordoned(site.name)
+    return None if part is None else (f"{spoken(part)} {cordon_words(snapshot, part)}", "not cordoned")
 
 
 HARDWARE: Sequence[RuleCheck] = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from coordinator import transaction
 from coordinator.explanation import unsatisfiable
 from coordinator.placement import Mover, Question
-from coordinator.placement_filters import HARDWARE, Needs, failures
+from coordinator.placement_filters import HARDWARE, Needs, cordon_words, failures
 from coordinator.snapshot import Snapshot
 from vfleet.address import Location, table_offset, vf_routing_id
 from vfleet.decision import MAX_ABORT_REASON_CHARACTERS
@@ -20,6 +20,7 @@ from vfleet.errors import Reason, VfleetError, invalid_field, not_found
 from vfleet.etcd.keys import FLEET_GENERATION
 from vfleet.etcd.store import Transaction, absent
 from vfleet.names import host_of
+from vfleet.parts import spoken
 from vfleet.v1.migration_service_pb2 import MoveRequest
 from vfleet.v1.placement_pb2 import Constraints, PlacementFilter
 from vfleet.v1.records_pb2 import Device, EntryChange, Function, FunctionStatus, Migration, Move, Phase, Place
@@ -104,7 +105,7 @@ def check_named(snapshot: Snapshot, requests: Sequence[MoveRequest]) -> None:
             )
         check_compatible(snapshot, function, device)
         registered_incarnation(snapshot, device.host)
-        check_not_cordoned(snapshot, device.host)
+        check_not_cordoned(snapshot, device.name)
     _target_indices(snapshot, requests)
 
 
@@ -140,8 +141,14 @@ def draft(
         moves=moves,
         coordinator=coordinator,
     )
-    check_size(migration, limits)
+    check_size(snapshot, migration, limits)
     return migration
+
+
+def parts_of_targets(snapshot: Snapshot, migration: Migration) -> list[str]:
+    """Return the keys of all parts of the fleet that a plan's targets are in."""
+    devices = [snapshot.sites[move.target.device] for move in migration.moves]
+    return list(dict.fromkeys(part for device in devices for part in device.parts))
 
 
 def movable(snapshot: Snapshot, name: str) -> Function:
@@ -211,12 +218,12 @@ def check_compatible(snapshot: Snapshot, function: Function, target: Device) -> 
         )
 
 
-def check_not_cordoned(snapshot: Snapshot, host: str) -> None:
-    """Raise HOST_CORDONED, with the reason that was given, if the host is."""
-    cordon = snapshot.cordons.get(host)
-    if cordon is not None:
-        reason = f": {cordon.record.reason}" if cordon.record.reason else ""
-        raise VfleetError(Reason.HOST_CORDONED, f"host {host!r} is cordoned{reason}", metadata={"host": host})
+def check_not_cordoned(snapshot: Snapshot, device: str) -> None:
+    """Raise HOST_CORDONED, with the reason that was given, if the device is in a part that is cordoned."""
+    part = snapshot.cordoned(device)
+    if part is not None:
+        message = f"{spoken(part)} is {cordon_words(snapshot, part)}"
+        raise VfleetError(Reason.HOST_CORDONED, message, metadata={"host": host_of(device), "part": part})
 
 
 def registered_incarnation(snapshot: Snapshot, host: str) -> str:
@@ -270,7 +277,7 @@ def place(snapshot: Snapshot, device: Device, vf_index: int, generation: int) ->
     )
 
 
-def check_size(migration: Migration, limits: Limits) -> None:
+def check_size(snapshot: Snapshot, migration: Migration, limits: Limits) -> None:
     """Raise GROUP_TOO_LARGE, saying how many of the moves would fit, unless each transaction of the migration fits."""
     if _fits_by_far(migration, limits):
         return
@@ -282,7 +289,7 @@ def check_size(migration: Migration, limits: Limits) -> None:
         return any(
             each.size > limits.operations
             or transaction.request_bytes(each) + RECORD_GROWTH_BYTES > limits.request_bytes
-            for each in _transactions(part)
+            for each in _transactions(snapshot, part)
         )
 
     total = len(migration.moves)
@@ -300,21 +307,21 @@ def check_size(migration: Migration, limits: Limits) -> None:
 def _fits_by_far(migration: Migration, limits: Limits) -> bool:
     """Return whether the transactions need not be made to see that each fits, as is so with nearly all of them.
 
-    A key and what encloses it are less than 1 KiB; the record is in a transaction once, and what it says of functions
-    and entries once more.
+    A move has at most 14 comparisons and two for each entry. A key and what encloses it are less than 1 KiB; the record
+    is in a transaction once, and what it says of functions and entries once more.
     """
-    operations = 8 + sum(8 + 2 * len(move.entries) for move in migration.moves)
+    operations = 8 + sum(14 + 2 * len(move.entries) for move in migration.moves)
     request_bytes = RECORD_GROWTH_BYTES + 4 * migration.ByteSize() + 1024 * operations
     return operations <= limits.operations and request_bytes <= limits.request_bytes
 
 
-def _transactions(migration: Migration) -> list[Transaction]:
+def _transactions(snapshot: Snapshot, migration: Migration) -> list[Transaction]:
     parts = {phase: Migration() for phase in (Phase.PHASE_PREPARING, Phase.PHASE_COMMITTED, Phase.PHASE_ABORTING)}
     for phase, part in parts.items():
         part.CopyFrom(migration)
         part.phase = phase
     return [
-        transaction.begin(migration, 0, absent(FLEET_GENERATION)),
+        transaction.begin(migration, 0, absent(FLEET_GENERATION), parts_of_targets(snapshot, migration), 1),
         transaction.commit(parts[Phase.PHASE_PREPARING], 1, 0),
         transaction.finish(parts[Phase.PHASE_COMMITTED], 1, finished_by=migration.coordinator, now=0),
         transaction.finish(parts[Phase.PHASE_ABORTING], 1, finished_by=migration.coordinator, now=0),

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
+from coordinator.drain import DEFAULT_PARALLEL, MAX_PARALLEL
 from coordinator.migration import Options
+from coordinator.queueing import DEFAULT_DEADLINE_MS, MAX_DEADLINE_MS, MAX_PRIORITY
 from vfleet.errors import invalid_field
 from vfleet.names import check_device_name, check_name
 from vfleet.v1.migration_service_pb2 import LimitPolicy, MigrationOptions, MoveRequest
@@ -80,6 +82,27 @@ def checked_reason(reason: str) -> str:
     if len(reason) > MAX_REASON_CHARACTERS:
         raise invalid_field("reason", reason, f"at most {MAX_REASON_CHARACTERS} characters")
     return reason
+
+
+def checked_parallel(parallel: int) -> int:
+    """Return how many migrations a drain has at once, the default for 0. Raise INVALID_FIELD beyond the most."""
+    if parallel > MAX_PARALLEL:
+        raise invalid_field("parallel", parallel, f"1 to {MAX_PARALLEL}, or 0 for {DEFAULT_PARALLEL}")
+    return parallel or DEFAULT_PARALLEL
+
+
+def checked_priority(priority: int) -> int:
+    """Return the priority of a migration. Raise INVALID_FIELD out of its range."""
+    if abs(priority) > MAX_PRIORITY:
+        raise invalid_field("priority", priority, f"-{MAX_PRIORITY} to {MAX_PRIORITY}")
+    return priority
+
+
+def checked_deadline(deadline_ms: int) -> int:
+    """Return for how long a migration may be queued, 0 for the default. Raise INVALID_FIELD beyond the most."""
+    if deadline_ms > MAX_DEADLINE_MS:
+        raise invalid_field("deadline_ms", deadline_ms, f"1 to {MAX_DEADLINE_MS}, or 0 for {DEFAULT_DEADLINE_MS}")
+    return deadline_ms
 
 
 def checked_options(options: MigrationOptions) -> Options:

@@ -3,24 +3,30 @@
 # ruff: noqa: N802, ARG002  # methods are named and called as the protos say
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from coordinator.context import Context
-from coordinator.cordon import cordon_host, uncordon_host
+from coordinator.cordon import cordon, uncordon
 from coordinator.doctor import Doctor
+from coordinator.drain import Drain
 from coordinator.explanation import explain
 from coordinator.fleet import Fleet, bump_generation
 from coordinator.forget import forget_host
 from coordinator.migration import Run
 from coordinator.planner import ask, draft, plan
+from coordinator.queueing import as_migration, give_up
 from coordinator.requests import (
     checked_constraints,
+    checked_deadline,
     checked_moves,
     checked_options,
     checked_page_size,
+    checked_parallel,
+    checked_priority,
     checked_reason,
     checked_revision,
     page_of,
@@ -31,17 +37,18 @@ from coordinator.term import Term
 from vfleet.address import PAGE_BYTES
 from vfleet.decision import abort_transaction, outcome
 from vfleet.errors import Reason, VfleetError, invalid_field, not_found
-from vfleet.etcd.keys import migration_key
+from vfleet.etcd.keys import migration_key, queue_key
 from vfleet.etcd.records import decode
 from vfleet.limits import MAX_MAIN_MEMORY_BYTES
 from vfleet.names import check_device_name, check_name
+from vfleet.parts import check_part, part_key
 from vfleet.rpc import MAX_MESSAGE_BYTES
 from vfleet.v1 import fleet_service_pb2 as fleet_pb
 from vfleet.v1 import migration_service_pb2 as migration_pb
 from vfleet.v1.fleet_service_pb2_grpc import FleetServiceServicer
 from vfleet.v1.migration_service_pb2_grpc import MigrationServiceServicer
 from vfleet.v1.placement_pb2 import Constraints
-from vfleet.v1.records_pb2 import Driver, Function, Host, Migration, Step
+from vfleet.v1.records_pb2 import Driver, Function, Host, Migration, Phase, Step
 from vfleet.v1.types_pb2 import Decision
 
 RpcContext = grpc.aio.ServicerContext[Message, Message]
@@ -77,10 +84,17 @@ class MigrationService(MigrationServiceServicer):
             name = check_name("request_id", request.request_id)
         else:
             name = f"m-{self._context.random.getrandbits(64):016x}"
-        moves, options = checked_moves(request.moves), checked_options(request.options)
-        constraints = checked_constraints(request.constraints)
+        options = checked_options(request.options)
+        wanted = migration_pb.CreateMigrationRequest(
+            request_id=name,
+            moves=checked_moves(request.moves),
+            options=request.options,
+            constraints=checked_constraints(request.constraints),
+            priority=checked_priority(request.priority),
+            deadline_ms=checked_deadline(request.deadline_ms),
+        )
         term = _present(self._term(), self._context)
-        stored = await self._context.upheld(lambda: term.begin(name, moves, options, constraints))
+        stored = await self._context.upheld(lambda: term.begin(wanted, options))
         return migration_pb.CreateMigrationResponse(migration=_shown(stored))
 
     async def GetMigration(
@@ -99,24 +113,26 @@ class MigrationService(MigrationServiceServicer):
         function = check_name("function", request.function) if request.function else ""
         snapshot = self._context.snapshot
         table = snapshot.active_migrations if request.active_only else snapshot.migrations
+        every = [*map(as_migration, snapshot.queue.values()), *table.values()]
         stored = sorted(
             (
                 each
-                for each in table.values()
+                for each in every
                 if (before is None or each.create_revision < before)
                 and (not function or any(move.function == function for move in each.record.moves))
             ),
             key=lambda each: each.create_revision,
             reverse=True,
         )
-        response, size_bytes = migration_pb.ListMigrationsResponse(), 0
+        response, size_bytes, last = migration_pb.ListMigrationsResponse(), 0, 0
         for each in stored[:size]:
             size_bytes += each.record.ByteSize()
             if response.migrations and size_bytes > MAX_PAGE_BYTES:
                 break
             response.migrations.append(_shown(each))
+            last = each.create_revision
         if len(response.migrations) < len(stored):
-            response.next_page_token = str(response.migrations[-1].attempt.revision)
+            response.next_page_token = str(last)
         return response
 
     async def WatchMigration(
@@ -138,8 +154,12 @@ class MigrationService(MigrationServiceServicer):
     async def CancelMigration(
         self, request: migration_pb.CancelMigrationRequest, context: RpcContext
     ) -> migration_pb.CancelMigrationResponse:
-        """Abort a migration that isn't decided, whoever owns it."""
+        """Abort a migration that is queued or isn't decided, whoever owns it."""
         name = check_name("name", request.name)
+        while (queued := await self._read_queued(name)) is not None:
+            clock, reason = self._context.clock, f"cancelled by a request to coordinator {self._context.name!r}"
+            ended = give_up(queued, f"{reason} before it began", Reason.CANCELLED, self._context.name, clock.time())
+            await self._context.store.commit(ended)
         stored = await self._read(name)
         run = self._run(name)
         while outcome(stored.record) == Decision.DECISION_UNSPECIFIED:
@@ -150,6 +170,7 @@ class MigrationService(MigrationServiceServicer):
                 run.state.step if run else Step.STEP_UNSPECIFIED,
                 self._context.clock.time(),
                 owner=None,
+                cause=Reason.CANCELLED,
             )
             await self._context.store.commit(abort)
             stored = await self._read(name)
@@ -157,6 +178,30 @@ class MigrationService(MigrationServiceServicer):
             message = f"migration {name!r} is committed: too late to cancel"
             raise VfleetError(Reason.TOO_LATE, message, metadata={"migration": name})
         return migration_pb.CancelMigrationResponse(migration=_shown(stored))
+
+    async def Drain(
+        self, request: migration_pb.DrainRequest, context: RpcContext
+    ) -> AsyncIterator[migration_pb.DrainResponse]:
+        """Empty a part of the fleet while the caller listens."""
+        part, reason = check_part("part", request.part), checked_reason(request.reason)
+        parallel = checked_parallel(request.parallel)
+        constraints, options = checked_constraints(request.constraints), checked_options(request.options)
+        await self._context.be_current()
+        for name in (name for rule in constraints.groups for name in rule.functions):
+            if name not in self._context.snapshot.functions:
+                raise not_found("function", name)
+        if part_key(part) not in self._context.snapshot.cordons:
+            term = _present(self._term(), self._context)
+            await term.do(self._context.upheld(lambda: cordon(self._context, part, reason or "drain")))
+
+        async def begin(name: str, moves: Sequence[migration_pb.MoveRequest]) -> Stored[Migration]:
+            term = _present(self._term(), self._context)
+            wanted = migration_pb.CreateMigrationRequest(request_id=name, moves=moves)
+            return await self._context.upheld(lambda: term.begin(wanted, options, may_wait=False))
+
+        async with aclosing(Drain(self._context, begin, part, parallel, constraints).run()) as responses:
+            async for response in responses:
+                yield response
 
     async def _planned(
         self, moves: Sequence[migration_pb.MoveRequest], constraints: Constraints, *, explained: bool
@@ -177,17 +222,30 @@ class MigrationService(MigrationServiceServicer):
         return response
 
     async def _read(self, name: str) -> Stored[Migration]:
+        # In this order: it leaves the queue as its record comes.
+        queued = await self._read_queued(name)
         kv = await self._context.store.get(migration_key(name))
-        if kv is None:
+        if kv is not None:
+            return Stored(decode(Migration, kv), kv.create_revision, kv.mod_revision)
+        if queued is None:
             raise not_found("migration", name)
-        return Stored(decode(Migration, kv), kv.create_revision, kv.mod_revision)
+        return as_migration(queued)
+
+    async def _read_queued(self, name: str) -> Stored[migration_pb.QueuedMigration] | None:
+        kv = await self._context.store.get(queue_key(name))
+        if kv is None:
+            return None
+        return Stored(decode(migration_pb.QueuedMigration, kv), kv.create_revision, kv.mod_revision)
 
     def _run(self, name: str) -> Run | None:
         term = self._term()
         return term.runs.get(name) if term else None
 
     def _stored(self, name: str) -> Stored[Migration]:
-        stored = self._context.snapshot.migrations.get(name)
+        snapshot = self._context.snapshot
+        stored = snapshot.migrations.get(name)
+        if stored is None and name in snapshot.queue:
+            stored = as_migration(snapshot.queue[name])
         if stored is None:
             raise not_found("migration", name)
         return stored
@@ -327,19 +385,16 @@ class FleetService(FleetServiceServicer):
         host = check_name("host", request.host)
         return await _present(self._term(), self._context).do(forget_host(self._context, host, force=request.force))
 
-    async def CordonHost(self, request: fleet_pb.CordonHostRequest, context: RpcContext) -> fleet_pb.CordonHostResponse:
-        """Keep functions from being made on a host or moved there."""
-        host, reason = check_name("host", request.host), checked_reason(request.reason)
-        cordon = await self._do(lambda: cordon_host(self._context, host, reason))
-        return fleet_pb.CordonHostResponse(cordon=cordon)
+    async def Cordon(self, request: fleet_pb.CordonRequest, context: RpcContext) -> fleet_pb.CordonResponse:
+        """Keep functions from being made in a part of the fleet or moved there."""
+        part, reason = check_part("part", request.part), checked_reason(request.reason)
+        return fleet_pb.CordonResponse(cordon=await self._do(lambda: cordon(self._context, part, reason)))
 
-    async def UncordonHost(
-        self, request: fleet_pb.UncordonHostRequest, context: RpcContext
-    ) -> fleet_pb.UncordonHostResponse:
+    async def Uncordon(self, request: fleet_pb.UncordonRequest, context: RpcContext) -> fleet_pb.UncordonResponse:
         """End that."""
-        host = check_name("host", request.host)
-        await self._do(lambda: uncordon_host(self._context, host))
-        return fleet_pb.UncordonHostResponse()
+        part = check_part("part", request.part)
+        await self._do(lambda: uncordon(self._context, part))
+        return fleet_pb.UncordonResponse()
 
     async def WatchEvents(
         self, request: fleet_pb.WatchEventsRequest, context: RpcContext
@@ -386,7 +441,8 @@ def _shown(stored: Stored[Migration]) -> Migration:
     """Return the record with the attempt whole: its revision is the key's, and not stored."""
     migration = Migration()
     migration.CopyFrom(stored.record)
-    migration.attempt.revision = stored.create_revision
+    if migration.phase != Phase.PHASE_QUEUED:
+        migration.attempt.revision = stored.create_revision
     return migration
 
 
@@ -395,6 +451,5 @@ def _host(snapshot: Snapshot, name: str) -> Host:
     host.CopyFrom(snapshot.hosts[name].record)
     host.ClearField("devices")
     host.registered = name in snapshot.registrations
-    if name in snapshot.cordons:
-        host.cordon.CopyFrom(snapshot.cordons[name].record)
+    host.cordons.extend(snapshot.cordons[part].record for part in snapshot.cordons_of(name))
     return host

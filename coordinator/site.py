@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
+from vfleet.parts import within
 from vfleet.v1.placement_pb2 import Boundary
-from vfleet.v1.records_pb2 import Device
+from vfleet.v1.records_pb2 import Device, PartKind
 
 # No name has a blank, so these are nobody's.
 _ROOT_COMPLEX = "root complex"
@@ -14,7 +15,10 @@ _ABOVE_ROOT_COMPLEX = "no bridge"
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A device. `within` names, for each boundary, the one that encloses it, by a name that is unique in the fleet."""
+    """A device. `within` names, for each boundary, the one that encloses it, by a name that is unique in the fleet.
+
+    `parts` are the keys of all parts of the fleet that it is in: see `vfleet.parts`.
+    """
 
     name: str
     host: str
@@ -26,6 +30,7 @@ class Site:
     attachments: frozenset[str]
     total_vfs: int
     within: Mapping[Boundary.ValueType, str]
+    parts: tuple[str, ...]
 
     @classmethod
     def of(cls, device: Device) -> Self:
@@ -50,4 +55,15 @@ class Site:
                 Boundary.BOUNDARY_PARENT_BRIDGE: f"{host}/{parent}",
                 Boundary.BOUNDARY_POWER_DOMAIN: f"{host}/{device.power_domain}",
             },
+            parts=(
+                host,
+                within(host, PartKind.PART_KIND_DEVICE, device.name.removeprefix(f"{host}/")),
+                within(host, PartKind.PART_KIND_ADAPTER, device.physical_adapter),
+                *(
+                    within(host, PartKind.PART_KIND_BRIDGE, each)
+                    for each in (device.bridge, device.parent_bridge)
+                    if each
+                ),
+                within(host, PartKind.PART_KIND_POWER_DOMAIN, device.power_domain),
+            ),
         )

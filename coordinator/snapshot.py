@@ -18,6 +18,8 @@ from vfleet.errors import VfleetError
 from vfleet.etcd import keys
 from vfleet.etcd.records import decode
 from vfleet.etcd.store import Changes, Compare, Event, KeyValue, Listing, absent, unchanged
+from vfleet.names import host_of
+from vfleet.v1.migration_service_pb2 import QueuedMigration
 from vfleet.v1.records_pb2 import Coordinator, Cordon, Device, Driver, Function, FunctionStatus, Host, Migration, Slot
 from vfleet.v1.types_pb2 import TableEntry
 
@@ -57,6 +59,7 @@ class Snapshot:
         self.entries: dict[str, Stored[TableEntry]] = {}
         self.migrations: dict[str, Stored[Migration]] = {}
         self.active_migrations: dict[str, Stored[Migration]] = {}
+        self.queue: dict[str, Stored[QueuedMigration]] = {}
         self.owners: dict[str, Stored[str]] = {}
         self.devices: dict[str, Device] = {}
         self.sites: dict[str, Site] = {}
@@ -98,18 +101,32 @@ class Snapshot:
         record = self.hosts.get(host)
         return record is None or record.record.incarnation != incarnation
 
+    def cordoned(self, device: str) -> str | None:
+        """Return the key of a part that a device is in and that is cordoned, or None if there is none."""
+        if not self.cordons:
+            return None
+        return next((part for part in self.sites[device].parts if part in self.cordons), None)
+
+    def cordons_of(self, host: str) -> list[str]:
+        """Return the keys of the parts of a host that are cordoned, sorted."""
+        return sorted(part for part in self.cordons if host_of(part) == host)
+
     def slots_of(self, device: str) -> Mapping[int, Stored[Slot]]:
         """Return the slots of a device that are taken, by VF index."""
         return self._slots_by_device.get(device, {})
 
     def once_begun(self, plans: Collection[Migration]) -> "Snapshot":
-        """Return what the fleet will be once `plans` have begun: functions locked, slots taken. For reading only."""
+        """Return what the fleet will be once `plans` have begun: these active, functions locked, slots taken.
+
+        For reading only.
+        """
         if not plans:
             return self
         later = copy.copy(self)
-        later.locks = dict(self.locks)
+        later.locks, later.active_migrations = dict(self.locks), dict(self.active_migrations)
         later._slots_by_device = dict(self._slots_by_device)  # noqa: SLF001
         for migration in plans:
+            later.active_migrations[migration.name] = Stored(migration, 0, 0)
             for move in migration.moves:
                 slot = Stored(Slot(function=move.function, migration=migration.name), 0, 0)
                 later.locks[move.function] = Stored(migration.name, 0, 0)
@@ -205,5 +222,6 @@ _TABLES: tuple[tuple[str, Callable[[Snapshot, str, Event], None]], ...] = (
     (keys.DRIVERS, lambda s, name, event: _put(s.drivers, name, event, _decoder(Driver))),
     (keys.ENTRIES, Snapshot._set_entry),  # noqa: SLF001
     (keys.MIGRATIONS, Snapshot._set_migration),  # noqa: SLF001
+    (keys.QUEUE, lambda s, name, event: _put(s.queue, name, event, _decoder(QueuedMigration))),
     (keys.OWNERS, lambda s, name, event: _put(s.owners, name, event, _text)),
 )

@@ -13,7 +13,8 @@ from coordinator import transaction
 from coordinator.context import Context
 from coordinator.journal import RETRY_FIRST_S, RETRY_LONGEST_S, UNCERTAIN
 from coordinator.migration import Options, Run
-from coordinator.planner import plan
+from coordinator.planner import parts_of_targets, plan
+from coordinator.queueing import DEFAULT_DEADLINE_MS, MAX_QUEUED, as_migration, devices_of, enqueue
 from coordinator.snapshot import Stored
 from coordinator.tasks import Tasks
 from vfleet import failpoint
@@ -22,8 +23,7 @@ from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.keys import migration_key, owner_key
 from vfleet.etcd.session import Session
 from vfleet.etcd.store import Committed, Transaction
-from vfleet.v1.migration_service_pb2 import MoveRequest
-from vfleet.v1.placement_pb2 import Constraints
+from vfleet.v1.migration_service_pb2 import CreateMigrationRequest, MoveRequest, QueuedMigration
 from vfleet.v1.records_pb2 import Migration
 
 TRIES = 16
@@ -64,16 +64,25 @@ class Term:
         return self._tasks.spawn(work)
 
     async def begin(
-        self, name: str, requests: Sequence[MoveRequest], options: Options, constraints: Constraints | None = None
+        self, request: CreateMigrationRequest, options: Options, *, may_wait: bool = True
     ) -> Stored[Migration]:
-        """Begin migration `name`, or return the one of that name if it has the same moves, and drive it.
+        """Begin the migration that is asked for, or return the one of that name if it has the same moves; drive it.
 
-        Raise what `plan` raises, ALREADY_EXISTS for a name that is that of other moves, CONFLICT if the fleet changes
-        faster than it can be planned for.
+        If that would pass a limit it is queued instead, unless it may not wait: then raise LIMIT_EXCEEDED. Raise what
+        `plan` raises, ALREADY_EXISTS for a name that is that of other moves, CONFLICT if the fleet changes faster than
+        it can be planned for.
         """
+        return await self._one_at_a_time(request.request_id, self._begin(request, options, None, may_wait=may_wait))
+
+    async def begin_queued(self, queued: Stored[QueuedMigration], options: Options) -> Stored[Migration]:
+        """Begin a migration that is queued, unless it would pass a limit still. Raise as `begin` does."""
+        request = queued.record.request
+        return await self._one_at_a_time(request.request_id, self._begin(request, options, queued, may_wait=True))
+
+    async def _one_at_a_time(self, name: str, work: Coroutine[None, None, Stored[Migration]]) -> Stored[Migration]:
         while name in self._beginning:
             await asyncio.wait((self._beginning[name],))
-        task = self.spawn(self._begin(name, requests, options, constraints))
+        task = self.spawn(work)
         self._beginning[name] = task
         task.add_done_callback(lambda _: self._beginning.pop(name))
         return await _result(task)
@@ -115,19 +124,40 @@ class Term:
         self._drive(run)
 
     async def _begin(
-        self, name: str, requests: Sequence[MoveRequest], options: Options, constraints: Constraints | None
+        self,
+        request: CreateMigrationRequest,
+        options: Options,
+        queued: Stored[QueuedMigration] | None,
+        *,
+        may_wait: bool,
     ) -> Stored[Migration]:
-        context = self._context
+        context, name, requests = self._context, request.request_id, request.moves
         began_s = context.clock.monotonic()
         for _ in range(TRIES):
             existing = context.snapshot.migrations.get(name)
             if existing is not None:
                 await context.be_current()
                 return _the_same(context.snapshot.migrations.get(name, existing), requests)
-            migration = await self._plan(name, requests, constraints)
+            if queued is None and name in context.snapshot.queue:
+                return _the_same(as_migration(context.snapshot.queue[name]), requests)
+            migration = await self._plan(request)
+            passed = self._passed_limit(migration)
+            if passed is not None and not may_wait:
+                raise VfleetError(Reason.LIMIT_EXCEEDED, passed)
+            if passed is not None:
+                waiting = as_migration(queued) if queued else await self._enqueue(request, passed)
+                if waiting is None:
+                    continue
+                return waiting
             migration.mode = options.mode
             migration.begin_time.FromNanoseconds(round(context.clock.time() * 1e9))
-            begin = transaction.begin(migration, self._session.lease, context.snapshot.fleet_generation_is_this)
+            begin = transaction.begin(
+                migration,
+                self._session.lease,
+                context.snapshot.fleet_generation_is_this,
+                parts_of_targets(context.snapshot, migration),
+                queued.mod_revision if queued else 0,
+            )
             commit_began_s = context.clock.monotonic()
             with self._taking(migration):
                 with failpoint.around("coordinator.begin"):
@@ -150,23 +180,29 @@ class Term:
                 return stored
         raise VfleetError(Reason.CONFLICT, f"the fleet changed {TRIES} times while the migration was planned")
 
-    async def _plan(self, name: str, requests: Sequence[MoveRequest], constraints: Constraints | None) -> Migration:
+    async def _plan(self, request: CreateMigrationRequest) -> Migration:
         """Return a plan that takes it that those whose BEGIN is under way will have begun."""
         context = self._context
         while True:
             try:
                 return plan(
                     context.snapshot.once_begun(self._beginning_plans.values()),
-                    requests,
-                    name=name,
+                    request.moves,
+                    name=request.request_id,
                     coordinator=context.name,
                     limits=context.limits,
-                    constraints=constraints,
+                    constraints=request.constraints,
                 )
             except VfleetError as error:
                 if error.reason not in _IN_EACH_OTHERS_WAY or not self._beginning_plans:
                     raise
             await asyncio.wait(self._beginning_plans, return_when=asyncio.FIRST_COMPLETED)
+
+    def _passed_limit(self, migration: Migration) -> str | None:
+        """Return the limit that a plan would pass, if those whose BEGIN is under way will have begun."""
+        context = self._context
+        later = context.snapshot.once_begun(self._beginning_plans.values())
+        return context.allowance.passed(later, devices_of(migration))
 
     @contextlib.contextmanager
     def _taking(self, migration: Migration) -> Iterator[None]:
@@ -178,6 +214,22 @@ class Term:
         finally:
             del self._beginning_plans[ended]
             ended.set_result(None)
+
+    async def _enqueue(self, request: CreateMigrationRequest, why: str) -> Stored[Migration] | None:
+        """Queue a migration and return it, or None if there is one of its name by now."""
+        context = self._context
+        if len(context.snapshot.queue) >= MAX_QUEUED:
+            raise VfleetError(Reason.LIMIT_EXCEEDED, f"{MAX_QUEUED} migrations are queued, and more can't be")
+        now_ns = round(context.clock.time() * 1e9)
+        entry = QueuedMigration(request=request, coordinator=context.name)
+        entry.time.FromNanoseconds(now_ns)
+        entry.expire_time.FromNanoseconds(now_ns + (request.deadline_ms or DEFAULT_DEADLINE_MS) * 1_000_000)
+        committed = await context.store.commit(enqueue(entry))
+        await context.catch_up(committed)
+        if not committed.succeeded:
+            return None
+        _log.info("migration %s is queued: %s", request.request_id, why)
+        return as_migration(Stored(entry, committed.revision, committed.revision))
 
     async def _commit_begin(self, name: str, begin: Transaction) -> Committed:
         """Carry out BEGIN until it is known whether it happened. Raise STORE_UNAVAILABLE if it surely did not."""

@@ -17,6 +17,7 @@ from vfleet.etcd.keys import (
     lock_key,
     migration_key,
     owner_key,
+    queue_key,
     registration_key,
     slot_key,
 )
@@ -35,19 +36,33 @@ from vfleet.v1.records_pb2 import (
 from vfleet.v1.types_pb2 import Attempt, TableEntry
 
 
-def begin(migration: Migration, lease: int, fleet_generation: Compare) -> Transaction:
+def begin(
+    migration: Migration,
+    lease: int,
+    fleet_generation: Compare,
+    parts: Iterable[str] | None = None,
+    queue_revision: int = 0,
+) -> Transaction:
     """Return BEGIN for a plan: nothing that it saw has changed, and none of its functions is in a migration.
 
-    That no target's host is cordoned is compared, so that what begins after a cordon goes elsewhere. `fleet_generation`
-    holds while the fleet generation is the plan's. That the lease is alive needs no comparison: etcd refuses a put with
-    a lease that is gone.
+    That none of `parts`, those that the targets are in (by default, their hosts), is cordoned is compared, so that what
+    begins after a cordon goes elsewhere. `fleet_generation` holds while the fleet generation is the plan's. That the
+    lease is alive needs no comparison: etcd refuses a put with a lease that is gone. A migration that was queued leaves
+    the queue, where it was last written at `queue_revision`.
     """
     _expect(migration, Phase.PHASE_UNSPECIFIED)
     name = migration.name
-    compares = [absent(migration_key(name)), absent(owner_key(name)), fleet_generation]
+    queue = queue_key(name)
+    compares = [
+        absent(migration_key(name)),
+        absent(owner_key(name)),
+        unchanged(queue, queue_revision),
+        fleet_generation,
+    ]
     writes: list[Put | Delete] = [
         Put(migration_key(name), encode(_in_phase(migration, Phase.PHASE_PREPARING))),
         Put(owner_key(name), migration.coordinator.encode(), lease),
+        *([Delete(queue)] if queue_revision else []),
     ]
     for move in migration.moves:
         target = slot_key(move.target.device, move.target.vf_index)
@@ -61,7 +76,9 @@ def begin(migration: Migration, lease: int, fleet_generation: Compare) -> Transa
             Put(target, encode(Slot(function=move.function, migration=name))),
         ]
     compares += _registered(hosts_of(migration.moves))
-    compares += [absent(cordon_key(host)) for host in dict.fromkeys(move.target.host for move in migration.moves)]
+    if parts is None:
+        parts = dict.fromkeys(move.target.host for move in migration.moves)
+    compares += [absent(cordon_key(part)) for part in parts]
     return Transaction(tuple(compares), tuple(writes))
 
 
@@ -162,8 +179,11 @@ def hosts_of(moves: Iterable[Move]) -> dict[str, str]:
     return hosts
 
 
-def create_function(function: Function, fleet_generation: Compare) -> Transaction:
-    """Return the record of a function to be made, and its slot. Its attempt's revision will be that of this write."""
+def create_function(function: Function, fleet_generation: Compare, parts: Iterable[str] | None = None) -> Transaction:
+    """Return the record of a function to be made, and its slot. Its attempt's revision will be that of this write.
+
+    None of `parts`, those that its device is in (by default, its host), is cordoned.
+    """
     slot = slot_key(function.device, function.vf_index)
     host = function.device.partition("/")[0]
     return Transaction(
@@ -172,7 +192,7 @@ def create_function(function: Function, fleet_generation: Compare) -> Transactio
             absent(slot),
             fleet_generation,
             value_is(registration_key(host), function.incarnation.encode()),
-            absent(cordon_key(host)),
+            *(absent(cordon_key(part)) for part in parts or (host,)),
         ),
         (Put(function_key(function.name), encode(function)), Put(slot, encode(Slot(function=function.name)))),
     )

@@ -5,7 +5,7 @@ daemon is checked before anything is sent. `vfleet.driver.DriverClient` is for a
 """
 
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from random import Random
 from types import TracebackType
@@ -17,6 +17,7 @@ from vfleet.clock import Clock
 from vfleet.errors import invalid_field, not_found
 from vfleet.limits import MAX_MAIN_MEMORY_BYTES
 from vfleet.names import check_device_name, check_name
+from vfleet.parts import part_of
 from vfleet.rpc import Channels
 from vfleet.v1 import driver_service_pb2 as driver_pb2
 from vfleet.v1 import fleet_service_pb2 as fleet_pb2
@@ -245,16 +246,19 @@ class FleetClient(_Client):
         request = fleet_pb2.ForgetHostRequest(host=check_name("host", host), force=force)
         return await self.caller.call(lambda channel: FleetServiceStub(channel).ForgetHost, request, repeatable=False)
 
-    async def cordon_host(self, host: str, *, reason: str = "") -> Cordon:
-        """Keep functions from being made on a host or moved there, and return its cordon."""
-        request = fleet_pb2.CordonHostRequest(host=check_name("host", host), reason=reason)
-        response = await self.caller.call(lambda channel: FleetServiceStub(channel).CordonHost, request)
+    async def cordon(self, kind: str, name: str, *, reason: str = "") -> Cordon:
+        """Keep functions from being made in a part of the fleet or moved there, and return its cordon.
+
+        `kind` is host, device, adapter, bridge or power-domain; `name` is HOST, or HOST/NAME.
+        """
+        request = fleet_pb2.CordonRequest(part=part_of(kind, name), reason=reason)
+        response = await self.caller.call(lambda channel: FleetServiceStub(channel).Cordon, request)
         return response.cordon
 
-    async def uncordon_host(self, host: str) -> None:
-        """End a host's cordon, if it has one. Sent once: by the next time it may be cordoned anew."""
-        request = fleet_pb2.UncordonHostRequest(host=check_name("host", host))
-        await self.caller.call(lambda channel: FleetServiceStub(channel).UncordonHost, request, repeatable=False)
+    async def uncordon(self, kind: str, name: str) -> None:
+        """End the cordon of a part of the fleet, if it has one. Sent once: it may be cordoned anew by the next time."""
+        request = fleet_pb2.UncordonRequest(part=part_of(kind, name))
+        await self.caller.call(lambda channel: FleetServiceStub(channel).Uncordon, request, repeatable=False)
 
     async def watch_events(self, *, follow: bool = True) -> AsyncGenerator[fleet_pb2.FleetEvent, None]:
         """Yield what has changed in the fleet, as far back as the coordinator remembers, and then what changes.
@@ -292,16 +296,22 @@ class FleetClient(_Client):
         name: str = "",
         options: migration_pb2.MigrationOptions | None = None,
         constraints: Constraints | None = None,
+        priority: int = 0,
+        deadline_ms: int = 0,
     ) -> Migration:
         """Begin a migration of one or more functions, all or none, and return it.
 
         `name` is the request ID: asking again with the same one gets the same migration. One is made if it is empty.
+        If limits don't allow it now, it is queued: the highest `priority` goes first, and it is aborted if it hasn't
+        begun after `deadline_ms`, 0 for an hour.
         """
         request = migration_pb2.CreateMigrationRequest(
             request_id=check_name("request_id", name or request_id()),
             moves=moves,
             options=options,
             constraints=constraints,
+            priority=priority,
+            deadline_ms=deadline_ms,
         )
         response = await self.caller.call(lambda channel: MigrationServiceStub(channel).CreateMigration, request)
         return response.migration
@@ -332,6 +342,36 @@ class FleetClient(_Client):
         request = migration_pb2.CancelMigrationRequest(name=check_name("migration", name))
         response = await self.caller.call(lambda channel: MigrationServiceStub(channel).CancelMigration, request)
         return response.migration
+
+    async def drain(
+        self,
+        kind: str,
+        name: str,
+        *,
+        reason: str = "",
+        parallel: int = 0,
+        constraints: Constraints | None = None,
+        options: migration_pb2.MigrationOptions | None = None,
+    ) -> AsyncGenerator[Mapping[str, migration_pb2.DrainedFunction], None]:
+        """Cordon a part of the fleet and move everything there elsewhere; yield all that was there, as it changes.
+
+        `parallel` migrations go on at once, 0 for 4. It ends when nothing more will move, or goes on at another
+        coordinator when one is gone. Who stops to listen stops the drain; the cordon stays.
+        """
+        request = migration_pb2.DrainRequest(
+            part=part_of(kind, name), reason=reason, parallel=parallel, constraints=constraints, options=options
+        )
+        functions: dict[str, migration_pb2.DrainedFunction] = {}
+        stream = self.caller.stream(lambda channel: MigrationServiceStub(channel).Drain, request)
+        async with aclosing(stream) as responses:
+            async for response in responses:
+                if response.is_first:
+                    for gone in functions.keys() - {each.function for each in response.functions}:
+                        functions[gone].state = migration_pb2.DRAIN_STATE_MOVED
+                functions.update({each.function: each for each in response.functions})
+                yield functions
+                if response.is_over:
+                    return
 
 
 class HostClient(_Client):

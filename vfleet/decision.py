@@ -11,7 +11,7 @@ from vfleet.etcd.keys import function_key, migration_key
 from vfleet.etcd.records import decode, encode
 from vfleet.etcd.store import Compare, Delete, KeyValue, Put, Transaction, unchanged
 from vfleet.v1.records_pb2 import Function, FunctionStatus, Migration, Phase, Step
-from vfleet.v1.types_pb2 import Decision, TableEntry
+from vfleet.v1.types_pb2 import Decision, ErrorReason, TableEntry
 
 MAX_ABORT_REASON_CHARACTERS = 1000
 
@@ -29,13 +29,19 @@ def outcome(record: Migration) -> Decision.ValueType:
 
 
 def abort_transaction(
-    record: Migration, mod_revision: int, reason: str, step: Step.ValueType, now: float, owner: Compare | None
+    record: Migration,
+    mod_revision: int,
+    reason: str,
+    step: Step.ValueType,
+    now: float,
+    owner: Compare | None,
+    cause: Reason | None = None,
 ) -> Transaction:
     """Return ABORT: the record, last written at `mod_revision` and undecided, becomes ABORTING.
 
-    `reason` is for people (shortened to 1000 characters); `now` is in seconds since 1970. `owner` is what the one who
-    aborts demands of the owner key: its own if it is the owner, absent if it is a host, None for a cancel. Raise
-    ILLEGAL_STATE if the record is decided.
+    `reason` is for people (shortened to 1000 characters), `cause` for programs, if anything failed; `now` is in seconds
+    since 1970. `owner` is what the one who aborts demands of the owner key: its own if it is the owner, absent if it is
+    a host, None for a cancel. Raise ILLEGAL_STATE if the record is decided.
     """
     if record.phase != Phase.PHASE_PREPARING:
         raise VfleetError(
@@ -47,6 +53,8 @@ def abort_transaction(
     aborting.phase = Phase.PHASE_ABORTING
     aborting.abort_reason = reason[:MAX_ABORT_REASON_CHARACTERS]
     aborting.abort_step = step
+    if cause is not None:
+        aborting.abort_cause = ErrorReason.Value(f"ERROR_REASON_{cause}")
     aborting.decide_time.FromNanoseconds(round(now * 1e9))
     key = migration_key(record.name)
     compares = (unchanged(key, mod_revision),) if owner is None else (unchanged(key, mod_revision), owner)

@@ -50,6 +50,7 @@ class Reason(enum.StrEnum):
     UNREACHABLE = "UNREACHABLE"
     UNSATISFIABLE = "UNSATISFIABLE"
     HOST_CORDONED = "HOST_CORDONED"
+    CANCELLED = "CANCELLED"
 
 
 _CODES: Mapping[Reason, grpc.StatusCode] = {
@@ -83,6 +84,7 @@ _CODES: Mapping[Reason, grpc.StatusCode] = {
     Reason.UNREACHABLE: grpc.StatusCode.UNAVAILABLE,
     Reason.UNSATISFIABLE: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.HOST_CORDONED: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.CANCELLED: grpc.StatusCode.ABORTED,
 }
 
 

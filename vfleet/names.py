@@ -18,10 +18,15 @@ def check_name(field: str, value: str) -> str:
 
 def check_device_name(field: str, value: str) -> str:
     """Return `value` if it is HOST/DEVICE, two names; else raise INVALID_FIELD naming `field`."""
-    host, slash, device = value.partition("/")
-    if not slash or not _NAME.fullmatch(host) or not _NAME.fullmatch(device):
+    if not is_device_name(value):
         raise invalid_field(field, value, f"HOST/DEVICE, for example h1/nic0, each {EXPECTED}")
     return value
+
+
+def is_device_name(value: str) -> bool:
+    """Return whether `value` is two names, HOST/DEVICE."""
+    host, slash, device = value.partition("/")
+    return bool(slash and _NAME.fullmatch(host) and _NAME.fullmatch(device))
 
 
 def host_of(device: str) -> str:

@@ -4,7 +4,8 @@ Real processes and a real etcd; whoever has to die, freeze or fail does so at a 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
 from vfleet.v1.function_service_pb2 import CreateFunctionRequest, DestroyFunctionRequest, FunctionInstance
 from vfleet.v1.function_service_pb2_grpc import FunctionServiceStub
+from vfleet.v1.migration_service_pb2 import DrainedFunction, DrainState
 from vfleet.v1.records_pb2 import Migration, Phase
 from vfleet.v1.types_pb2 import DECISION_ABORTED, DECISION_COMMITTED, Decision, DeviceState
 
@@ -400,4 +402,70 @@ async def test_a_late_create_of_a_function_that_has_moved_on_makes_no_ghost(clus
         )
         assert (await refusal(late)).reason is Reason.STALE_ATTEMPT
     assert await instances(cluster, "h2") == []
+    await finish(cluster)
+
+
+async def drained(client: FleetClient, kind: str, name: str) -> dict[str, str]:
+    """Drain a part of the fleet and return how it ended for each function."""
+    functions: Mapping[str, DrainedFunction] = {}
+    async with aclosing(client.drain(kind, name)) as pictures:
+        async for picture in pictures:
+            functions = picture
+    return {name: DrainState.Name(each.state).removeprefix("DRAIN_STATE_") for name, each in functions.items()}
+
+
+async def test_sriov_network_operator_429_a_drain_that_fails_is_taken_back_by_uncordon(cluster: Cluster) -> None:
+    """There the node stayed cordoned for good. Here the cordon is a record of its own: it goes, and none with it."""
+    await with_driver(cluster)
+    for host in ("h2", "h3"):
+        await cluster.fleet.cordon("host", host, reason="mine")
+    assert await drained(cluster.fleet, "host", "h1") == {"vf1": "STUCK"}
+    assert (await refusal(cluster.fleet.create_function("vf2", "h1/nic0"))).reason is Reason.HOST_CORDONED
+    await cluster.fleet.uncordon("host", "h1")
+    await cluster.fleet.create_function("vf2", "h1/nic0")
+    cordons = [(host.name, cordon.reason) for host in await cluster.fleet.list_hosts() for cordon in host.cordons]
+    assert cordons == [("h2", "mine"), ("h3", "mine")]
+    await cluster.fleet.uncordon("host", "h2")
+    assert await drained(cluster.fleet, "host", "h1") == {"vf1": "MOVED", "vf2": "MOVED"}
+    await cluster.fleet.uncordon("host", "h1")
+    assert (await cluster.move("back", {"vf1": "h1/nic0"})).phase == DONE
+    await finish(cluster)
+
+
+async def test_sriov_network_operator_429_a_drain_whose_coordinator_dies_holds_nothing(
+    cluster: Cluster, failpoints: Failpoints, at_c1: FleetClient, at_c2: FleetClient
+) -> None:
+    await with_driver(cluster)
+    failpoints.arm("c1", "coordinator.hold.after", "kill")
+    draining = asyncio.create_task(drained(at_c1, "host", "h1"))
+    await failpoints.reached("c1", "coordinator.hold.after")
+    draining.cancel()
+    await asyncio.gather(draining, return_exceptions=True)
+    await when_possible(lambda: at_c2.uncordon("host", "h1"))
+    await cluster.local.coordinators["c1"].restart()
+
+    async def is_free() -> bool:
+        return not (await at_c2.get_function("vf1")).migration
+
+    await eventually(is_free)
+    await at_c2.create_function("vf2", "h1/nic0")
+    await finish(cluster)
+
+
+async def test_sriov_network_operator_225_a_drain_moves_what_is_there_and_nothing_else(cluster: Cluster) -> None:
+    """There pods were evicted that had no VF of the device. Here neighbours, drivers and guests stay as they are."""
+    await with_driver(cluster)
+    await cluster.fleet.create_function("beside", "h1/nic1")
+    await cluster.work("d2", "beside", "h1", accesses_per_second=200)
+    await cluster.fleet.create_function("elsewhere", "h2/nic0")
+    others = ("beside", "elsewhere")
+    before = [await cluster.fleet.get_function(name) for name in others]
+    hosts = {driver.name: driver.host for driver in await cluster.fleet.list_drivers()}
+    assert await drained(cluster.fleet, "device", "h1/nic0") == {"vf1": "MOVED"}
+    assert [await cluster.fleet.get_function(name) for name in others] == before
+    assert {driver.name: driver.host for driver in await cluster.fleet.list_drivers()} == hosts
+    migrations = await cluster.fleet.list_migrations()
+    assert [move.function for migration in migrations for move in migration.moves] == ["vf1"]
+    assert await drained(cluster.fleet, "device", "h1/nic0") == {}  # again: there is nothing to do
+    await cluster.fleet.create_function("more", "h1/nic1")  # what isn't the device's is in use
     await finish(cluster)

@@ -14,16 +14,18 @@ import typer
 import yaml
 
 from vfleet.address import table_offset
-from vfleet.cli import cluster, contexts, fleet, get, history, migration, operations, plan, top, workload
+from vfleet.cli import cluster, contexts, drain, fleet, get, history, migration, operations, plan, top, workload
 from vfleet.cli.main import app, run
 from vfleet.client import move_request
 from vfleet.errors import Reason, VfleetError, invalid_field, not_found
+from vfleet.parts import part_of
 from vfleet.rpc import Server
 from vfleet.v1 import driver_service_pb2 as driver_pb2
 from vfleet.v1 import fleet_service_pb2 as fleet_pb2
 from vfleet.v1 import migration_service_pb2 as migration_pb2
 from vfleet.v1.driver_service_pb2_grpc import DriverServiceServicer, add_DriverServiceServicer_to_server
 from vfleet.v1.fleet_service_pb2_grpc import FleetServiceServicer, add_FleetServiceServicer_to_server
+from vfleet.v1.migration_service_pb2 import DrainedFunction, DrainState
 from vfleet.v1.migration_service_pb2_grpc import MigrationServiceServicer, add_MigrationServiceServicer_to_server
 from vfleet.v1.placement_pb2 import (
     Boundary,
@@ -54,7 +56,7 @@ from vfleet.v1.records_pb2 import (
     Step,
     StepDuration,
 )
-from vfleet.v1.types_pb2 import Attempt, Bar, Manufacturer, TableEntry
+from vfleet.v1.types_pb2 import Attempt, Bar, ErrorReason, Manufacturer, TableEntry
 
 BASE = 0x0001_0180_0000_0000
 VIRTUAL_ADDRESS = 0x1000_0000
@@ -143,7 +145,7 @@ def an_explanation(chosen: str) -> Explanation:
     candidates = [Candidate(device="h2/nic0", merits=merits)] if chosen else []
     placement = Placement(function="vf1", source="h1/nic0", device=chosen, candidates=candidates, rejections=rejections)
     relaxation = Relaxation(
-        filter=PlacementFilter.PLACEMENT_FILTER_CORDON, remedy="uncordon h2", devices={"vf1": "h2/nic0"}
+        filter=PlacementFilter.PLACEMENT_FILTER_CORDON, remedy="uncordon host h2", devices={"vf1": "h2/nic0"}
     )
     return Explanation(placements=[placement], relaxations=[] if chosen else [relaxation])
 
@@ -159,6 +161,7 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
     is_stuck: bool = False
     functions: list[Function] = field(default_factory=lambda: [FUNCTION])
     migrations: list[str] = field(default_factory=lambda: ["m-1"])
+    cause: ErrorReason.ValueType = ErrorReason.ERROR_REASON_UNREACHABLE
     requests: list[object] = field(default_factory=list)
 
     def seen(self, request: object) -> None:
@@ -172,7 +175,8 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
         number = int(request.page_token or "1")
         host = Host(name=f"h{number}", segment=number, address=self.address, incarnation="abc", registered=True)
         if number == 2:
-            host.cordon.reason = "firmware"
+            host.cordons.add(part=part_of("host", "h2"), reason="firmware")
+            host.cordons.add(part=part_of("device", "h2/nic0"))
         return fleet_pb2.ListHostsResponse(hosts=[host], next_page_token="" if number == 2 else str(number + 1))
 
     async def ListDevices(self, request, context):
@@ -220,13 +224,27 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
         self.seen(request)
         return fleet_pb2.ForgetHostResponse(lost_functions=["vf1"])
 
-    async def CordonHost(self, request, context):
+    async def Cordon(self, request, context):
         self.seen(request)
-        return fleet_pb2.CordonHostResponse(cordon=Cordon(host=request.host, reason=request.reason))
+        return fleet_pb2.CordonResponse(cordon=Cordon(part=request.part, reason=request.reason))
 
-    async def UncordonHost(self, request, context):
+    async def Uncordon(self, request, context):
         self.seen(request)
-        return fleet_pb2.UncordonHostResponse()
+        return fleet_pb2.UncordonResponse()
+
+    async def Drain(self, request, context):
+        self.seen(request)
+        names = ["vf1", "vf2", "vf3"]
+        waiting = [DrainedFunction(function=name, state=DrainState.DRAIN_STATE_WAITING) for name in names]
+        yield migration_pb2.DrainResponse(functions=waiting, is_first=True)
+        moved = DrainedFunction(function="vf2", state=DrainState.DRAIN_STATE_MOVED, device="h2/nic0", migration="m-1")
+        moved.held.FromMilliseconds(12)
+        yield migration_pb2.DrainResponse(functions=[moved])
+        # As if another coordinator went on: of vf1 it knows nothing any more.
+        yield migration_pb2.DrainResponse(functions=waiting[2:], is_first=True)
+        state = DrainState.DRAIN_STATE_STUCK if self.is_stuck else DrainState.DRAIN_STATE_MOVED
+        last = DrainedFunction(function="vf3", state=state, why="no device is like it" if self.is_stuck else "")
+        yield migration_pb2.DrainResponse(functions=[last], is_over=True)
 
     async def WatchEvents(self, request, context):
         self.seen(request)
@@ -303,6 +321,7 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
             attempt=Attempt(fleet_generation=1, revision=42),
             abort_reason="h2 is gone" if aborted else "",
             abort_step=Step.STEP_COPY if aborted else Step.STEP_UNSPECIFIED,
+            abort_cause=self.cause if aborted else 0,
             steps=[StepDuration(step=Step.STEP_BEGIN)],
         )
         migration.steps[0].duration.FromMilliseconds(7)
@@ -349,7 +368,7 @@ def vfleet(fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("hosts", ["h1", "h2", "0x0001", "yes", "yes: firmware"]),
+        ("hosts", ["h1", "h2", "0x0001", "yes", "yes: firmware; device h2/nic0"]),
         ("devices", ["h1/nic0", "0001:01:00.0", "0: 4 KiB, 2: 1 MiB"]),
         ("functions", ["vf1", "active", "0x0001018000000000", "d1"]),
         ("drivers", ["d1", "h1", "vf1"]),
@@ -489,7 +508,7 @@ async def test_a_plan_that_there_is_none_of_says_what_would_do(vfleet: Vfleet, f
     fake.explanation = an_explanation("")
     result = await vfleet("plan", "vf1")
     assert (result.code, result.err) == (1, "vfleet: no choice of devices meets what is asked for vf1\n")
-    assert re.search(r"uncordon h2 +cordon +vf1=h2/nic0\n", result.out)
+    assert re.search(r"uncordon host h2 +cordon +vf1=h2/nic0\n", result.out)
     assert (await vfleet("plan", "vf1", "-o", "json")).code == 1
     fake.explanation.ClearField("relaxations")
     assert "no single change would make it possible" in (await vfleet("plan", "vf1")).out
@@ -559,13 +578,39 @@ async def test_plan_and_migrate_ask_for_the_same(vfleet: Vfleet, fake: Fake) -> 
 
 
 async def test_a_cordon_is_shown_with_its_reason(vfleet: Vfleet, fake: Fake) -> None:
-    assert (await vfleet("cordon", "h2", "--reason", "new firmware")).out == "h2 is cordoned: new firmware\n"
-    assert (await vfleet("uncordon", "h2")).out == "h2 is in use\n"
-    assert [(type(request), request.host) for request in fake.requests] == [
-        (fleet_pb2.CordonHostRequest, "h2"),
-        (fleet_pb2.UncordonHostRequest, "h2"),
+    assert (
+        await vfleet("cordon", "host", "h2", "--reason", "new firmware")
+    ).out == "host h2 is cordoned: new firmware\n"
+    assert (await vfleet("uncordon", "device", "h2/nic0")).out == "device h2/nic0 is in use\n"
+    assert [(type(request), request.part) for request in fake.requests] == [
+        (fleet_pb2.CordonRequest, part_of("host", "h2")),
+        (fleet_pb2.UncordonRequest, part_of("device", "h2/nic0")),
     ]
-    assert re.search(r"Cordoned +yes: firmware\n", (await vfleet("describe", "host", "h2")).out)
+    assert re.search(r"Cordoned +yes: firmware; device h2/nic0\n", (await vfleet("describe", "host", "h2")).out)
+
+
+async def test_a_drain_shows_how_far_the_whole_is(vfleet: Vfleet, fake: Fake) -> None:
+    result = await vfleet("drain", "host", "h1", "--parallel", "2", "--apart", "vf1,vf2")
+    assert result.code == 0
+    assert "1/3 vf2 moved to h2/nic0, drivers held for 12.0 ms\n2/3 vf1 moved\n3/3 vf3 moved\n" in result.err
+    assert "host h1: 3 moved, 0 stuck; it stays cordoned" in result.out
+    (request,) = fake.requests
+    assert (request.part, request.parallel) == (part_of("host", "h1"), 2)
+    assert len(request.constraints.groups) == 1
+
+
+async def test_a_drain_that_leaves_something_names_it_and_fails(vfleet: Vfleet, fake: Fake) -> None:
+    fake.is_stuck = True
+    result = await vfleet("drain", "device", "h1/nic0")
+    assert result.code == 1
+    assert re.search(r"vf3 +stuck +no device is like it\n", result.out)
+    assert result.err.endswith("vfleet: can't move vf3\n")
+    functions = json.loads((await vfleet("drain", "device", "h1/nic0", "-o", "json")).out)["functions"]
+    assert {each["function"]: each["state"].removeprefix("DRAIN_STATE_") for each in functions} == {
+        "vf1": "MOVED",
+        "vf2": "MOVED",
+        "vf3": "STUCK",
+    }
 
 
 async def test_migrate_waits_and_shows_how_it_ended(vfleet: Vfleet) -> None:
@@ -580,7 +625,27 @@ async def test_an_aborted_migration_is_a_failure(vfleet: Vfleet, fake: Fake) -> 
     fake.outcome = Phase.PHASE_ABORTED
     result = await vfleet("migrate", "vf1=h2/nic0", "--wait", "--request-id", "mine")
     assert result.code == 1
-    assert result.err.endswith("vfleet: mine was aborted: h2 is gone\n")
+    assert "vfleet: mine was aborted at copy: h2 is gone (" in result.err
+
+
+async def test_an_aborted_migration_says_where_why_what_was_undone_and_what_to_do(vfleet: Vfleet, fake: Fake) -> None:
+    fake.outcome = Phase.PHASE_ABORTED
+    result = await vfleet("migrate", "vf1", "--wait", "--request-id", "mine")
+    told = "mine was aborted at copy: h2 is gone (the copies at the targets are destroyed; the functions are where they"
+    assert f"vfleet: {told} were); look after the host, or name another target\n" in result.err
+    assert re.search(r"What to do +look after the host", result.out)
+
+
+@pytest.mark.parametrize(("cause", "tries"), [("UNREACHABLE", 3), ("BAD_STATE", 1), ("CANCELLED", 1)])
+async def test_migrate_tries_again_what_may_pass_and_only_that(
+    vfleet: Vfleet, fake: Fake, monkeypatch: pytest.MonkeyPatch, cause: str, tries: int
+) -> None:
+    monkeypatch.setattr(migration, "_RETRY_FIRST_S", 0.001)
+    fake.outcome, fake.cause = Phase.PHASE_ABORTED, ErrorReason.Value(f"ERROR_REASON_{cause}")
+    assert (await vfleet("migrate", "vf1", "--retries", "2", "--request-id", "mine", "--priority", "-3")).code == 1
+    asked = [request for request in fake.requests if isinstance(request, migration_pb2.CreateMigrationRequest)]
+    assert [request.request_id for request in asked] == ["mine", "mine-2", "mine-3"][:tries]
+    assert {request.priority for request in asked} == {-3}
 
 
 async def test_watch_for_programs_is_a_line_an_update(vfleet: Vfleet) -> None:
@@ -634,7 +699,7 @@ async def test_top_shows_one_frame_where_there_is_no_terminal(vfleet: Vfleet, ar
     result = await vfleet(*arguments)
     assert (result.code, result.err) == (0, "")
     assert "2 of 2 hosts registered, 1 functions, 1 active, 0 in a migration" in result.out
-    assert re.search(r"^h2 +yes +yes: firmware +0 +1 of 32$", result.out, re.MULTILINE)
+    assert re.search(r"^h2 +yes +yes: firmware; device h2/nic0 +0 +1 of 32$", result.out, re.MULTILINE)
     assert re.search(r"^vf1 +active +h1/nic0, VF 1 +1 +1$", result.out, re.MULTILINE)
     assert re.search(r"^m-1 +done +vf1 to h2/nic0 +[\d.]+ s +none$", result.out, re.MULTILINE)
 
@@ -759,7 +824,8 @@ async def test_settings_that_can_not_be_changed_by_line_stay(vfleet: Vfleet, set
         ("history v", ["vf1"]),
         ("history x", []),
         ("delete driver ", ["d1"]),
-        ("cordon ", ["h1", "h2"]),
+        ("cordon host ", ["h1", "h2"]),
+        ("drain device h1", ["h1/nic0"]),
         ("watch ", ["m-1"]),
         ("migrate vf1=h", ["vf1=h1/nic0", "vf1=h2/nic0"]),
         ("migrate vf1 --to h1", ["h1/nic0"]),
@@ -799,8 +865,11 @@ async def test_names_are_completed_from_the_cluster(
         ["plan"],
         ["plan", "vf1", "--to", "h2"],
         ["cordon"],
-        ["cordon", "Not A Name"],
-        ["uncordon", "h1/nic0"],
+        ["cordon", "host", "Not A Name"],
+        ["cordon", "h1"],
+        ["cordon", "shelf", "h1/a"],
+        ["uncordon", "host", "h1/nic0"],
+        ["uncordon", "device", "nic0"],
         ["migrate", "vf1=h2"],
         ["migrate", "vf1=h2/nic0:x"],
         ["migrate", "vf1=h2/nic0:-1"],
@@ -918,7 +987,7 @@ async def test_workload_report_is_the_drivers_own_view(vfleet: Vfleet) -> None:
 
 
 def examples() -> Iterator[str]:
-    for module in (cluster, contexts, fleet, get, history, migration, operations, plan, top, workload):
+    for module in (cluster, contexts, drain, fleet, get, history, migration, operations, plan, top, workload):
         for _, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__:
                 yield from re.findall(r"Example: (vfleet .*)", function.__doc__ or "")

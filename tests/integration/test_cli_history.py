@@ -34,7 +34,7 @@ async def test_what_has_happened_is_told(
     await cluster.fleet.attach_driver("vf1", "d1", host="h1")
     assert (await cluster.move("m1", {"vf1": "h2/nic0"})).phase == Phase.PHASE_DONE
     assert (await cluster.move("m2", {"vf2": "h3/nic0"})).phase == Phase.PHASE_DONE
-    await cluster.fleet.cordon_host("h3", reason="firmware")
+    await cluster.fleet.cordon("host", "h3", reason="firmware")
 
     history = await vfleet("history", "vf1")
     assert re.search(r"^1 +h1/nic0 +1$", history, re.MULTILINE)
@@ -63,7 +63,7 @@ async def test_what_has_happened_is_told(
     async with aclosing(cluster.fleet.watch_events()) as following:
         async for event in following:
             if event.revision == int(events[-1]["revision"]):
-                await cluster.fleet.uncordon_host("h3")
+                await cluster.fleet.uncordon("host", "h3")
             if event.what == "uncordoned":
                 break
 

@@ -203,14 +203,14 @@ async def check_driver_host(cluster: Cluster, vfleet: Vfleet) -> None:
 async def check_cordon(cluster: Cluster, vfleet: Vfleet) -> None:
     """A cordoned host gets nothing, chosen or named, whatever its daemon does, until it is put back in use."""
     await cluster.fleet.create_function("last", "h1/nic0")
-    assert (await vfleet("cordon", "h2", "--reason", "firmware"))[0] == 0
-    assert (await vfleet("cordon", "h2", "--reason", "new firmware"))[0] == 0
+    assert (await vfleet("cordon", "host", "h2", "--reason", "firmware"))[0] == 0
+    assert (await vfleet("cordon", "host", "h2", "--reason", "new firmware"))[0] == 0
     await cluster.local.hosts["h2"].restart()
     await cluster.until_registered("h2")
     code, out, _ = await vfleet("plan", "last", "--host", "different")
     assert code == 1
-    assert "uncordon h2" in out
-    assert "h2 cordoned: new firmware" in out
+    assert "uncordon host h2" in out
+    assert "host h2 cordoned: new firmware" in out
     for refused in (
         ("migrate", "last", "--host", "different"),
         ("migrate", "last", "--to", "h2/nic0"),
@@ -221,7 +221,7 @@ async def check_cordon(cluster: Cluster, vfleet: Vfleet) -> None:
         assert "cordon" in err
     assert (await vfleet("migrate", "worker", "--host", "different", "--wait"))[0] == 0  # what is there may leave
     for _ in range(2):
-        assert (await vfleet("uncordon", "h2"))[0] == 0
+        assert (await vfleet("uncordon", "host", "h2"))[0] == 0
     assert (await cluster.store.list(CORDONS)).items == ()
     assert (await vfleet("migrate", "last", "--host", "different", "--wait"))[0] == 0
-    assert (await vfleet("cordon", "h9"))[0] == 2
+    assert (await vfleet("cordon", "host", "h9"))[0] == 2

@@ -58,11 +58,14 @@ class Cluster:
         One that is as fast as it can be (0 accesses per second) takes a core from all other tests as long as it runs.
         """
         entry = await self.fleet.attach_driver(function, driver, host=host)
-        work = WorkloadOptions(accesses_per_second=accesses_per_second, **options)
-        await self.hosts[host].start_workload(driver, function, work)
-        self.workloads[driver, function] = host
+        await self.start(driver, function, host, accesses_per_second=accesses_per_second, **options)
         await self.until_working([(driver, function)])
         return entry
+
+    async def start(self, driver: str, function: str, host: str, **options: int) -> None:
+        """Start the workload of a driver that is attached."""
+        await self.hosts[host].start_workload(driver, function, WorkloadOptions(**options))
+        self.workloads[driver, function] = host
 
     async def report(self, driver: str, function: str) -> WorkloadReport:
         return await self.hosts[self.workloads[driver, function]].workload_report(driver, function)

@@ -101,7 +101,7 @@ def case_of(seed: int) -> Case:
         own = [device_of(random, host, number) for number in range(random.randint(1, 3))]
         fleet.host(host, segment, *own, registered=rarely(random, value=True, other=False))
         if rarely(random, value=False, other=True):
-            fleet.put(keys.cordon_key(host), Cordon(host=host, reason="firmware"))
+            fleet.put(keys.cordon_key(host), Cordon(reason="firmware"))
         devices += own
     names = [f"vf{number}" for number in range(1, random.randint(1, 5) + 1)]
     for number, name in enumerate(names):

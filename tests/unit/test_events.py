@@ -153,8 +153,8 @@ def test_hosts_cordons_coordinators_and_the_generation_are_told() -> None:
     world.delete(keys.registration_key("h1"))
     host.incarnation, host.address = "b", "h1:2"
     world.put(keys.host_key("h1"), host)
-    world.put(keys.cordon_key("h1"), Cordon(host="h1"))
-    world.put(keys.cordon_key("h1"), Cordon(host="h1", reason="firmware"))
+    world.put(keys.cordon_key("h1"), Cordon())
+    world.put(keys.cordon_key("h1"), Cordon(reason="firmware"))
     world.delete(keys.cordon_key("h1"))
     world.delete(keys.host_key("h1"))
     world.put(keys.coordinator_key("c2"), Coordinator(name="c2", address="c2:1"))
@@ -179,14 +179,14 @@ def test_hosts_cordons_coordinators_and_the_generation_are_told() -> None:
 
 def test_an_event_has_the_time_and_the_revision() -> None:
     world = World(FleetValues())
-    world.put(keys.cordon_key("h1"), Cordon(host="h1"))
+    world.put(keys.cordon_key("h1"), Cordon())
     (event,) = world.log.read(0)
     assert (event.time.ToMilliseconds(), event.revision) == (round(world.clock.time() * 1000), world.fleet.revision)
 
 
 def cordoned(world: World, times: int) -> None:
     for number in range(times):
-        world.put(keys.cordon_key("h1"), Cordon(host="h1", reason=str(number)))
+        world.put(keys.cordon_key("h1"), Cordon(reason=str(number)))
 
 
 def test_only_the_latest_are_remembered_and_who_reads_too_late_is_told() -> None:
@@ -220,7 +220,7 @@ def test_who_goes_on_after_a_revision_that_was_before_the_log_is_told() -> None:
 
 def test_changes_that_a_new_listing_stands_for_are_told_as_missing() -> None:
     world = World()
-    world.fleet.put(keys.cordon_key("h1"), Cordon(host="h1"))
+    world.fleet.put(keys.cordon_key("h1"), Cordon())
     world.read_anew()
     before = world.fleet.revision - 1
     assert world.told() == [("fleet", "", f"read as a whole: what changed since revision {before} is not told")]

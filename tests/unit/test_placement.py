@@ -124,10 +124,10 @@ def test_what_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch):
 def test_a_request_that_can_not_be_met_says_what_would_do():
     fleet = three_hosts()
     for host in ("h2", "h3"):
-        fleet.put(keys.cordon_key(host), Cordon(host=host, reason="firmware"))
+        fleet.put(keys.cordon_key(host), Cordon(reason="firmware"))
     error = refusal(fleet, move("vf1", ""))
     assert (error.reason, error.obstacles[0].kind) == (Reason.UNSATISFIABLE, "PLACEMENT_FILTER_SOURCE")
-    assert "uncordon h3" in error.message  # where its driver d2 is
+    assert "uncordon host h3" in error.message  # where its driver d2 is
     use(fleet, "h2/nic0", 1, 2, 3, 4)
     use(fleet, "h3/nic0", 1, 2, 3, 4)
     rule = BoundaryRule(boundary=HOST, relation=DIFFERENT)
@@ -152,7 +152,7 @@ def test_a_device_that_is_named_is_refused_for_what_is_asked_only():
     assert refusal(fleet, free).reason is Reason.UNSATISFIABLE  # nobody else is on its network
     plan(fleet.snapshot(), [named], name="m", coordinator="c", limits=LIMITS)
     assert refusal(fleet, named, attachments=["lan"]).reason is Reason.UNSATISFIABLE
-    fleet.put(keys.cordon_key("h2"), Cordon(host="h2", reason="firmware"))
+    fleet.put(keys.cordon_key("h2"), Cordon(reason="firmware"))
     error = refusal(fleet, named)
     assert (error.reason, error.metadata["host"]) == (Reason.HOST_CORDONED, "h2")
     assert "cordoned: firmware" in error.message

@@ -5,7 +5,7 @@ from support.fake_host import device
 from support.fleet_values import LIMITS, FleetValues, move, three_hosts
 
 from coordinator import transaction
-from coordinator.planner import RECORD_GROWTH_BYTES, Limits, plan
+from coordinator.planner import RECORD_GROWTH_BYTES, Limits, parts_of_targets, plan
 from vfleet.address import Location, table_offset
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
@@ -227,7 +227,9 @@ def test_what_fits_is_what_its_transactions_say(count: int):
         part.CopyFrom(the_plan)
         part.phase = phase
     each = (
-        transaction.begin(the_plan, 1, absent(keys.FLEET_GENERATION)),
+        transaction.begin(
+            the_plan, 1, absent(keys.FLEET_GENERATION), parts_of_targets(fleet.snapshot(), the_plan), queue_revision=1
+        ),
         transaction.commit(committing, 1, 0),
         transaction.finish(committed, 1, finished_by="c1", now=0),
     )

@@ -6,6 +6,7 @@ import re
 from rich.console import Console
 
 from vfleet.cli.top import MAX_FUNCTIONS, MAX_HOSTS, MAX_MIGRATIONS, Fleet, frame
+from vfleet.parts import part_of
 from vfleet.v1.fleet_service_pb2 import DeviceUse
 from vfleet.v1.records_pb2 import Cordon, Device, Function, FunctionStatus, Host, Migration, Move, Phase, Place
 
@@ -39,7 +40,7 @@ def test_an_empty_fleet_can_be_shown() -> None:
 
 
 def test_hosts_that_need_a_look_come_first() -> None:
-    cordoned = Host(name="h3", registered=True, cordon=Cordon(reason="firmware"))
+    cordoned = Host(name="h3", registered=True, cordons=[Cordon(part=part_of("host", "h3"), reason="firmware")])
     lines = shown(Fleet([*hosts("h1", "h2"), cordoned, *hosts("h4", registered=False)], [], [], []))
     assert section(lines, "HOST") == ["h3", "h4", "h1", "h2"]
     assert lines[0].startswith("3 of 4 hosts registered")

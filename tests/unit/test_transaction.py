@@ -55,7 +55,7 @@ def other_function(fleet: FleetValues) -> None:
         lambda fleet: fleet.put(keys.slot_key("h2/nic0", 1), Slot(function="vf7")),
         lambda fleet: fleet.put(keys.migration_key("m1"), Migration(name="m1")),
         lambda fleet: fleet.put(keys.FLEET_GENERATION, "2"),
-        lambda fleet: fleet.put(keys.cordon_key("h2"), Cordon(host="h2")),
+        lambda fleet: fleet.put(keys.cordon_key("h2"), Cordon()),
         *(lambda fleet, host=host: fleet.put(keys.registration_key(host), "anew") for host in ("h1", "h2", "h3")),
         *(lambda fleet, host=host: fleet.items.pop(keys.registration_key(host)) for host in ("h1", "h2", "h3")),
     ],
@@ -71,13 +71,13 @@ def test_begin_does_nothing_if_what_the_plan_saw_has_changed(change):
 def test_what_leaves_a_cordoned_host_begins():
     fleet = three_hosts()
     for host in ("h1", "h3"):
-        fleet.put(keys.cordon_key(host), Cordon(host=host))
+        fleet.put(keys.cordon_key(host), Cordon())
     begun(fleet)
 
 
 def test_a_host_is_forgotten_with_its_cordon():
     fleet = three_hosts()
-    fleet.put(keys.cordon_key("h2"), Cordon(host="h2"))
+    fleet.put(keys.cordon_key("h2"), Cordon())
     fleet.put(keys.segment_key(2), "h2")
     del fleet.items[keys.registration_key("h2")]
     assert commit(fleet, forget._delete_records(fleet.snapshot(), "h2"))

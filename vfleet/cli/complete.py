@@ -44,12 +44,28 @@ async def _active_migrations(fleet: FleetClient) -> Iterable[str]:
     return [migration.name for migration in await fleet.list_migrations(active_only=True)]
 
 
+async def _adapters(fleet: FleetClient) -> Iterable[str]:
+    return {f"{use.device.host}/{use.device.physical_adapter}" for use in await fleet.list_devices()}
+
+
+async def _bridges(fleet: FleetClient) -> Iterable[str]:
+    devices = [use.device for use in await fleet.list_devices()]
+    return {f"{each.host}/{bridge}" for each in devices for bridge in (each.bridge, each.parent_bridge) if bridge}
+
+
+async def _power_domains(fleet: FleetClient) -> Iterable[str]:
+    return {f"{use.device.host}/{use.device.power_domain}" for use in await fleet.list_devices()}
+
+
 _BY_KIND: dict[str, Read] = {
     "host": _hosts,
     "device": _devices,
     "function": _functions,
     "driver": _drivers,
     "migration": _migrations,
+    "adapter": _adapters,
+    "bridge": _bridges,
+    "power-domain": _power_domains,
 }
 
 

@@ -7,8 +7,10 @@ from vfleet.cli.output import enum_word, hex64, moment, print_fields, print_rich
 from vfleet.cli.timeline import blackout_word, timeline
 from vfleet.cli.timeline import phase_word as phase_word
 from vfleet.cli.timeline import step_word as step_word
+from vfleet.failure import advice, undone
+from vfleet.parts import part_key, spoken
 from vfleet.v1.fleet_service_pb2 import DeviceUse
-from vfleet.v1.records_pb2 import Driver, Function, FunctionStatus, Host, Migration, Move, Place
+from vfleet.v1.records_pb2 import Cordon, Driver, Function, FunctionStatus, Host, Migration, Move, PartKind, Place
 from vfleet.v1.types_pb2 import Bar, TableEntry, TransferMode
 
 
@@ -44,10 +46,14 @@ def describe_host(host: Host, devices: Iterable[DeviceUse]) -> None:
 
 
 def cordon_word(host: Host) -> str:
-    """Return whether a host is cordoned, and why."""
-    if not host.HasField("cordon"):
-        return "no"
-    return f"yes: {host.cordon.reason}" if host.cordon.reason else "yes"
+    """Return what of a host is cordoned, and why."""
+    return "; ".join(_cordon(cordon) for cordon in host.cordons) or "no"
+
+
+def _cordon(cordon: Cordon) -> str:
+    is_all = cordon.part.kind == PartKind.PART_KIND_HOST
+    what = "yes" if is_all else spoken(part_key(cordon.part))
+    return f"{what}: {cordon.reason}" if cordon.reason else what
 
 
 DEVICE_COLUMNS = ("DEVICE", "LOCATION", "MODEL", "TYPE", "VFS", "USED", "RESERVED", "BARS", "ATTACHMENTS")
@@ -161,7 +167,11 @@ def describe_migration(migration: Migration) -> None:
             *([("Blackout", blackout_word(migration))] if migration.steps else []),
             *([("Mode", mode_word(migration))] if migration.mode else []),
             *(
-                [("Aborted", f"{migration.abort_reason} (at {step_word(migration.abort_step)})")]
+                [
+                    ("Aborted", f"{migration.abort_reason} (at {step_word(migration.abort_step)})"),
+                    ("Undone", undone(migration)),
+                    ("What to do", advice(migration)),
+                ]
                 if migration.abort_reason
                 else []
             ),

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperOption
 
-from vfleet.cli import cluster, contexts, demo, fleet, get, history, migration, operations, plan, top, workload
+from vfleet.cli import cluster, contexts, demo, drain, fleet, get, history, migration, operations, plan, top, workload
 from vfleet.cli.contexts import context_names
 from vfleet.cli.help import HelpInPanels
 from vfleet.cli.session import FAILED, INTERRUPTED, chosen_context, exit_code
@@ -69,8 +69,9 @@ app.command("plan", short_help="Where to, and why", rich_help_panel=_MOVE)(plan.
 app.command("migrate", short_help="Move functions, all or none", rich_help_panel=_MOVE)(migration.migrate)
 app.command("watch", short_help="Follow a migration", rich_help_panel=_MOVE)(migration.watch)
 app.command("cancel", short_help="Abort a migration", rich_help_panel=_MOVE)(migration.cancel)
-app.command("cordon", short_help="Keep functions off a host", rich_help_panel=_HOSTS)(operations.cordon)
-app.command("uncordon", short_help="Use a host again", rich_help_panel=_HOSTS)(operations.uncordon)
+app.command("cordon", short_help="Keep functions away", rich_help_panel=_HOSTS)(operations.cordon)
+app.command("uncordon", short_help="Put it back in use", rich_help_panel=_HOSTS)(operations.uncordon)
+app.command("drain", short_help="Move everything away", rich_help_panel=_HOSTS)(drain.drain)
 app.command("doctor", short_help="Compare etcd with all hosts", rich_help_panel=_HOSTS)(operations.doctor)
 app.add_typer(operations.fleet_app, name="fleet", help="After a loss: etcd, a host", rich_help_panel=_HOSTS)
 

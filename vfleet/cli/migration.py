@@ -4,6 +4,7 @@ import asyncio
 import enum
 from collections.abc import Sequence
 from contextlib import aclosing
+from random import Random
 from typing import Annotated
 
 import typer
@@ -15,10 +16,15 @@ from vfleet.cli.output import Output, OutputOption, console, print_message
 from vfleet.cli.progress import LiveProgress, progress_line
 from vfleet.cli.session import FAILED, CoordinatorOption, EtcdOption, TimeoutOption, checked_timeout, fleet_client, run
 from vfleet.client import PHASES_OVER, FleetClient, move_request, request_id
+from vfleet.clock import backoff_delays
 from vfleet.errors import Reason, VfleetError, invalid_field
+from vfleet.failure import abort_cause, advice, is_passing, undone
 from vfleet.v1.migration_service_pb2 import LimitPolicy, MigrationOptions, MoveRequest
 from vfleet.v1.records_pb2 import Migration, Phase
 from vfleet.v1.types_pb2 import TransferMode
+
+_RETRY_FIRST_S = 1.0
+_RETRY_LONGEST_S = 30.0
 
 
 class Mode(enum.StrEnum):
@@ -98,6 +104,17 @@ def migrate(
     bandwidth: Annotated[
         int, typer.Option("--bandwidth", metavar="MIB/S", min=0, help="Of each copy, at most; 0 for no bound.")
     ] = 0,
+    priority: Annotated[
+        int,
+        typer.Option("--priority", metavar="N", min=-100, max=100, help="If it has to wait: the highest goes first."),
+    ] = 0,
+    deadline: Annotated[
+        int, typer.Option("--deadline", metavar="S", min=0, help="How long it may wait to begin; 0 for an hour.")
+    ] = 0,
+    retries: Annotated[
+        int,
+        typer.Option("--retries", metavar="N", min=0, max=10, help="Tries more if it fails for what may pass; waits."),
+    ] = 0,
     coordinator: CoordinatorOption = None,
     etcd: EtcdOption = None,
     output: OutputOption = Output.TABLE,
@@ -105,7 +122,7 @@ def migrate(
     """Move functions to other devices, all or none.
 
     Their drivers go on meanwhile, at the same virtual addresses. Devices that aren't named are chosen, as `vfleet plan`
-    shows and explains.
+    shows and explains. If there are too many migrations under way it is queued.
 
     \b
     Example: vfleet migrate vf1 --wait --timeout 60
@@ -114,6 +131,7 @@ def migrate(
     Example: vfleet migrate vf1=h2/nic0 vf2=h3/nic1:4
     Example: vfleet migrate vf1 --to h2/nic0 --downtime-limit 20 --on-limit force --bandwidth 200
     Example: vfleet migrate vf1 --to h2/nic0 --mode post-copy --wait
+    Example: vfleet migrate vf1 --priority 10 --deadline 60 --retries 2
     """
     options = MigrationOptions(
         mode=_MODES[mode],
@@ -122,7 +140,8 @@ def migrate(
         max_rounds=_fits("--max-rounds", max_rounds),
         bandwidth_mib_per_s=_fits("--bandwidth", bandwidth),
     )
-    moves, patience_s = move_requests(functions, to), _waiting(wait, timeout)
+    moves, base = move_requests(functions, to), name or request_id()
+    patience_s = _waiting(wait or bool(retries), timeout)
     wanted = asked.constraints(
         host=host,
         adapter=adapter,
@@ -139,18 +158,35 @@ def migrate(
         async with fleet_client(coordinator, etcd) as fleet:
             if dry_run:
                 return await fleet.plan_migration(moves, wanted)
-            migration = await fleet.create_migration(
-                moves, name=name or request_id(), options=options, constraints=wanted
-            )
-            return await _follow(fleet, migration.name, timeout_s=patience_s) if wait else migration
+            tries = backoff_delays(Random(), _RETRY_FIRST_S, _RETRY_LONGEST_S)  # noqa: S311  # spreads retries
+            for number, delay_s in enumerate(tries):
+                # A migration is one attempt: each try has a name of its own.
+                migration = await fleet.create_migration(
+                    moves,
+                    name=f"{base}-{number + 1}" if number else base,
+                    options=options,
+                    constraints=wanted,
+                    priority=priority,
+                    deadline_ms=_fits("--deadline", deadline * 1000),
+                )
+                if wait or retries:
+                    migration = await _follow(fleet, migration.name, timeout_s=patience_s)
+                aborted = migration.phase in (Phase.PHASE_ABORTING, Phase.PHASE_ABORTED)
+                if number == retries or not aborted or not is_passing(abort_cause(migration)):
+                    break
+                typer.echo(f"{migration.name} was aborted: {migration.abort_reason}; tried again", err=True)
+                await asyncio.sleep(delay_s)
+            return migration
 
     migration = run(command())
     if output is not Output.TABLE:
         print_message(migration, output)
     elif dry_run:
         describe.print_moves(migration.moves)
-    elif wait:
+    elif wait or retries:
         describe.describe_migration(migration)
+    elif migration.phase == Phase.PHASE_QUEUED:
+        typer.echo(f"{migration.name} is queued until limits allow it; follow it with: vfleet watch {migration.name}")
     else:
         typer.echo(f"{migration.name} has begun; follow it with: vfleet watch {migration.name}")
     _exit_by_outcome(migration)
@@ -189,7 +225,7 @@ def cancel(
     etcd: EtcdOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Abort a migration that is not yet committed.
+    """Abort a migration that is queued or not yet committed.
 
     \b
     Example: vfleet cancel m-0123456789ab
@@ -272,5 +308,7 @@ def _fits(option: str, value: int) -> int:
 
 def _exit_by_outcome(migration: Migration) -> None:
     if migration.phase in (Phase.PHASE_ABORTING, Phase.PHASE_ABORTED):
-        typer.echo(f"vfleet: {migration.name} was aborted: {migration.abort_reason}", err=True)
+        at = f" at {describe.step_word(migration.abort_step)}" if migration.abort_step else ""
+        what = f"{migration.abort_reason} ({undone(migration)}); {advice(migration)}"
+        typer.echo(f"vfleet: {migration.name} was aborted{at}: {what}", err=True)
         raise typer.Exit(FAILED)

@@ -1,5 +1,6 @@
 """The commands about hosts and the whole fleet: cordon, uncordon, doctor, fleet bump-generation, fleet forget-host."""
 
+import enum
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -19,50 +20,68 @@ from vfleet.v1.records_pb2 import Cordon
 
 fleet_app = typer.Typer()
 
-HostArgument = Annotated[str, typer.Argument(metavar="HOST", help="The host.", autocompletion=complete.hosts)]
+
+class Part(enum.StrEnum):
+    """What can be cordoned and drained."""
+
+    HOST = "host"
+    DEVICE = "device"
+    ADAPTER = "adapter"
+    BRIDGE = "bridge"
+    POWER_DOMAIN = "power-domain"
+
+
+PartArgument = Annotated[Part, typer.Argument(metavar="KIND", help="host, device, adapter, bridge or power-domain.")]
+NameArgument = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="HOST, or HOST/NAME for what is in one.", autocompletion=complete.of_kind),
+]
+ReasonOption = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for who asks.")]
 
 
 def cordon(
-    host: HostArgument,
-    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for who asks.")] = "",
+    kind: PartArgument,
+    name: NameArgument,
+    reason: ReasonOption = "",
     coordinator: CoordinatorOption = None,
     etcd: EtcdOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Keep functions from being made on a host or moved there.
+    """Keep functions from being made somewhere or moved there.
 
     What is there, or on its way, stays.
 
     \b
-    Example: vfleet cordon h1
-    Example: vfleet cordon h1 --reason firmware
+    Example: vfleet cordon host h1
+    Example: vfleet cordon power-domain h1/psu-b --reason failing
     """
 
     async def command() -> Cordon:
         async with fleet_client(coordinator, etcd) as fleet:
-            return await fleet.cordon_host(host, reason=reason)
+            return await fleet.cordon(kind, name, reason=reason)
 
     made = run(command())
     if output is Output.TABLE:
-        typer.echo(f"{host} is cordoned{f': {made.reason}' if made.reason else ''}")
+        typer.echo(f"{kind} {name} is cordoned{f': {made.reason}' if made.reason else ''}")
     else:
         print_message(made, output)
 
 
 def uncordon(
-    host: HostArgument,
+    kind: PartArgument,
+    name: NameArgument,
     coordinator: CoordinatorOption = None,
     etcd: EtcdOption = None,
 ) -> None:
-    """Put a cordoned host back in use.
+    """Put what is cordoned back in use.
 
-    Example: vfleet uncordon h1
+    Example: vfleet uncordon host h1
     """
 
     async def command() -> None:
         async with fleet_client(coordinator, etcd) as fleet:
-            await fleet.uncordon_host(host)
-        typer.echo(f"{host} is in use")
+            await fleet.uncordon(kind, name)
+        typer.echo(f"{kind} {name} is in use")
 
     run(command())
 

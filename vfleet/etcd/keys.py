@@ -5,7 +5,7 @@
 | fleet/generation | the fleet generation, decimal; absent means 1 |
 | segments/SEGMENT | name of the host that claimed the PCI segment, for good |
 | hosts/HOST | Host |
-| cordons/HOST | Cordon |
+| cordons/HOST, cordons/HOST/KIND/NAME | Cordon |
 | registrations/HOST | incarnation, under the daemon's lease |
 | witnesses/HOST | what only this host writes, by which it knows its etcd again: random, new each time; never deleted |
 | coordinators/COORDINATOR | Coordinator, under its lease |
@@ -15,6 +15,7 @@
 | drivers/DRIVER | Driver |
 | entries/HOST/DRIVER/FUNCTION | TableEntry; HOST is the driver's |
 | migrations/MIGRATION | Migration; deleted some time after it is over |
+| queue/MIGRATION | QueuedMigration |
 | owners/MIGRATION | name of the coordinator that runs it, under its lease |
 """
 
@@ -33,6 +34,7 @@ SLOTS = f"{PREFIX}slots/"
 DRIVERS = f"{PREFIX}drivers/"
 ENTRIES = f"{PREFIX}entries/"
 MIGRATIONS = f"{PREFIX}migrations/"
+QUEUE = f"{PREFIX}queue/"
 OWNERS = f"{PREFIX}owners/"
 
 
@@ -46,9 +48,9 @@ def host_key(host: str) -> str:
     return f"{HOSTS}{host}"
 
 
-def cordon_key(host: str) -> str:
-    """Key that is there while the host is cordoned."""
-    return f"{CORDONS}{host}"
+def cordon_key(part: str) -> str:
+    """Key that is there while a part of the fleet is cordoned: see `vfleet.parts.part_key`; a host's is its name."""
+    return f"{CORDONS}{part}"
 
 
 def registration_key(host: str) -> str:
@@ -99,6 +101,11 @@ def entry_key(host: str, driver: str, function: str) -> str:
 def migration_key(migration: str) -> str:
     """Key of a migration's record."""
     return f"{MIGRATIONS}{migration}"
+
+
+def queue_key(migration: str) -> str:
+    """Key that is there while the migration waits to begin."""
+    return f"{QUEUE}{migration}"
 
 
 def owner_key(migration: str) -> str:

@@ -149,7 +149,7 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     EVENT_KIND_HOST: _EventKind.ValueType  # 3
     """A host: new, registered or not any more, started anew, forgotten."""
     EVENT_KIND_CORDON: _EventKind.ValueType  # 4
-    """A cordon; the name is the host's."""
+    """A cordon; the name is HOST, or HOST/KIND/NAME."""
     EVENT_KIND_COORDINATOR: _EventKind.ValueType  # 5
     """A coordinator: it has come or gone."""
     EVENT_KIND_FLEET: _EventKind.ValueType  # 6
@@ -167,7 +167,7 @@ EVENT_KIND_MIGRATION: EventKind.ValueType  # 2
 EVENT_KIND_HOST: EventKind.ValueType  # 3
 """A host: new, registered or not any more, started anew, forgotten."""
 EVENT_KIND_CORDON: EventKind.ValueType  # 4
-"""A cordon; the name is the host's."""
+"""A cordon; the name is HOST, or HOST/KIND/NAME."""
 EVENT_KIND_COORDINATOR: EventKind.ValueType  # 5
 """A coordinator: it has come or gone."""
 EVENT_KIND_FLEET: EventKind.ValueType  # 6
@@ -865,34 +865,36 @@ class ForgetHostResponse(_message.Message):
 Global___ForgetHostResponse: _TypeAlias = ForgetHostResponse  # noqa: Y015
 
 @_typing.final
-class CordonHostRequest(_message.Message):
-    """Request of CordonHost."""
+class CordonRequest(_message.Message):
+    """Request of Cordon."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    HOST_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
-    host: _builtins.str
-    """The host."""
     reason: _builtins.str
     """Why, for people: at most 200 characters. May be empty."""
+    @_builtins.property
+    def part(self) -> _records_pb2.Part:
+        """The part."""
+
     def __init__(
         self,
         *,
-        host: _builtins.str = ...,
+        part: _records_pb2.Part | None = ...,
         reason: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CordonHostRequest: _TypeAlias = CordonHostRequest  # noqa: Y015
+Global___CordonRequest: _TypeAlias = CordonRequest  # noqa: Y015
 
 @_typing.final
-class CordonHostResponse(_message.Message):
-    """Response of CordonHost."""
+class CordonResponse(_message.Message):
+    """Response of Cordon."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -912,33 +914,35 @@ class CordonHostResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CordonHostResponse: _TypeAlias = CordonHostResponse  # noqa: Y015
+Global___CordonResponse: _TypeAlias = CordonResponse  # noqa: Y015
 
 @_typing.final
-class UncordonHostRequest(_message.Message):
-    """Request of UncordonHost."""
+class UncordonRequest(_message.Message):
+    """Request of Uncordon."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    HOST_FIELD_NUMBER: _builtins.int
-    host: _builtins.str
-    """The host."""
+    PART_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def part(self) -> _records_pb2.Part:
+        """The part."""
+
     def __init__(
         self,
         *,
-        host: _builtins.str = ...,
+        part: _records_pb2.Part | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___UncordonHostRequest: _TypeAlias = UncordonHostRequest  # noqa: Y015
+Global___UncordonRequest: _TypeAlias = UncordonRequest  # noqa: Y015
 
 @_typing.final
-class UncordonHostResponse(_message.Message):
-    """Response of UncordonHost."""
+class UncordonResponse(_message.Message):
+    """Response of Uncordon."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -951,7 +955,7 @@ class UncordonHostResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___UncordonHostResponse: _TypeAlias = UncordonHostResponse  # noqa: Y015
+Global___UncordonResponse: _TypeAlias = UncordonResponse  # noqa: Y015
 
 @_typing.final
 class FleetEvent(_message.Message):

@@ -96,15 +96,15 @@ class FleetServiceStub:
                 request_serializer=vfleet_dot_v1_dot_fleet__service__pb2.ForgetHostRequest.SerializeToString,
                 response_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.ForgetHostResponse.FromString,
                 _registered_method=True)
-        self.CordonHost = channel.unary_unary(
-                '/vfleet.v1.FleetService/CordonHost',
-                request_serializer=vfleet_dot_v1_dot_fleet__service__pb2.CordonHostRequest.SerializeToString,
-                response_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.CordonHostResponse.FromString,
+        self.Cordon = channel.unary_unary(
+                '/vfleet.v1.FleetService/Cordon',
+                request_serializer=vfleet_dot_v1_dot_fleet__service__pb2.CordonRequest.SerializeToString,
+                response_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.CordonResponse.FromString,
                 _registered_method=True)
-        self.UncordonHost = channel.unary_unary(
-                '/vfleet.v1.FleetService/UncordonHost',
-                request_serializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostRequest.SerializeToString,
-                response_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostResponse.FromString,
+        self.Uncordon = channel.unary_unary(
+                '/vfleet.v1.FleetService/Uncordon',
+                request_serializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonRequest.SerializeToString,
+                response_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonResponse.FromString,
                 _registered_method=True)
         self.WatchEvents = channel.unary_stream(
                 '/vfleet.v1.FleetService/WatchEvents',
@@ -206,16 +206,16 @@ class FleetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def CordonHost(self, request, context):
-        """CordonHost keeps functions from being made on a host or moved there; what is there, or on its way, stays. Repeating
-        it changes the reason.
+    def Cordon(self, request, context):
+        """Cordon keeps functions from being made in a part of the fleet or moved there; what is there, or on its way, stays.
+        Repeating it changes the reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def UncordonHost(self, request, context):
-        """UncordonHost ends that. A host that isn't cordoned counts as done.
+    def Uncordon(self, request, context):
+        """Uncordon ends that. A part that isn't cordoned counts as done.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -292,15 +292,15 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     request_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.ForgetHostRequest.FromString,
                     response_serializer=vfleet_dot_v1_dot_fleet__service__pb2.ForgetHostResponse.SerializeToString,
             ),
-            'CordonHost': grpc.unary_unary_rpc_method_handler(
-                    servicer.CordonHost,
-                    request_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.CordonHostRequest.FromString,
-                    response_serializer=vfleet_dot_v1_dot_fleet__service__pb2.CordonHostResponse.SerializeToString,
+            'Cordon': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cordon,
+                    request_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.CordonRequest.FromString,
+                    response_serializer=vfleet_dot_v1_dot_fleet__service__pb2.CordonResponse.SerializeToString,
             ),
-            'UncordonHost': grpc.unary_unary_rpc_method_handler(
-                    servicer.UncordonHost,
-                    request_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostRequest.FromString,
-                    response_serializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostResponse.SerializeToString,
+            'Uncordon': grpc.unary_unary_rpc_method_handler(
+                    servicer.Uncordon,
+                    request_deserializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonRequest.FromString,
+                    response_serializer=vfleet_dot_v1_dot_fleet__service__pb2.UncordonResponse.SerializeToString,
             ),
             'WatchEvents': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchEvents,
@@ -645,7 +645,7 @@ class FleetService:
             _registered_method=True)
 
     @staticmethod
-    def CordonHost(request,
+    def Cordon(request,
             target,
             options=(),
             channel_credentials=None,
@@ -658,9 +658,9 @@ class FleetService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/vfleet.v1.FleetService/CordonHost',
-            vfleet_dot_v1_dot_fleet__service__pb2.CordonHostRequest.SerializeToString,
-            vfleet_dot_v1_dot_fleet__service__pb2.CordonHostResponse.FromString,
+            '/vfleet.v1.FleetService/Cordon',
+            vfleet_dot_v1_dot_fleet__service__pb2.CordonRequest.SerializeToString,
+            vfleet_dot_v1_dot_fleet__service__pb2.CordonResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -672,7 +672,7 @@ class FleetService:
             _registered_method=True)
 
     @staticmethod
-    def UncordonHost(request,
+    def Uncordon(request,
             target,
             options=(),
             channel_credentials=None,
@@ -685,9 +685,9 @@ class FleetService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/vfleet.v1.FleetService/UncordonHost',
-            vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostRequest.SerializeToString,
-            vfleet_dot_v1_dot_fleet__service__pb2.UncordonHostResponse.FromString,
+            '/vfleet.v1.FleetService/Uncordon',
+            vfleet_dot_v1_dot_fleet__service__pb2.UncordonRequest.SerializeToString,
+            vfleet_dot_v1_dot_fleet__service__pb2.UncordonResponse.FromString,
             options,
             channel_credentials,
             insecure,

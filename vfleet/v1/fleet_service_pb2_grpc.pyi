@@ -67,12 +67,12 @@ class FleetServiceStub:
     """ForgetHost takes a host that never comes back out of the fleet. ILLEGAL_STATE while it is registered; IN_USE, unless
     forced, while functions, drivers or migrations are there. Forced, its functions become LOST and its drivers go.
     """
-    CordonHost: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.CordonHostRequest, _fleet_service_pb2.CordonHostResponse]
-    """CordonHost keeps functions from being made on a host or moved there; what is there, or on its way, stays. Repeating
-    it changes the reason.
+    Cordon: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.CordonRequest, _fleet_service_pb2.CordonResponse]
+    """Cordon keeps functions from being made in a part of the fleet or moved there; what is there, or on its way, stays.
+    Repeating it changes the reason.
     """
-    UncordonHost: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.UncordonHostRequest, _fleet_service_pb2.UncordonHostResponse]
-    """UncordonHost ends that. A host that isn't cordoned counts as done."""
+    Uncordon: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.UncordonRequest, _fleet_service_pb2.UncordonResponse]
+    """Uncordon ends that. A part that isn't cordoned counts as done."""
     WatchEvents: _grpc.UnaryStreamMultiCallable[_fleet_service_pb2.WatchEventsRequest, _fleet_service_pb2.WatchEventsResponse]
     """WatchEvents sends what has changed in the fleet, as far back as the coordinator remembers, and then, if asked to
     follow, whatever changes.
@@ -117,12 +117,12 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """ForgetHost takes a host that never comes back out of the fleet. ILLEGAL_STATE while it is registered; IN_USE, unless
     forced, while functions, drivers or migrations are there. Forced, its functions become LOST and its drivers go.
     """
-    CordonHost: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.CordonHostRequest, _fleet_service_pb2.CordonHostResponse]  # type: ignore[assignment]
-    """CordonHost keeps functions from being made on a host or moved there; what is there, or on its way, stays. Repeating
-    it changes the reason.
+    Cordon: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.CordonRequest, _fleet_service_pb2.CordonResponse]  # type: ignore[assignment]
+    """Cordon keeps functions from being made in a part of the fleet or moved there; what is there, or on its way, stays.
+    Repeating it changes the reason.
     """
-    UncordonHost: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.UncordonHostRequest, _fleet_service_pb2.UncordonHostResponse]  # type: ignore[assignment]
-    """UncordonHost ends that. A host that isn't cordoned counts as done."""
+    Uncordon: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.UncordonRequest, _fleet_service_pb2.UncordonResponse]  # type: ignore[assignment]
+    """Uncordon ends that. A part that isn't cordoned counts as done."""
     WatchEvents: _aio.UnaryStreamMultiCallable[_fleet_service_pb2.WatchEventsRequest, _fleet_service_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """WatchEvents sends what has changed in the fleet, as far back as the coordinator remembers, and then, if asked to
     follow, whatever changes.
@@ -238,22 +238,22 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
-    def CordonHost(
+    def Cordon(
         self,
-        request: _fleet_service_pb2.CordonHostRequest,
+        request: _fleet_service_pb2.CordonRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_fleet_service_pb2.CordonHostResponse, _abc.Awaitable[_fleet_service_pb2.CordonHostResponse]]:
-        """CordonHost keeps functions from being made on a host or moved there; what is there, or on its way, stays. Repeating
-        it changes the reason.
+    ) -> _typing.Union[_fleet_service_pb2.CordonResponse, _abc.Awaitable[_fleet_service_pb2.CordonResponse]]:
+        """Cordon keeps functions from being made in a part of the fleet or moved there; what is there, or on its way, stays.
+        Repeating it changes the reason.
         """
 
     @_abc_1.abstractmethod
-    def UncordonHost(
+    def Uncordon(
         self,
-        request: _fleet_service_pb2.UncordonHostRequest,
+        request: _fleet_service_pb2.UncordonRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_fleet_service_pb2.UncordonHostResponse, _abc.Awaitable[_fleet_service_pb2.UncordonHostResponse]]:
-        """UncordonHost ends that. A host that isn't cordoned counts as done."""
+    ) -> _typing.Union[_fleet_service_pb2.UncordonResponse, _abc.Awaitable[_fleet_service_pb2.UncordonResponse]]:
+        """Uncordon ends that. A part that isn't cordoned counts as done."""
 
     @_abc_1.abstractmethod
     def WatchEvents(

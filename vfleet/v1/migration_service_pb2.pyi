@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from vfleet.v1 import placement_pb2 as _placement_pb2
@@ -46,6 +47,38 @@ LIMIT_POLICY_ABORT: LimitPolicy.ValueType  # 1
 LIMIT_POLICY_FORCE: LimitPolicy.ValueType  # 2
 """It goes on."""
 Global___LimitPolicy: _TypeAlias = LimitPolicy  # noqa: Y015
+
+class _DrainState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DrainStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DrainState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DRAIN_STATE_UNSPECIFIED: _DrainState.ValueType  # 0
+    """Not set."""
+    DRAIN_STATE_WAITING: _DrainState.ValueType  # 1
+    """It has its turn later, or again after a pause."""
+    DRAIN_STATE_MOVING: _DrainState.ValueType  # 2
+    """It is in a migration: the drain's, or another that was under way."""
+    DRAIN_STATE_MOVED: _DrainState.ValueType  # 3
+    """It has its home elsewhere, or was deleted."""
+    DRAIN_STATE_STUCK: _DrainState.ValueType  # 4
+    """It stays: there is no device for it, or all tries have failed."""
+
+class DrainState(_DrainState, metaclass=_DrainStateEnumTypeWrapper):
+    """How far a drain is with one function."""
+
+DRAIN_STATE_UNSPECIFIED: DrainState.ValueType  # 0
+"""Not set."""
+DRAIN_STATE_WAITING: DrainState.ValueType  # 1
+"""It has its turn later, or again after a pause."""
+DRAIN_STATE_MOVING: DrainState.ValueType  # 2
+"""It is in a migration: the drain's, or another that was under way."""
+DRAIN_STATE_MOVED: DrainState.ValueType  # 3
+"""It has its home elsewhere, or was deleted."""
+DRAIN_STATE_STUCK: DrainState.ValueType  # 4
+"""It stays: there is no device for it, or all tries have failed."""
+Global___DrainState: _TypeAlias = DrainState  # noqa: Y015
 
 @_typing.final
 class MoveRequest(_message.Message):
@@ -206,10 +239,16 @@ class CreateMigrationRequest(_message.Message):
     MOVES_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     CONSTRAINTS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Becomes the migration's name. A second request with the same ID and moves gets the first one's migration; with
     other moves, ALREADY_EXISTS. Empty to let the coordinator make one, at the cost of idempotence.
     """
+    priority: _builtins.int
+    """If it has to wait: the highest goes first, -100 to 100."""
+    deadline_ms: _builtins.int
+    """How long it may wait for BEGIN; then it is aborted. Milliseconds, up to 86,400,000; 0 for 3,600,000."""
     @_builtins.property
     def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoveRequest]:
         """The moves: 1 or more, each of another function. They commit together or not at all."""
@@ -229,14 +268,60 @@ class CreateMigrationRequest(_message.Message):
         moves: _abc.Iterable[Global___MoveRequest] | None = ...,
         options: Global___MigrationOptions | None = ...,
         constraints: _placement_pb2.Constraints | None = ...,
+        priority: _builtins.int = ...,
+        deadline_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints", "moves", b"moves", "options", b"options", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints", "deadline_ms", b"deadline_ms", "moves", b"moves", "options", b"options", "priority", b"priority", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateMigrationRequest: _TypeAlias = CreateMigrationRequest  # noqa: Y015
+
+@_typing.final
+class QueuedMigration(_message.Message):
+    """A migration that waits to begin. Key: queue/MIGRATION. Where it goes is planned when it begins."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCHEMA_VERSION_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    COORDINATOR_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    schema_version: _builtins.int
+    """Schema version of the record."""
+    coordinator: _builtins.str
+    """The coordinator that is to begin it; any other does once that one is gone."""
+    @_builtins.property
+    def request(self) -> Global___CreateMigrationRequest:
+        """What was asked for, with its request ID."""
+
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was asked for, by that coordinator's clock."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When it is too late to begin."""
+
+    def __init__(
+        self,
+        *,
+        schema_version: _builtins.int = ...,
+        request: Global___CreateMigrationRequest | None = ...,
+        coordinator: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "request", b"request", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "expire_time", b"expire_time", "request", b"request", "schema_version", b"schema_version", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueuedMigration: _TypeAlias = QueuedMigration  # noqa: Y015
 
 @_typing.final
 class CreateMigrationResponse(_message.Message):
@@ -247,7 +332,7 @@ class CreateMigrationResponse(_message.Message):
     MIGRATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def migration(self) -> _records_pb2.Migration:
-        """The migration."""
+        """The migration; QUEUED if it has to wait because of limits."""
 
     def __init__(
         self,
@@ -531,3 +616,125 @@ class CancelMigrationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelMigrationResponse: _TypeAlias = CancelMigrationResponse  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    """Request of Drain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PART_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    PARALLEL_FIELD_NUMBER: _builtins.int
+    CONSTRAINTS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why, for people, if it isn't cordoned yet: at most 200 characters. May be empty."""
+    parallel: _builtins.int
+    """Migrations at once at most, up to 64; 0 for 4."""
+    @_builtins.property
+    def part(self) -> _records_pb2.Part:
+        """What is to be emptied."""
+
+    @_builtins.property
+    def constraints(self) -> _placement_pb2.Constraints:
+        """What is asked of the devices that are chosen. A rule about functions may also name some that don't move. Functions
+        that are to be together move together.
+        """
+
+    @_builtins.property
+    def options(self) -> Global___MigrationOptions:
+        """How to migrate."""
+
+    def __init__(
+        self,
+        *,
+        part: _records_pb2.Part | None = ...,
+        reason: _builtins.str = ...,
+        parallel: _builtins.int = ...,
+        constraints: _placement_pb2.Constraints | None = ...,
+        options: Global___MigrationOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints", "options", b"options", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints", "options", b"options", "parallel", b"parallel", "part", b"part", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainedFunction(_message.Message):
+    """One function of a drain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    """The function."""
+    state: Global___DrainState.ValueType
+    """How far it is."""
+    migration: _builtins.str
+    """The migration that it is or was in, if any."""
+    device: _builtins.str
+    """Where it goes, is, or stays."""
+    why: _builtins.str
+    """Why it waits or is stuck, for people: what is in the way, and what may be done."""
+    @_builtins.property
+    def held(self) -> _duration_pb2.Duration:
+        """How long its drivers were held by the move. Not set if that is not known."""
+
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        state: Global___DrainState.ValueType = ...,
+        migration: _builtins.str = ...,
+        device: _builtins.str = ...,
+        why: _builtins.str = ...,
+        held: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "function", b"function", "held", b"held", "migration", b"migration", "state", b"state", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainedFunction: _TypeAlias = DrainedFunction  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    """Response of Drain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTIONS_FIELD_NUMBER: _builtins.int
+    IS_OVER_FIELD_NUMBER: _builtins.int
+    IS_FIRST_FIELD_NUMBER: _builtins.int
+    is_over: _builtins.bool
+    """Whether that was all: nothing more will move."""
+    is_first: _builtins.bool
+    """Whether it is the first response. If the caller was told of more functions by another coordinator, those have moved."""
+    @_builtins.property
+    def functions(self) -> _containers.RepeatedCompositeFieldContainer[Global___DrainedFunction]:
+        """All functions that are there or on their way there, by name, if `is_first`; else those of which something changed."""
+
+    def __init__(
+        self,
+        *,
+        functions: _abc.Iterable[Global___DrainedFunction] | None = ...,
+        is_over: _builtins.bool = ...,
+        is_first: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["functions", b"functions", "is_first", b"is_first", "is_over", b"is_over"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015

@@ -65,6 +65,11 @@ class MigrationServiceStub:
                 request_serializer=vfleet_dot_v1_dot_migration__service__pb2.CancelMigrationRequest.SerializeToString,
                 response_deserializer=vfleet_dot_v1_dot_migration__service__pb2.CancelMigrationResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_stream(
+                '/vfleet.v1.MigrationService/Drain',
+                request_serializer=vfleet_dot_v1_dot_migration__service__pb2.DrainRequest.SerializeToString,
+                response_deserializer=vfleet_dot_v1_dot_migration__service__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class MigrationServiceServicer:
@@ -80,7 +85,8 @@ class MigrationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateMigration(self, request, context):
-        """CreateMigration begins a migration and returns once BEGIN is in etcd. Idempotent by request_id. FAILED_PRECONDITION,
+        """CreateMigration begins a migration and returns once BEGIN is in etcd, or, if limits don't allow it now, once it is
+        queued. Idempotent by request_id. FAILED_PRECONDITION,
         UNSATISFIABLE, if the constraints can't be met: a google.rpc.PreconditionFailure names those without which they can.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -109,8 +115,16 @@ class MigrationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelMigration(self, request, context):
-        """CancelMigration aborts a migration that isn't decided. FAILED_PRECONDITION, TOO_LATE, once it is committed;
+        """CancelMigration aborts a migration that is queued or isn't decided. FAILED_PRECONDITION, TOO_LATE, once it is committed;
         cancelling one that is aborted succeeds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Drain cordons a part of the fleet and moves all functions there elsewhere, for as long as the caller listens. What it
+        does is seen in the fleet alone: asked again, of any coordinator, it goes on. The cordon stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -148,6 +162,11 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     servicer.CancelMigration,
                     request_deserializer=vfleet_dot_v1_dot_migration__service__pb2.CancelMigrationRequest.FromString,
                     response_serializer=vfleet_dot_v1_dot_migration__service__pb2.CancelMigrationResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_stream_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=vfleet_dot_v1_dot_migration__service__pb2.DrainRequest.FromString,
+                    response_serializer=vfleet_dot_v1_dot_migration__service__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -313,6 +332,33 @@ class MigrationService:
             '/vfleet.v1.MigrationService/CancelMigration',
             vfleet_dot_v1_dot_migration__service__pb2.CancelMigrationRequest.SerializeToString,
             vfleet_dot_v1_dot_migration__service__pb2.CancelMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vfleet.v1.MigrationService/Drain',
+            vfleet_dot_v1_dot_migration__service__pb2.DrainRequest.SerializeToString,
+            vfleet_dot_v1_dot_migration__service__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,7 +38,8 @@ class MigrationServiceStub:
     constraints can't be met.
     """
     CreateMigration: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.CreateMigrationRequest, _migration_service_pb2.CreateMigrationResponse]
-    """CreateMigration begins a migration and returns once BEGIN is in etcd. Idempotent by request_id. FAILED_PRECONDITION,
+    """CreateMigration begins a migration and returns once BEGIN is in etcd, or, if limits don't allow it now, once it is
+    queued. Idempotent by request_id. FAILED_PRECONDITION,
     UNSATISFIABLE, if the constraints can't be met: a google.rpc.PreconditionFailure names those without which they can.
     """
     GetMigration: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.GetMigrationRequest, _migration_service_pb2.GetMigrationResponse]
@@ -48,8 +49,12 @@ class MigrationServiceStub:
     WatchMigration: _grpc.UnaryStreamMultiCallable[_migration_service_pb2.WatchMigrationRequest, _migration_service_pb2.WatchMigrationResponse]
     """WatchMigration sends the migration now and whenever it gets further, until it is over; or only when it is over."""
     CancelMigration: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.CancelMigrationRequest, _migration_service_pb2.CancelMigrationResponse]
-    """CancelMigration aborts a migration that isn't decided. FAILED_PRECONDITION, TOO_LATE, once it is committed;
+    """CancelMigration aborts a migration that is queued or isn't decided. FAILED_PRECONDITION, TOO_LATE, once it is committed;
     cancelling one that is aborted succeeds.
+    """
+    Drain: _grpc.UnaryStreamMultiCallable[_migration_service_pb2.DrainRequest, _migration_service_pb2.DrainResponse]
+    """Drain cordons a part of the fleet and moves all functions there elsewhere, for as long as the caller listens. What it
+    does is seen in the fleet alone: asked again, of any coordinator, it goes on. The cordon stays.
     """
 
 @_typing.type_check_only
@@ -62,7 +67,8 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     constraints can't be met.
     """
     CreateMigration: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.CreateMigrationRequest, _migration_service_pb2.CreateMigrationResponse]  # type: ignore[assignment]
-    """CreateMigration begins a migration and returns once BEGIN is in etcd. Idempotent by request_id. FAILED_PRECONDITION,
+    """CreateMigration begins a migration and returns once BEGIN is in etcd, or, if limits don't allow it now, once it is
+    queued. Idempotent by request_id. FAILED_PRECONDITION,
     UNSATISFIABLE, if the constraints can't be met: a google.rpc.PreconditionFailure names those without which they can.
     """
     GetMigration: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.GetMigrationRequest, _migration_service_pb2.GetMigrationResponse]  # type: ignore[assignment]
@@ -72,8 +78,12 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     WatchMigration: _aio.UnaryStreamMultiCallable[_migration_service_pb2.WatchMigrationRequest, _migration_service_pb2.WatchMigrationResponse]  # type: ignore[assignment]
     """WatchMigration sends the migration now and whenever it gets further, until it is over; or only when it is over."""
     CancelMigration: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.CancelMigrationRequest, _migration_service_pb2.CancelMigrationResponse]  # type: ignore[assignment]
-    """CancelMigration aborts a migration that isn't decided. FAILED_PRECONDITION, TOO_LATE, once it is committed;
+    """CancelMigration aborts a migration that is queued or isn't decided. FAILED_PRECONDITION, TOO_LATE, once it is committed;
     cancelling one that is aborted succeeds.
+    """
+    Drain: _aio.UnaryStreamMultiCallable[_migration_service_pb2.DrainRequest, _migration_service_pb2.DrainResponse]  # type: ignore[assignment]
+    """Drain cordons a part of the fleet and moves all functions there elsewhere, for as long as the caller listens. What it
+    does is seen in the fleet alone: asked again, of any coordinator, it goes on. The cordon stays.
     """
 
 class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -95,7 +105,8 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_service_pb2.CreateMigrationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_migration_service_pb2.CreateMigrationResponse, _abc.Awaitable[_migration_service_pb2.CreateMigrationResponse]]:
-        """CreateMigration begins a migration and returns once BEGIN is in etcd. Idempotent by request_id. FAILED_PRECONDITION,
+        """CreateMigration begins a migration and returns once BEGIN is in etcd, or, if limits don't allow it now, once it is
+        queued. Idempotent by request_id. FAILED_PRECONDITION,
         UNSATISFIABLE, if the constraints can't be met: a google.rpc.PreconditionFailure names those without which they can.
         """
 
@@ -129,8 +140,18 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_service_pb2.CancelMigrationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_migration_service_pb2.CancelMigrationResponse, _abc.Awaitable[_migration_service_pb2.CancelMigrationResponse]]:
-        """CancelMigration aborts a migration that isn't decided. FAILED_PRECONDITION, TOO_LATE, once it is committed;
+        """CancelMigration aborts a migration that is queued or isn't decided. FAILED_PRECONDITION, TOO_LATE, once it is committed;
         cancelling one that is aborted succeeds.
+        """
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _migration_service_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_migration_service_pb2.DrainResponse], _abc.AsyncIterator[_migration_service_pb2.DrainResponse]]:
+        """Drain cordons a part of the fleet and moves all functions there elsewhere, for as long as the caller listens. What it
+        does is seen in the fleet alone: asked again, of any coordinator, it goes on. The cordon stays.
         """
 
 def add_MigrationServiceServicer_to_server(servicer: MigrationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

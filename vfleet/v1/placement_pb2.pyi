@@ -142,7 +142,7 @@ class _PlacementFilterEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Place
     PLACEMENT_FILTER_HOST_REGISTERED: _PlacementFilter.ValueType  # 10
     """Its host is not registered."""
     PLACEMENT_FILTER_CORDON: _PlacementFilter.ValueType  # 11
-    """Its host is cordoned."""
+    """It is cordoned, or its host, adapter, power domain, or one of its bridges is."""
     PLACEMENT_FILTER_HOST: _PlacementFilter.ValueType  # 12
     """The rule about the host."""
     PLACEMENT_FILTER_PHYSICAL_ADAPTER: _PlacementFilter.ValueType  # 13
@@ -182,7 +182,7 @@ PLACEMENT_FILTER_ATTACHMENTS: PlacementFilter.ValueType  # 9
 PLACEMENT_FILTER_HOST_REGISTERED: PlacementFilter.ValueType  # 10
 """Its host is not registered."""
 PLACEMENT_FILTER_CORDON: PlacementFilter.ValueType  # 11
-"""Its host is cordoned."""
+"""It is cordoned, or its host, adapter, power domain, or one of its bridges is."""
 PLACEMENT_FILTER_HOST: PlacementFilter.ValueType  # 12
 """The rule about the host."""
 PLACEMENT_FILTER_PHYSICAL_ADAPTER: PlacementFilter.ValueType  # 13

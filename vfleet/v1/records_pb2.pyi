@@ -24,6 +24,42 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _PartKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PartKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PartKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PART_KIND_UNSPECIFIED: _PartKind.ValueType  # 0
+    """Not set."""
+    PART_KIND_HOST: _PartKind.ValueType  # 1
+    """A host: all of its devices."""
+    PART_KIND_DEVICE: _PartKind.ValueType  # 2
+    """One device."""
+    PART_KIND_ADAPTER: _PartKind.ValueType  # 3
+    """A physical adapter (card)."""
+    PART_KIND_BRIDGE: _PartKind.ValueType  # 4
+    """A bridge: the devices right below it, and those below bridges right below it."""
+    PART_KIND_POWER_DOMAIN: _PartKind.ValueType  # 5
+    """A power domain."""
+
+class PartKind(_PartKind, metaclass=_PartKindEnumTypeWrapper):
+    """What devices can be taken out of use, or emptied, by."""
+
+PART_KIND_UNSPECIFIED: PartKind.ValueType  # 0
+"""Not set."""
+PART_KIND_HOST: PartKind.ValueType  # 1
+"""A host: all of its devices."""
+PART_KIND_DEVICE: PartKind.ValueType  # 2
+"""One device."""
+PART_KIND_ADAPTER: PartKind.ValueType  # 3
+"""A physical adapter (card)."""
+PART_KIND_BRIDGE: PartKind.ValueType  # 4
+"""A bridge: the devices right below it, and those below bridges right below it."""
+PART_KIND_POWER_DOMAIN: PartKind.ValueType  # 5
+"""A power domain."""
+Global___PartKind: _TypeAlias = PartKind  # noqa: Y015
+
 class _FunctionStatus:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -74,6 +110,8 @@ class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType
     """Over, moved, nothing left behind."""
     PHASE_ABORTED: _Phase.ValueType  # 5
     """Over, not moved, nothing left behind."""
+    PHASE_QUEUED: _Phase.ValueType  # 6
+    """Not begun: it waits until limits allow it. Never in a record of this kind; see QueuedMigration."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
     """How far a migration is. The record's phase is the truth; there is nothing finer in etcd."""
@@ -90,6 +128,8 @@ PHASE_DONE: Phase.ValueType  # 4
 """Over, moved, nothing left behind."""
 PHASE_ABORTED: Phase.ValueType  # 5
 """Over, not moved, nothing left behind."""
+PHASE_QUEUED: Phase.ValueType  # 6
+"""Not begun: it waits until limits allow it. Never in a record of this kind; see QueuedMigration."""
 Global___Phase: _TypeAlias = Phase  # noqa: Y015
 
 class _Step:
@@ -279,7 +319,7 @@ class Host(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     REGISTERED_FIELD_NUMBER: _builtins.int
-    CORDON_FIELD_NUMBER: _builtins.int
+    CORDONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The host's name."""
     schema_version: _builtins.int
@@ -297,8 +337,8 @@ class Host(_message.Message):
         """Its devices, in the order of the topology."""
 
     @_builtins.property
-    def cordon(self) -> Global___Cordon:
-        """Its cordon, if it has one. Not stored here: a key of its own, which a registration leaves as it is."""
+    def cordons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cordon]:
+        """Its cordons and those of what is in it. Not stored here: each is a key of its own, which a registration leaves."""
 
     def __init__(
         self,
@@ -310,32 +350,60 @@ class Host(_message.Message):
         incarnation: _builtins.str = ...,
         devices: _abc.Iterable[Global___Device] | None = ...,
         registered: _builtins.bool = ...,
-        cordon: Global___Cordon | None = ...,
+        cordons: _abc.Iterable[Global___Cordon] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cordon", b"cordon"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cordon", b"cordon", "devices", b"devices", "incarnation", b"incarnation", "name", b"name", "registered", b"registered", "schema_version", b"schema_version", "segment", b"segment"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cordons", b"cordons", "devices", b"devices", "incarnation", b"incarnation", "name", b"name", "registered", b"registered", "schema_version", b"schema_version", "segment", b"segment"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Host: _TypeAlias = Host  # noqa: Y015
 
 @_typing.final
-class Cordon(_message.Message):
-    """What keeps a host from being chosen, or named, as a target. Key: cordons/HOST."""
+class Part(_message.Message):
+    """A part of the fleet: one or more devices of one host."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    HOST_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    kind: Global___PartKind.ValueType
+    """What it is."""
+    name: _builtins.str
+    """HOST, or else HOST/NAME: adapters, bridges and power domains are those of a host."""
+    def __init__(
+        self,
+        *,
+        kind: Global___PartKind.ValueType = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Part: _TypeAlias = Part  # noqa: Y015
+
+@_typing.final
+class Cordon(_message.Message):
+    """What keeps devices from being chosen, or named, as targets. Key: cordons/HOST, or cordons/HOST/KIND/NAME."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PART_FIELD_NUMBER: _builtins.int
     SCHEMA_VERSION_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
-    host: _builtins.str
-    """The host."""
     schema_version: _builtins.int
     """Schema version of the record."""
     reason: _builtins.str
     """Why, as who asked for it said. May be empty."""
+    @_builtins.property
+    def part(self) -> Global___Part:
+        """What is cordoned."""
+
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """Since when, by the clock of the coordinator."""
@@ -343,14 +411,14 @@ class Cordon(_message.Message):
     def __init__(
         self,
         *,
-        host: _builtins.str = ...,
+        part: Global___Part | None = ...,
         schema_version: _builtins.int = ...,
         reason: _builtins.str = ...,
         time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "reason", b"reason", "schema_version", b"schema_version", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "reason", b"reason", "schema_version", b"schema_version", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -706,6 +774,7 @@ class Migration(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     FINISHED_BY_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
+    ABORT_CAUSE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name: the request ID that the client gave, or one made by the coordinator."""
     schema_version: _builtins.int
@@ -722,6 +791,8 @@ class Migration(_message.Message):
     """The coordinator that wrote FINISH."""
     mode: _types_pb2.TransferMode.ValueType
     """When the functions' states move."""
+    abort_cause: _types_pb2.ErrorReason.ValueType
+    """Why it was aborted, for programs. Not set if nothing failed: whoever drove it had gone when another aborted it."""
     @_builtins.property
     def attempt(self) -> _types_pb2.Attempt:
         """The fence. Its revision is that of BEGIN, so it is known from the key and not stored."""
@@ -763,10 +834,11 @@ class Migration(_message.Message):
         steps: _abc.Iterable[Global___StepDuration] | None = ...,
         finished_by: _builtins.str = ...,
         mode: _types_pb2.TransferMode.ValueType = ...,
+        abort_cause: _types_pb2.ErrorReason.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "begin_time", b"begin_time", "decide_time", b"decide_time", "finish_time", b"finish_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_reason", b"abort_reason", "abort_step", b"abort_step", "attempt", b"attempt", "begin_time", b"begin_time", "coordinator", b"coordinator", "decide_time", b"decide_time", "finish_time", b"finish_time", "finished_by", b"finished_by", "mode", b"mode", "moves", b"moves", "name", b"name", "phase", b"phase", "schema_version", b"schema_version", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_cause", b"abort_cause", "abort_reason", b"abort_reason", "abort_step", b"abort_step", "attempt", b"attempt", "begin_time", b"begin_time", "coordinator", b"coordinator", "decide_time", b"decide_time", "finish_time", b"finish_time", "finished_by", b"finished_by", "mode", b"mode", "moves", b"moves", "name", b"name", "phase", b"phase", "schema_version", b"schema_version", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

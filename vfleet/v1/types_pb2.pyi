@@ -176,7 +176,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_UNSATISFIABLE: _ErrorReason.ValueType  # 29
     """No choice of devices meets the constraints."""
     ERROR_REASON_HOST_CORDONED: _ErrorReason.ValueType  # 30
-    """The host is cordoned."""
+    """The device is cordoned, or something that it is in, named in the metadata."""
+    ERROR_REASON_CANCELLED: _ErrorReason.ValueType  # 31
+    """Somebody cancelled it."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused: the reason of the google.rpc.ErrorInfo (domain "vfleet"), without its prefix."""
@@ -242,7 +244,9 @@ ERROR_REASON_UNREACHABLE: ErrorReason.ValueType  # 28
 ERROR_REASON_UNSATISFIABLE: ErrorReason.ValueType  # 29
 """No choice of devices meets the constraints."""
 ERROR_REASON_HOST_CORDONED: ErrorReason.ValueType  # 30
-"""The host is cordoned."""
+"""The device is cordoned, or something that it is in, named in the metadata."""
+ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 31
+"""Somebody cancelled it."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
