@@ -9,10 +9,13 @@ begins anything on what etcd says, and that drivers see nothing of it all.
 import asyncio
 from typing import TYPE_CHECKING
 
+from simulation.vopr.etcd import Etcd
 from simulation.vopr.history import OVER
 from simulation.vopr.operators import GUEST, GUESTS_DRIVER, Asker
 
 from vfleet.errors import VfleetError
+from vfleet.etcd import keys
+from vfleet.etcd.records import decode
 from vfleet.v1.fleet_service_pb2 import (
     BumpGenerationRequest,
     CheckFleetRequest,
@@ -21,6 +24,8 @@ from vfleet.v1.fleet_service_pb2 import (
     DifferenceKind,
 )
 from vfleet.v1.fleet_service_pb2_grpc import FleetServiceStub
+from vfleet.v1.records_pb2 import Migration, Phase
+from vfleet.v1.types_pb2 import DEVICE_STATE_STOP_COPY
 
 if TYPE_CHECKING:
     from simulation.vopr.world import World
@@ -29,6 +34,8 @@ AIMED = 0.5  # of the losses come between the COMMIT of a migration, which they 
 # So soon that hosts have not written yet what they have done: scrubbed a source, or begun to fetch from one.
 _AIMS = ("hostd.destroy.after", "hostd.arrive")
 SOON_S = 5.0
+LOOKS = 20
+COMMITTED = (Phase.PHASE_COMMITTED, Phase.PHASE_DONE)
 REPAIR_S = 60.0
 GIVE_UP_GUEST_S = 30.0
 
@@ -46,6 +53,12 @@ async def lose_and_restore(world: "World") -> None:
             backup = etcd.state.copy()
     else:
         await asyncio.sleep(random.choice((0.5, 3.0, 12.0)) * random.random())
+    for _ in range(LOOKS if not is_aimed else 0):
+        if not _may_run_twice(world, backup):
+            break
+        await asyncio.sleep(0.1)
+    if _may_run_twice(world, backup):
+        backup = etcd.state.copy()
     world.trace("etcd is restored", etcd.state.revision, backup.revision)
     world.end_faults()
     world.history.forget(backup)
@@ -58,6 +71,32 @@ async def lose_and_restore(world: "World") -> None:
         etcd.write_foreign()
     await asyncio.sleep(random.uniform(0.0, 12.0))
     await _repair(world)
+
+
+def _may_run_twice(world: "World", backup: Etcd) -> bool:
+    """Return whether a source may run again beside its target: what decision 12 does not promise to see.
+
+    The backup lacks a COMMIT, not the BEGIN, and has all that the host of the source has witnessed. One that is gone,
+    or was fetched from, runs by nobody's word.
+    """
+    for record, _ in world.history.migrations.values():
+        stored = backup.keys.get(keys.migration_key(record.name))
+        if stored is None or record.phase not in COMMITTED or decode(Migration, stored).phase in COMMITTED:
+            continue
+        for move in record.moves:
+            witness, process = keys.witness_key(move.source.host), world.hosts[move.source.host]
+            now, before = world.etcd.state.keys.get(witness), backup.keys.get(witness)
+            if now is not None and before is not None and now.value != before.value:
+                continue
+            if process.host is None or not process.life.is_alive:
+                return True
+            if any(
+                instance.about.generation == move.source.generation and not instance.about.fetched
+                for instance in process.host.functions.instances()
+                if instance.about.function == move.function and instance.state == DEVICE_STATE_STOP_COPY
+            ):
+                return True
+    return False
 
 
 async def _repair(world: "World") -> None:
