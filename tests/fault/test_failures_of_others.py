@@ -42,8 +42,9 @@ def failpoints(tmp_path: Path) -> Failpoints:
 
 
 @pytest.fixture
-async def cluster(tmp_path: Path, failpoints: Failpoints) -> AsyncIterator[Cluster]:
-    async with running(tmp_path, coordinators=2, lease_ttl_s=LEASE_TTL_S, failpoints=failpoints.directory) as cluster:
+async def cluster(tmp_path: Path, failpoints: Failpoints, request: pytest.FixtureRequest) -> AsyncIterator[Cluster]:
+    lease_ttl_s = getattr(request, "param", LEASE_TTL_S)
+    async with running(tmp_path, coordinators=2, lease_ttl_s=lease_ttl_s, failpoints=failpoints.directory) as cluster:
         yield cluster
 
 
@@ -298,6 +299,8 @@ async def test_sriov_network_device_plugin_714_a_slot_is_zero_before_another_fun
     await finish(cluster)
 
 
+# A lease that ends under the coordinator that stands still would be another test.
+@pytest.mark.parametrize("cluster", [12], indirect=True)
 async def test_sriov_network_device_plugin_565_a_restart_changes_no_capacity(
     cluster: Cluster, failpoints: Failpoints, at_c1: FleetClient, at_c2: FleetClient
 ) -> None:
