@@ -98,6 +98,23 @@ def test_a_repeated_access_gets_its_first_answer_and_has_no_second_effect(bench:
     assert do(instance, 6, doorbell + checker.REPEATED)[1] == bytes(8)
 
 
+def test_plain_memory_is_written_and_read_once_from_its_first_word_to_its_last(bench: Bench):
+    instance, ends = bench.create(), (LOCAL.start, LOCAL.stop - 8)
+    for sequence, offset in enumerate(ends, start=1):
+        assert do(instance, sequence, offset, sequence) == (ACCESS_STATUS_OK, b"")
+    answers = [do(instance, sequence, offset) for sequence, offset in enumerate(ends, start=3)]
+    assert answers == [(ACCESS_STATUS_OK, value.to_bytes(8, "little")) for value in (1, 2)]
+    do(instance, 5, LOCAL.start, 0x33)
+    for _ in range(2):
+        assert do(instance, 1, LOCAL.start, 1) == (ACCESS_STATUS_OK, b"")
+        assert [do(instance, sequence, offset) for sequence, offset in enumerate(ends, start=3)] == answers
+        bench.restart()
+        instance = bench.functions.find("vf1", 1)
+    assert do(instance, 6, LOCAL.start)[1] == (0x33).to_bytes(8, "little")
+    with pytest.raises(SequenceGapError):
+        do(instance, 8, LOCAL.start, 0x44)
+
+
 def test_a_gap_is_refused_and_changes_nothing(bench: Bench):
     instance = bench.create()
     do(instance, 1, checker.SCRATCH, 0x11)

@@ -20,6 +20,7 @@ from vfleet.decision import abort_transaction
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
 from vfleet.etcd.records import decode
+from vfleet.failure import abort_cause
 from vfleet.v1.function_service_pb2 import ChangeStateRequest, CreateFunctionRequest, DestroyFunctionRequest
 from vfleet.v1.hold_service_pb2 import EntryName, LiftHoldRequest, PlaceHoldRequest
 from vfleet.v1.migration_service_pb2 import CopyProgress, LimitPolicy
@@ -351,6 +352,7 @@ async def test_a_failure_before_commit_is_why_it_was_aborted_and_where(rig: Rig,
     await rig.run()
     assert_undone(rig)
     assert (rig.record.abort_reason, rig.record.abort_step) == ("no more memory", Step.Value(f"STEP_{step}"))
+    assert abort_cause(rig.record) is Reason.LIMIT_EXCEEDED
 
 
 @pytest.mark.parametrize(
@@ -467,6 +469,7 @@ async def test_a_commit_that_comes_too_late_is_an_abort(rig: Rig):
     await rig.run(Options(hold_timeout_ms=5_000))
     assert_undone(rig)
     assert rig.record.abort_reason == "etcd did not take the COMMIT in time"
+    assert abort_cause(rig.record) is Reason.LIMIT_EXCEEDED
     assert rig.record.abort_step == Step.STEP_COMMIT
 
 
