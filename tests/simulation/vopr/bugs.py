@@ -163,7 +163,7 @@ def source_slot_not_freed() -> list[Patch]:
     return [(transaction, "finish", forgetful)]
 
 
-@_bug(found_at=8)
+@_bug(found_at=4)
 def old_table_applied() -> list[Patch]:
     def with_entries(self, entries):
         by_function = dict(self.by_function)
@@ -214,13 +214,13 @@ def lease_trusted() -> list[Patch]:
     ]
 
 
-@_bug(found_at=2)
+@_bug(found_at=6)
 def abort_not_compared() -> list[Patch]:
     without = _without(decision.abort_transaction, lambda compare: "/migrations/" in compare.key)
     return [(resolution, "abort_transaction", without), (coordinator_service, "abort_transaction", without)]
 
 
-@_bug(found_at=2)
+@_bug(found_at=19)
 def commit_not_compared() -> list[Patch]:
     return [
         (
@@ -244,7 +244,7 @@ def lock_not_compared() -> list[Patch]:
     ]
 
 
-@_bug(found_at=12)
+@_bug(found_at=4)
 def resolved_by_phase() -> list[Patch]:
     async def resolve(self, found):
         stored = await self._store.get(f"/vfleet/migrations/{found.about.migration}")
@@ -260,7 +260,7 @@ def resolved_by_phase() -> list[Patch]:
     return [(Resolver, "_resolve_instance", resolve)]
 
 
-@_bug(found_at=6)
+@_bug(found_at=48)
 def source_runs_on() -> list[Patch]:
     return [(instance, "serves", lambda state: device_state.serves(state) or state == DEVICE_STATE_STOP_COPY)]
 
@@ -279,7 +279,7 @@ def nothing_zeroed() -> list[Patch]:
     return [(Slots, "_open", by_slot)]
 
 
-@_bug(found_at=8)
+@_bug(found_at=6)
 def dirty_pages_forgotten() -> list[Patch]:
     rest = Export.rest
     return [(Export, "rest", lambda self, dirty: rest(self, set()))]
@@ -300,7 +300,7 @@ def half_an_import_taken() -> list[Patch]:
     return [(transfer, "import_state", hasty)]
 
 
-@_bug(found_at=18)
+@_bug(found_at=7)
 def holds_forgotten_at_restart() -> list[Patch]:
     init = Drivers.__init__
 
@@ -312,7 +312,7 @@ def holds_forgotten_at_restart() -> list[Patch]:
     return [(Drivers, "__init__", forgetful)]
 
 
-@_bug(found_at=55)
+@_bug(found_at=1)
 def holds_never_resolved() -> list[Patch]:
     async def never(self, migration):
         return
@@ -320,7 +320,7 @@ def holds_never_resolved() -> list[Patch]:
     return [(Resolver, "_resolve_holds", never)]
 
 
-@_bug(found_at=54)
+@_bug(found_at=186)
 def abort_that_looks_at_no_source() -> list[Patch]:
     """Only a loss of etcd just between a COMMIT and its FINISH makes a difference."""
 
@@ -366,7 +366,7 @@ def repeated_access_applied_again() -> list[Patch]:
     return [(Instance, "access", again)]
 
 
-@_bug(found_at=28)
+@_bug(found_at=53)
 def sessions_not_counted() -> list[Patch]:
     """In 1 run of 200 a message of before a host's restart arrives after it; in such weather as this, in 1 of 20."""
 
@@ -393,7 +393,7 @@ def group_commits_in_parts() -> list[Patch]:
     return [(transaction, "commit", part)]
 
 
-@_bug(found_at=1)
+@_bug(found_at=2)
 def table_changes_in_parts() -> list[Patch]:
     put = Drivers._put_entries
 
