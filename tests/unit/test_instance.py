@@ -115,6 +115,12 @@ def test_plain_memory_is_written_and_read_once_from_its_first_word_to_its_last(b
         do(instance, 8, LOCAL.start, 0x44)
 
 
+def test_only_an_instance_that_has_just_been_made_is_taken_to_be_empty(bench: Bench):
+    assert bench.create().is_blank is True
+    bench.restart()
+    assert bench.functions.find("vf1", 1).is_blank is False
+
+
 def test_a_gap_is_refused_and_changes_nothing(bench: Bench):
     instance = bench.create()
     do(instance, 1, checker.SCRATCH, 0x11)

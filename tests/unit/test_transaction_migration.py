@@ -28,6 +28,25 @@ def begin(fleet: FleetValues) -> Transaction:
     return transaction.begin(planned(fleet), 5, fleet.snapshot().fleet_generation_is_this)
 
 
+@pytest.mark.parametrize("is_queued", [False, True])
+@pytest.mark.parametrize("change", ["none", "queued anew", "gone"])
+def test_a_migration_leaves_the_queue_as_it_begins_unless_the_queue_has_changed(is_queued: bool, change: str):
+    fleet = three_hosts()
+    queue = keys.queue_key("m1")
+    revision = fleet.put(queue, "waits") if is_queued else 0
+    beginning = transaction.begin(planned(fleet), 5, fleet.snapshot().fleet_generation_is_this, queue_revision=revision)
+    has_changed = change == "queued anew" or (change == "gone" and is_queued)
+    if change == "queued anew":
+        fleet.put(queue, "waits again")
+    elif change == "gone":
+        fleet.items.pop(queue, None)
+    before = queue in fleet.items
+    assert all(isinstance(each.key, str) for each in (*beginning.compares, *beginning.writes))
+    assert [write.key for write in beginning.writes if isinstance(write, Delete)] == [queue] * is_queued
+    assert bool(fleet.commit(beginning)) is not has_changed
+    assert (queue in fleet.items) == (before and has_changed)
+
+
 def begun() -> FleetValues:
     fleet = three_hosts()
     assert fleet.commit(begin(fleet))
