@@ -1,6 +1,5 @@
 """What begins queued migrations as soon as the limits allow it, and ends those that can't begin or are too late."""
 
-import asyncio
 import logging
 
 from coordinator.context import Context
@@ -8,6 +7,7 @@ from coordinator.queueing import give_up, in_order, known_devices
 from coordinator.requests import checked_options
 from coordinator.retries import Retries
 from coordinator.snapshot import Stored
+from coordinator.tasks import first_of
 from coordinator.term import Term
 from vfleet.errors import Reason, VfleetError
 from vfleet.failure import is_passing
@@ -93,12 +93,7 @@ class Dispatcher:
             for pause_s in (self._left_s(stored), self._tries(stored.record.request.request_id).due_s - now_s)
             if pause_s > 0
         ]
-        waits = [asyncio.create_task(self._context.inventory.until(lambda: self._signature() != seen))]
+        waits = [self._context.inventory.until(lambda: self._signature() != seen)]
         if pauses_s:
-            waits.append(asyncio.create_task(self._context.clock.sleep(min(pauses_s))))
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+            waits.append(self._context.clock.sleep(min(pauses_s)))
+        await first_of(waits)

@@ -5,7 +5,6 @@ part again, here or at another coordinator, goes on; and the end of the cordon i
 was there, or on its way there, when it was asked for, and nothing else.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 from coordinator.context import Context
@@ -13,6 +12,7 @@ from coordinator.cordon import devices_in
 from coordinator.drain_plan import Batch, DrainPlan, plan_drain
 from coordinator.retries import Retries
 from coordinator.snapshot import Snapshot, Stored
+from coordinator.tasks import first_of
 from vfleet.errors import Reason, VfleetError
 from vfleet.failure import abort_cause, advice, undone
 from vfleet.parts import part_key, spoken
@@ -219,15 +219,10 @@ class Drain:
         ]
         if self._look_again_s is not None:
             pauses_s.append(self._look_again_s)
-        waits = [asyncio.create_task(self._context.inventory.until(lambda: self._signature() != seen))]
+        waits = [self._context.inventory.until(lambda: self._signature() != seen)]
         if pauses_s:
-            waits.append(asyncio.create_task(self._context.clock.sleep(min(pauses_s))))
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+            waits.append(self._context.clock.sleep(min(pauses_s)))
+        await first_of(waits)
 
 
 def _show(function: _Leaving, state: DrainState.ValueType, *, device: str) -> None:

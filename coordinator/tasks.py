@@ -26,6 +26,17 @@ async def together(works: Iterable[Coroutine[None, None, None]]) -> None:
     return None
 
 
+async def first_of(works: Iterable[Coroutine[None, None, None]]) -> None:
+    """Start all, wait until one has ended, however it does, and cancel the others."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 @asynccontextmanager
 async def within(timeout_ms: int, what: str) -> AsyncGenerator[None, None]:
     """Raise LIMIT_EXCEEDED, saying that `what` was not reached, if the block takes longer than `timeout_ms`."""
