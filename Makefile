@@ -11,7 +11,7 @@ GENERATE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I 
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench chaos kill-matrix model simulate simulate-bugs mutation lint proto clean
+.PHONY: help demo test bench chaos kill-matrix promtool model simulate simulate-bugs mutation lint proto clean
 .DELETE_ON_ERROR:
 
 help: ## Show this
@@ -31,6 +31,8 @@ chaos: $(VENV)/installed-dev ## Let everything fail for DURATION=300 seconds, by
 
 kill-matrix: $(VENV)/installed-dev ## Kill and freeze everyone at every step of a migration, and print how each ended
 	PYTHONPATH=tests $(BIN)/python -m fault.kill_matrix
+
+promtool: .cache/promtool ## Get promtool, which tests of alerts need, from Debian's package of Prometheus
 
 model: ## Search all states of the protocol's models, with Spin and a C compiler; take each rule away
 	nice -n 19 $(PYTHON) tests/model/check.py
@@ -62,7 +64,7 @@ proto: $(VENV)/installed-dev ## Generate the stubs from protos/
 	rm -f vfleet/v1/*_pb2* && cp "$$stubs"/vfleet/v1/* vfleet/v1/
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants
+	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define generate
@@ -85,6 +87,12 @@ $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	@echo "Installing vfleet and what its development needs into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $(VENV)/installed $@
+
+# Unpacked, not installed: a server that would start by itself comes with it.
+.cache/promtool:
+	@set -e; mkdir -p .cache; new=$$(mktemp -d .cache/new.XXXXXX); trap 'rm -rf "$(CURDIR)/$$new"' EXIT; cd "$$new"; \
+	apt-get -o APT::Sandbox::User=root download -q prometheus || { apt-get update -q && apt-get -o APT::Sandbox::User=root download -q prometheus; }; \
+	dpkg-deb -x prometheus_*.deb unpacked; mv unpacked ../promtool
 
 $(VENV)/installed-mutation: $(VENV)/installed-dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[mutation]'

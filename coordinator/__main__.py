@@ -5,18 +5,24 @@ from random import Random
 
 from coordinator.config import Config, parse
 from coordinator.daemon import Daemon
-from vfleet import daemon
+from vfleet import daemon, log, metrics
 from vfleet.clock import SystemClock
 from vfleet.etcd.client import EtcdStore
+from vfleet.etcd.observed import ObservedStore
 from vfleet.rpc import Channels
 
 
-async def _serve(config: Config) -> None:
-    clock, channels = SystemClock(), Channels()
+async def _serve(config: Config, writer: log.Writer) -> None:
+    clock, channels, registry = SystemClock(), Channels(), metrics.new_registry(writer)
     random = Random()  # noqa: S311  # names, identities and delays: nothing secret
-    async with await EtcdStore.connect(config.etcd, clock, random) as store:
+    async with (
+        metrics.serving(config.metrics, registry) as metrics_at,
+        await EtcdStore.connect(config.etcd, clock, random) as etcd,
+    ):
+        store = ObservedStore(etcd, clock, metrics.etcd_histogram(registry))
         try:
-            await Daemon(config, store, channels, clock, random).run(daemon.announce)
+            serving = Daemon(config, store, channels, clock, random, registry=registry)
+            await serving.run(lambda address: daemon.announce(address, metrics_at))
         finally:
             await channels.close()
 
@@ -24,7 +30,8 @@ async def _serve(config: Config) -> None:
 def main() -> None:
     """Run the coordinator that the command line describes until SIGTERM or SIGINT."""
     config = parse(sys.argv[1:])
-    daemon.run("vfleet-coordinator", config.log_level, lambda: _serve(config))
+    log.name_process(coordinator=config.name)
+    daemon.run("vfleet-coordinator", config.log_level, config.log_format, lambda writer: _serve(config, writer))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from coordinator.queueing import DEFAULT_ALLOWANCE, Allowance
 from coordinator.retention import Retention
-from vfleet.daemon import DEFAULT_LEASE_TTL_S, Parser, check_address, check_lease_ttl
+from vfleet.daemon import DEFAULT_LEASE_TTL_S, Parser, check_address, check_lease_ttl, check_log_format
 from vfleet.errors import VfleetError, invalid_field
 from vfleet.names import check_name
 
@@ -32,6 +32,8 @@ class Config:
     etcd: tuple[str, ...]
     lease_ttl_s: int = DEFAULT_LEASE_TTL_S
     log_level: str = "info"
+    log_format: str = "console"
+    metrics: str | None = None
     keep_migrations: int = DEFAULT_KEPT
     keep_migrations_days: int = DEFAULT_KEPT_DAYS
     allowance: Allowance = DEFAULT_ALLOWANCE
@@ -42,6 +44,9 @@ class Config:
         for endpoint in self.etcd:
             check_address("--etcd", endpoint, least_port=1)
         check_lease_ttl("--lease-ttl-s", self.lease_ttl_s)
+        check_log_format("--log-format", self.log_format)
+        if self.metrics is not None:
+            check_address("--metrics", self.metrics, least_port=0)
         _check_kept("--keep-migrations", self.keep_migrations, MAX_KEPT)
         _check_kept("--keep-migrations-days", self.keep_migrations_days, MAX_KEPT_DAYS)
         for field, value in zip(
@@ -97,6 +102,8 @@ def parse(arguments: Sequence[str]) -> Config:
             etcd=tuple(options.etcd.split(",")),
             lease_ttl_s=options.lease_ttl_s,
             log_level=options.log_level,
+            log_format=options.log_format,
+            metrics=options.metrics,
             keep_migrations=options.keep_migrations,
             keep_migrations_days=options.keep_migrations_days,
             allowance=Allowance(

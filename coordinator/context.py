@@ -16,6 +16,7 @@ from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.keys import FLEET_GENERATION
 from vfleet.etcd.store import Committed, Store
+from vfleet.v1.records_pb2 import Migration
 
 CATCH_UP_S = 1.0
 
@@ -29,6 +30,10 @@ ResultT = TypeVar("ResultT")
 _log = logging.getLogger(__name__)
 
 
+def _uncounted(_: Migration) -> None:
+    """Stand for whoever wants to know of migrations that are over."""
+
+
 def _never_lost() -> None:
     """Stand for the session of work that needs none: each of its writes compares what it read."""
 
@@ -38,7 +43,7 @@ class Context:
     """A coordinator's name, its store, inventory and hosts, its clock and its randomness.
 
     `check` raises CONFLICT once the session is lost under which this context is used. `allowance` is how many
-    migrations may be under way.
+    migrations may be under way. `ended` is told of each migration whose end this coordinator wrote.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Context:
     random: Random
     check: Callable[[], None] = _never_lost
     allowance: Allowance = DEFAULT_ALLOWANCE
+    ended: Callable[[Migration], None] = _uncounted
 
     def under(self, check: Callable[[], None]) -> "Context":
         """Return the context of work that may act only while `check` does not raise.

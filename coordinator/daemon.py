@@ -10,12 +10,15 @@ import logging
 from collections.abc import Callable, Sequence
 from random import Random
 
+from prometheus_client import CollectorRegistry
+
 from coordinator.config import Config
 from coordinator.context import Context
 from coordinator.dispatch import Dispatcher
 from coordinator.fleet import Fleet
 from coordinator.hosts import Hosts
 from coordinator.inventory import Inventory
+from coordinator.metrics import Ended, fleet_metrics
 from coordinator.recovery import adopt_orphans, finish_functions
 from coordinator.retention import forget_migrations
 from coordinator.service import FleetService, MigrationService
@@ -27,6 +30,7 @@ from vfleet.etcd.keys import coordinator_key
 from vfleet.etcd.records import encode
 from vfleet.etcd.session import Session
 from vfleet.etcd.store import Put, Store, Transaction, absent
+from vfleet.metrics import ReadAtScrape
 from vfleet.rpc import Channels, Server
 from vfleet.v1.fleet_service_pb2 import DESCRIPTOR as FLEET
 from vfleet.v1.fleet_service_pb2_grpc import add_FleetServiceServicer_to_server
@@ -52,14 +56,27 @@ class Daemon:
         clock: Clock,
         random: Random,
         new_server: Callable[[Sequence[str]], Server] = Server,
+        registry: CollectorRegistry | None = None,
     ) -> None:
-        """`new_server` makes the server for services of these names: a part of the network, as an argument."""
+        """`new_server` makes the server for services of these names: a part of the network, as an argument.
+
+        `registry` is where its metrics go.
+        """
+        registry = registry or CollectorRegistry()
         self._config = config
         self._new_server = new_server
         inventory = Inventory(clock)
         self._context = Context(
-            config.name, store, inventory, Hosts(inventory, channels), clock, random, allowance=config.allowance
+            config.name,
+            store,
+            inventory,
+            Hosts(inventory, channels),
+            clock,
+            random,
+            allowance=config.allowance,
+            ended=Ended(registry),
         )
+        registry.register(ReadAtScrape(lambda: fleet_metrics(inventory, clock, lambda: self._term)))
         self._term: Term | None = None
         self._tasks = Tasks()
 

@@ -39,7 +39,9 @@ class Dispatcher:
             try:
                 await self._look_at(name, stored)
             except VfleetError as error:
-                _log.warning("queued migration %s, to be looked at again: %s", name, error.message)
+                _log.warning(
+                    "queued migration %s, to be looked at again: %s", name, error.message, extra={"migration": name}
+                )
                 self._tries(name).failed(error.reason, self._context.clock.monotonic())
         for name in self._retries.keys() - self._context.snapshot.queue.keys():
             del self._retries[name]

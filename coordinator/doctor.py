@@ -89,15 +89,16 @@ class Doctor:
 
     async def _carry_out(self, found: Finding) -> None:
         difference, repair = found.difference, found.repair
+        about = {field: getattr(difference, field) for field in ("host", "function", "driver", "migration")}
         try:
             if isinstance(repair, Transaction):
                 await self._context.store.commit(repair)
             elif isinstance(repair, Call):
                 await self._context.hosts.send(repair.host, repair.request)
-            _log.warning("doctor: %s", " ".join(str(difference).split()))
+            _log.warning("doctor: %s", " ".join(str(difference).split()), extra=about)
         except VfleetError as error:
             # It stands at the next look, and is told of then.
-            _log.warning("doctor: %s: %s", difference.remedy, error.message)
+            _log.warning("doctor: %s: %s", difference.remedy, error.message, extra=about)
 
 
 def _compare(view: View) -> list[Finding]:

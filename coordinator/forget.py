@@ -93,7 +93,13 @@ async def _let_forget(context: Context, snapshot: Snapshot, driver: str, revisio
             request = forgetting(driver, name, stored.record.generation, as_of)
             await context.hosts.forget_driver(host_of(stored.record.device), request)
         except VfleetError as error:
-            _log.warning("function %s still knows driver %s, as doctor will say: %s", name, driver, error)
+            _log.warning(
+                "function %s still knows driver %s, as doctor will say: %s",
+                name,
+                driver,
+                error,
+                extra={"function": name, "driver": driver},
+            )
 
 
 def _check(snapshot: Snapshot, host: str, *, force: bool) -> None:

@@ -103,6 +103,8 @@ class Run:
             with failpoint.around("coordinator.finish"):
                 await self._journal.settle(self._finish)
             self._advance(Event.FINISHED)
+            if self.record.finished_by == self._context.name:
+                self._context.ended(self.record)
         await self._context.inventory.wait_for(self._journal.mod_revision)
         _log.info("migration %s is %s", self.record.name, Phase.Name(self.record.phase))
 
@@ -329,7 +331,12 @@ class Run:
             consequences.append(self._destroy(move.function, target.host, target.incarnation, target.generation))
         else:
             # Only the scrub after a COMMIT takes a source away, so this target is all that is left of the function.
-            _log.error("function %s is on host %s by a commit that etcd has forgotten", move.function, target.host)
+            _log.error(
+                "function %s is on host %s by a commit that etcd has forgotten",
+                move.function,
+                target.host,
+                extra={"function": move.function, "host": target.host},
+            )
         await together(consequences)
 
     async def _resume(self, move: Move) -> bool:
@@ -376,14 +383,25 @@ class Run:
         """Send a consequence until the host has acknowledged it, or, given `incarnation`, that machine is gone."""
         for delay_s in backoff_delays(self._context.random, RETRY_FIRST_S, RETRY_LONGEST_S):
             if incarnation is not None and self._context.snapshot.is_gone(host, incarnation):
-                _log.info("migration %s: host %s was started anew, nothing is left there", self.record.name, host)
+                _log.info(
+                    "migration %s: host %s was started anew, nothing is left there",
+                    self.record.name,
+                    host,
+                    extra={"host": host},
+                )
                 return
             try:
                 await send()
             except VfleetError as error:
                 if error.reason in _NOTHING_LEFT:
                     return
-                _log.warning("migration %s in %s, to be tried again: %s", self.record.name, self.state, error.message)
+                _log.warning(
+                    "migration %s in %s, to be tried again: %s",
+                    self.record.name,
+                    self.state,
+                    error.message,
+                    extra={"host": host},
+                )
             else:
                 return
             await self._context.clock.sleep(delay_s)

@@ -32,7 +32,7 @@ async def adopt_orphans(context: Context, term: Term) -> None:
                     await term.adopt(name)
                     delays = backoff_delays(context.random, RETRY_FIRST_S, RETRY_LONGEST_S)
             except VfleetError as error:
-                _log.warning("migration %s can't be adopted yet: %s", name, error.message)
+                _log.warning("migration %s can't be adopted yet: %s", name, error.message, extra={"migration": name})
                 await context.clock.sleep(next(delays))
 
 
@@ -51,7 +51,7 @@ async def finish_functions(context: Context, term: Term, fleet: Fleet) -> None:
                 try:
                     await fleet.finish(name)
                 except VfleetError as error:
-                    _log.warning("function %s, to be tried again: %s", name, error.message)
+                    _log.warning("function %s, to be tried again: %s", name, error.message, extra={"function": name})
                 else:
                     return
         finally:

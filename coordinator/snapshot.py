@@ -53,6 +53,7 @@ class Snapshot:
         self.coordinators: dict[str, Stored[Coordinator]] = {}
         self.functions: dict[str, Stored[Function]] = {}
         self.unfinished_functions: set[str] = set()
+        self.lost_functions: set[str] = set()
         self.locks: dict[str, Stored[str]] = {}
         self.slots: dict[str, Stored[Slot]] = {}
         self.drivers: dict[str, Stored[Driver]] = {}
@@ -161,10 +162,13 @@ class Snapshot:
 
     def _set_function(self, name: str, event: Event) -> None:
         self.unfinished_functions.discard(name)
+        self.lost_functions.discard(name)
         _put(self.functions, name, event, _decoder(Function))
         stored = self.functions.get(name)
         if stored is not None and stored.record.status in UNFINISHED:
             self.unfinished_functions.add(name)
+        elif stored is not None and stored.record.status == FunctionStatus.FUNCTION_STATUS_LOST:
+            self.lost_functions.add(name)
 
     def _set_slot(self, name: str, event: Event) -> None:
         device, _, index = name.rpartition("/")

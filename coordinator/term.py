@@ -17,7 +17,7 @@ from coordinator.planner import parts_of_targets, plan
 from coordinator.queueing import DEFAULT_DEADLINE_MS, MAX_QUEUED, as_migration, devices_of, enqueue
 from coordinator.snapshot import Stored
 from coordinator.tasks import Tasks
-from vfleet import failpoint
+from vfleet import failpoint, log
 from vfleet.clock import backoff_delays
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.keys import migration_key, owner_key
@@ -112,7 +112,7 @@ class Term:
             owner_revision = committed.revision
         else:
             owner_revision = owner.mod_revision
-        _log.info("adopts migration %s", name)
+        _log.info("adopts migration %s", name, extra={"migration": name})
         run = Run(
             self._context,
             stored.record,
@@ -228,7 +228,7 @@ class Term:
         await context.catch_up(committed)
         if not committed.succeeded:
             return None
-        _log.info("migration %s is queued: %s", request.request_id, why)
+        _log.info("migration %s is queued: %s", request.request_id, why, extra={"migration": request.request_id})
         return as_migration(Stored(entry, committed.revision, committed.revision))
 
     async def _commit_begin(self, name: str, begin: Transaction) -> Committed:
@@ -245,7 +245,7 @@ class Term:
                 if error.reason not in UNCERTAIN or (error.reason is Reason.STORE_UNAVAILABLE and not unknown):
                     raise
                 unknown = True
-                _log.warning("BEGIN of migration %s: %s", name, error.message)
+                _log.warning("BEGIN of migration %s: %s", name, error.message, extra={"migration": name})
             await self._context.clock.sleep(delay_s)
         raise AssertionError("backoff_delays never ends")
 
@@ -255,13 +255,14 @@ class Term:
 
     async def _run(self, run: Run) -> None:
         name = run.record.name
+        log.bind(migration=name, attempt=log.attempt_text(run.attempt))
         try:
             await run.run()
         except VfleetError as error:
-            _log.warning("migration %s is left to whoever owns it: %s", name, error.message)
+            _log.warning("migration %s is left to whoever owns it: %s", name, error.message, extra={"migration": name})
             await self._context.clock.sleep(RETRY_LONGEST_S)
         except Exception:  # noqa: BLE001  # a defect must not keep the migration from being driven again
-            _log.exception("migration %s fails for a reason that nobody foresaw", name)
+            _log.exception("migration %s fails for a reason that nobody foresaw", name, extra={"migration": name})
             await self._context.clock.sleep(RETRY_LONGEST_S)
         finally:
             del self.runs[name]

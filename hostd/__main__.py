@@ -12,26 +12,34 @@ from hostd.config import Config, parse
 from hostd.host import Host
 from hostd.identity import kernel_boot_id, open_identity
 from hostd.ledger import Ledger
+from hostd.metrics import observe
 from hostd.service import SERVICE_NAMES, add_services
 from hostd.topology import load
-from vfleet import daemon
+from vfleet import daemon, log, metrics
 from vfleet.clock import SystemClock
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.etcd.client import EtcdStore
+from vfleet.etcd.observed import ObservedStore
 from vfleet.rpc import Channels, Server
 
 STOP_GRACE_S = 0.5
 
 
-async def _serve(config: Config) -> None:
+async def _serve(config: Config, writer: log.Writer) -> None:
     clock, random = SystemClock(), Random()  # noqa: S311  # delays and incarnations: nothing secret
     topology = load(config.topology, config.host)
+    log.name_process(host=topology.name)
     with _locked(config.data_dir):
         ledger = Ledger(config.data_dir)
         identity = open_identity(ledger, topology.name, kernel_boot_id(), random, clock, power_cycle=config.power_cycle)
         channels, server = Channels(), Server(SERVICE_NAMES, identity.incarnation)
         address = f"{config.listen.rpartition(':')[0]}:{server.listen(config.listen)}"
-        async with EtcdStore.open(config.etcd, clock, random) as store:
+        registry = metrics.new_registry(writer)
+        async with (
+            metrics.serving(config.metrics, registry) as metrics_at,
+            EtcdStore.open(config.etcd, clock, random) as etcd,
+        ):
+            store = ObservedStore(etcd, clock, metrics.etcd_histogram(registry))
             reached_at = config.advertise or address
             host = Host(
                 topology,
@@ -46,8 +54,9 @@ async def _serve(config: Config) -> None:
                 allows_faults=config.allow_faults,
             )
             add_services(host, server.grpc)
+            observe(host, registry)
             registered = asyncio.Event()
-            announcing = asyncio.create_task(_announce(server, address, registered))
+            announcing = asyncio.create_task(_announce(server, address, metrics_at, registered))
             try:
                 # What it has, it serves at once: that a function is not at home here any more would be in the ledger.
                 await server.grpc.start()
@@ -60,10 +69,10 @@ async def _serve(config: Config) -> None:
                 await channels.close()
 
 
-async def _announce(server: Server, address: str, registered: asyncio.Event) -> None:
+async def _announce(server: Server, address: str, metrics_at: str | None, registered: asyncio.Event) -> None:
     await registered.wait()
     await server.set_serving(serving=True)
-    daemon.announce(address)
+    daemon.announce(address, metrics_at)
 
 
 async def _claim(host: Host, *, is_first_start: bool) -> None:
@@ -97,7 +106,7 @@ def _locked(data_dir: Path) -> Iterator[None]:
 def main() -> None:
     """Run the host that the command line describes until SIGTERM or SIGINT."""
     config = parse(sys.argv[1:])
-    daemon.run("vfleet-hostd", config.log_level, lambda: _serve(config))
+    daemon.run("vfleet-hostd", config.log_level, config.log_format, lambda writer: _serve(config, writer))
 
 
 if __name__ == "__main__":

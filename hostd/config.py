@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vfleet.daemon import Parser, check_address, check_lease_ttl
+from vfleet.daemon import Parser, check_address, check_lease_ttl, check_log_format
 from vfleet.errors import VfleetError
 
 
@@ -21,6 +21,8 @@ class Config:
     power_cycle: bool
     lease_ttl_s: int
     log_level: str
+    log_format: str
+    metrics: str | None
     allow_faults: bool
 
     def __post_init__(self) -> None:
@@ -30,6 +32,9 @@ class Config:
         for endpoint in self.etcd:
             check_address("--etcd", endpoint, least_port=1)
         check_lease_ttl("--lease-ttl-s", self.lease_ttl_s)
+        check_log_format("--log-format", self.log_format)
+        if self.metrics is not None:
+            check_address("--metrics", self.metrics, least_port=0)
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -62,6 +67,8 @@ def parse(arguments: Sequence[str]) -> Config:
             power_cycle=options.power_cycle,
             lease_ttl_s=options.lease_ttl_s,
             log_level=options.log_level,
+            log_format=options.log_format,
+            metrics=options.metrics,
             allow_faults=options.allow_faults,
         )
     except VfleetError as error:

@@ -17,6 +17,7 @@ from hostd.drivers import Drivers
 from hostd.engine_part import EnginePart, Entry
 from hostd.instance import Instance
 from vfleet.address import location_of
+from vfleet.background import in_background
 from vfleet.clock import Clock, backoff_delays
 from vfleet.v1.fabric_service_pb2 import (
     DMA_REFUSAL_UNSPECIFIED,
@@ -138,7 +139,7 @@ class DmaSender:
         """After a refusal: do nothing for a while, then send again from the oldest on."""
         self._fail_reads()
         if not self._waits:
-            self._retry = asyncio.create_task(self._run_retry(), name=f"retry DMA of {self._instance.about.function}")
+            self._retry = in_background(self._run_retry(), name=f"retry DMA of {self._instance.about.function}")
 
     def close(self) -> None:
         """End it: what was to be read won't be."""

@@ -69,6 +69,16 @@ class Driver:
         return self._table
 
     @property
+    def translation_faults(self) -> int:
+        """Accesses that the table did not map, since the daemon was started."""
+        return self._faults
+
+    @property
+    def unanswered(self) -> int:
+        """Accesses that wait or have no answer yet."""
+        return sum(queue.unanswered for queue in self._queues.values())
+
+    @property
     def memory(self) -> mmap.mmap | None:
         """Its main memory."""
         return self._memory

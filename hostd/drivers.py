@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from hostd.dma_receiver import Receivers, file_of
@@ -70,7 +70,7 @@ class Drivers:
         self._clock = clock
         self._reach = reach
         self._receivers = receivers
-        self._holds = Holds(ledger)
+        self._holds = Holds(ledger, clock)
         self.deadlines = self._holds.deadlines
         self._followed_revision = 0
         self._detached: dict[EntryId, int] = {}  # by calls ahead of the watch, which may tell of the attachment still
@@ -279,6 +279,14 @@ class Drivers:
         """Return all holds, or those of a migration, by driver and function."""
         return self._holds.of(migration)
 
+    def on_lifted(self, told: Callable[[float], None]) -> None:
+        """Let `told` know how long each hold lasted, in seconds, when it ends."""
+        self._holds.on_lifted = told
+
+    def oldest_hold_age_s(self) -> float:
+        """Return for how long the oldest hold has lasted, in seconds; 0 if there is none."""
+        return self._holds.oldest_age_s()
+
     def close(self) -> None:
         """End all drivers' queues."""
         for driver in self._drivers.values():
@@ -336,7 +344,9 @@ class Drivers:
                 for entry in entries:
                     self._put_what_fits([entry])
             else:
-                _log.error("the entry of %s in %s waits: %s", entries[0].driver, entries[0].function, error)
+                driver, function = _id(entries[0])
+                about = {"driver": driver, "function": function}
+                _log.error("the entry of driver %s for function %s waits: %s", driver, function, error, extra=about)
 
     def _newer(
         self, entries: Iterable[Entry], *, keep_held: bool = False, goes_back: bool = False

@@ -18,6 +18,8 @@ from hostd.engine_part import EnginePart
 from hostd.functions import Functions
 from hostd.instance import Instance
 from hostd.models.base import MAX_DMA_BYTES, MAX_FRAME_BYTES, BusMaster, Frame, FrameSender, Step, Store, Work
+from vfleet import log
+from vfleet.background import in_background
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.v1.fabric_service_pb2 import DmaRead
 from vfleet.v1.function_service_pb2 import (
@@ -102,6 +104,7 @@ class Engine:
     async def run(self) -> None:
         """Run the device until the instance is removed. It rests while the function doesn't run."""
         instance = self.instance
+        log.bind(function=instance.about.function)
         told: asyncio.Event | None = None
         try:
             while not instance.is_closed:
@@ -330,7 +333,7 @@ class Engines:
             return
         engine = Engine(instance, model, instance.master, self._functions, self._reach)
         self._engines[id(instance)] = engine
-        task = asyncio.create_task(engine.run(), name=f"engine of {instance.about.function}")
+        task = in_background(engine.run(), name=f"engine of {instance.about.function}")
         self._tasks.add(task)
 
         def ended(task: asyncio.Task[None]) -> None:

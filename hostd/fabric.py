@@ -125,7 +125,8 @@ class Link:
                 else:
                     return
             if self._clock.monotonic() >= give_up_s:
-                _log.warning("function %s still knows driver %s: %s", request.function, request.driver, why)
+                about = {"function": request.function, "driver": request.driver}
+                _log.warning("function %s still knows driver %s: %s", *about.values(), why, extra=about)
                 return
             await self._clock.sleep(delay_s)
 

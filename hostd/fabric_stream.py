@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.message import Message
 
 from hostd.directory import Directory, Peer
+from vfleet.background import in_background
 from vfleet.clock import Clock, backoff_delays
 from vfleet.errors import from_rpc_error
 
@@ -63,7 +64,7 @@ class FabricStream(Generic[RequestT, ResponseT]):
         # Bounded by its users: each has no more on the way than its window.
         self._outbox: asyncio.Queue[RequestT] = asyncio.Queue()
         self._is_connected = False
-        self._task = asyncio.create_task(self._run(), name=f"stream to segment {segment}")
+        self._task = in_background(self._run(), name=f"stream to segment {segment}")
 
     def send(self, request: RequestT) -> bool:
         """Send a request. Return False if the stream is down; `connected` is called when it is open again."""

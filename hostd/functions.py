@@ -168,7 +168,11 @@ class Functions:
             return
         if request.decision == DECISION_ABORTED and (instance.has_run or is_of_before(instance, fleet_generation)):
             # Its attempt was, or may have been, committed before etcd was restored from a backup.
-            _log.error("function %s may live here by a commit that etcd has forgotten", request.function)
+            _log.error(
+                "function %s may live here by a commit that etcd has forgotten",
+                request.function,
+                extra={"function": request.function},
+            )
             return
         with failpoint.around("hostd.destroy"):
             self.remove(instance)

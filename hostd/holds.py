@@ -1,10 +1,11 @@
 """The holds on entries of this host's tables: whose each is, until when, and which driver knows. Durable."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from hostd.deadlines import Deadlines
 from hostd.ledger import Ledger
+from vfleet.clock import Clock
 from vfleet.v1.hold_service_pb2 import Hold
 from vfleet.v1.types_pb2 import Attempt
 
@@ -17,9 +18,13 @@ _KIND = "hold"
 class Holds:
     """All holds of the host. `deadlines` are theirs. Each has the generation of the entry that it was placed on."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, clock: Clock) -> None:
+        """`on_lifted` is told for how long each hold lasted, in seconds; a restarted daemon counts from its start."""
         self._ledger = ledger
+        self._clock = clock
+        self.on_lifted: Callable[[float], None] = lambda _: None
         self._by_entry: dict[EntryId, Hold] = {(h.driver, h.function): h for h in ledger.all(_KIND, Hold)}
+        self._placed_s = dict.fromkeys(self._by_entry, clock.monotonic())
         self._acknowledgements: dict[EntryId, tuple[Attempt, asyncio.Event]] = {}
         self.deadlines = Deadlines()
 
@@ -37,12 +42,18 @@ class Holds:
         entry = hold.driver, hold.function
         self._ledger.put(_KIND, ledger_key(entry), hold)
         self._by_entry[entry] = hold
+        self._placed_s.setdefault(entry, self._clock.monotonic())
 
     def forget(self, entries: Iterable[EntryId]) -> None:
         """Delete the holds of entries; of one that has none, nothing."""
         for entry in entries:
             if self._by_entry.pop(entry, None) is not None:
                 self._ledger.delete(_KIND, ledger_key(entry))
+                self.on_lifted(self._clock.monotonic() - self._placed_s.pop(entry))
+
+    def oldest_age_s(self) -> float:
+        """Return for how long the oldest hold has lasted, in seconds; 0 if there is none."""
+        return self._clock.monotonic() - min(self._placed_s.values()) if self._placed_s else 0.0
 
     def postpone(self, migration: str, resolve_time: float) -> None:
         """Give a migration's holds another deadline, in seconds since 1970."""

@@ -27,6 +27,7 @@ from hostd.segment import Segment
 from hostd.stations import Stations
 from hostd.switch import Switch, SwitchReach, deliver_through
 from hostd.topology import HostTopology
+from hostd.traffic import Traffic
 from hostd.workload import Workloads
 from hostd.workloads.kinds import new_workload
 from vfleet.clock import Clock, backoff_delays
@@ -65,6 +66,7 @@ class Host:
         self.clock = clock
         self.channels = channels
         self.directory = Directory()
+        self.traffic = Traffic()
         self.fabric = Fabric(lambda number: Link(number, self.directory, channels, clock, random))
         self.functions = Functions(segment, ledger, fences, clock)
         history = self.history = History(topology.name, ledger, fences, random)

@@ -173,7 +173,7 @@ class Registration:
     async def follow_witness(self) -> None:
         """See that etcd has the witness whenever a watch can't go on where it was, for ever."""
         async for update in self._store.watch(witness_key(self._host.name)):
-            if isinstance(update, Listing) and self._is_registered:
+            if isinstance(update, Listing) and self.is_registered:
                 await self._agree()
 
     async def check(self) -> None:
@@ -201,7 +201,11 @@ class Registration:
             record = records.get((about.function, about.identity))
             settled = not instance.record.resolve_time and not instance.is_closed
             if settled and record is not None and record.generation > about.generation:
-                _log.warning("function %s lives elsewhere; its instance here goes", about.function)
+                _log.warning(
+                    "function %s lives elsewhere; its instance here goes",
+                    about.function,
+                    extra={"function": about.function},
+                )
                 self._functions.remove(instance)
 
     async def _say_what_is_lost(self) -> None:
@@ -211,7 +215,8 @@ class Registration:
         entries = await self._store.list(ENTRIES) if lost else Listing(0, ())
         still_this_one = value_is(registration_key(self._host.name), self._host.incarnation.encode())
         for item in lost:
-            _log.error("function %s was lost with what its home held in memory", item.key.removeprefix(FUNCTIONS))
+            name = item.key.removeprefix(FUNCTIONS)
+            _log.error("function %s was lost with what its home held in memory", name, extra={"function": name})
             loss = lose_function(decode(Function, item), item.mod_revision, entries.items, still_this_one)
             if not (await self._store.commit(loss)).succeeded:
                 raise VfleetError(Reason.CONFLICT, f"{item.key} changed while it was marked LOST")
@@ -239,7 +244,8 @@ class Registration:
             self._must_read_anew = False
 
     @property
-    def _is_registered(self) -> bool:
+    def is_registered(self) -> bool:
+        """Whether the registration is there, as far as this host's clock can tell."""
         return self._session is not None and not self._session.is_lost
 
     async def _take(self, update: Listing | Changes) -> None:
@@ -277,7 +283,7 @@ class Registration:
                     self._drivers.recorded(driver.name, driver.main_memory_bytes)
                 except VfleetError as error:
                     # One that a backup has forgotten may be in its way; the others don't wait for that.
-                    _log.error("driver %s can't be made: %s", driver.name, error)
+                    _log.error("driver %s can't be made: %s", driver.name, error, extra={"driver": driver.name})
 
     async def _register(self, session: Session) -> None:
         """Register, in the place of nobody or of ourselves. Raise ALREADY_EXISTS while another incarnation is."""

@@ -17,7 +17,7 @@ from hostd.function_checks import is_of_before
 from hostd.functions import Functions
 from hostd.history import History
 from hostd.instance import Instance
-from vfleet import failpoint
+from vfleet import failpoint, log
 from vfleet.clock import Clock
 from vfleet.decision import abort_transaction, outcome
 from vfleet.errors import VfleetError
@@ -79,9 +79,12 @@ class Resolver:
         now = self._clock.time()
         for instance in list(self._functions.with_deadline()):
             if instance.record.resolve_time <= now:
-                await self._attempt(self._resolve_instance(instance), f"function {instance.about.function}")
+                about = instance.about
+                with log.about(migration=about.migration, function=about.function):
+                    await self._attempt(self._resolve_instance(instance), f"function {about.function}")
         for migration in sorted({hold.migration for hold in self._drivers.holds() if hold.resolve_time <= now}):
-            await self._attempt(self._resolve_holds(migration), f"what migration {migration} holds")
+            with log.about(migration=migration):
+                await self._attempt(self._resolve_holds(migration), f"what migration {migration} holds")
 
     async def _attempt(self, resolving: Awaitable[None], what: str) -> None:
         try:
@@ -180,7 +183,7 @@ class Resolver:
             self._clock.time(),
             absent(owner_key(record.name)),
         )
-        _log.warning("migration %s: %s", record.name, reason)
+        _log.warning("migration %s: %s", record.name, reason, extra={"migration": record.name})
         with failpoint.around("hostd.resolve_abort"):
             await self._store.commit(abort)
         return True

@@ -19,7 +19,7 @@ from hostd.functions import Functions
 from hostd.history import History
 from hostd.instance import Instance
 from hostd.state_stream import bad_state, check_pages
-from vfleet import failpoint
+from vfleet import failpoint, log
 from vfleet.address import PAGE_BYTES
 from vfleet.clock import Clock, backoff_delays
 from vfleet.decision import lose_function
@@ -89,6 +89,8 @@ class Rest:
                 await self._functions.arrivals_changed.wait()
 
     async def _complete(self, instance: Instance, arrival: Arrival) -> None:
+        about = instance.about
+        log.bind(function=about.function, attempt=log.attempt_text(about.attempt))
         # One that has a fault since does not serve, but is the home still.
         while not (instance.has_run or instance.is_closed):
             await instance.changed.wait()
@@ -105,7 +107,7 @@ class Rest:
             arrival.through(None)
         if not instance.is_closed:
             self._functions.complete_arrival(instance)
-            _log.info("all of function %s has arrived", instance.about.function)
+            _log.info("all of function %s has arrived", about.function)
 
     async def _push(self, instance: Instance, arrival: Arrival) -> None:
         """Take everything that is missing, in one stream, begun again whenever it breaks."""

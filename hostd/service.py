@@ -159,7 +159,10 @@ class TransferServicer(TransferServiceServicer):
         self, request: transfer_pb2.ImportStateRequest, context: _Context
     ) -> AsyncIterator[transfer_pb2.ImportStateResponse]:
         async with aclosing(transfer.import_state(self._host.functions, self._host.channels, request)) as progress:
+            received = 0
             async for step in progress:
+                self._host.traffic.state_bytes += step.received_bytes - received
+                received = step.received_bytes
                 yield step
 
     async def FetchState(
@@ -184,13 +187,16 @@ class FabricServicer(FabricServiceServicer):
         self._functions = host.functions
         self._drivers = host.drivers
         self._switch = host.switch
+        self._traffic = host.traffic
 
     async def Exchange(
         self, request_iterator: AsyncIterator[fabric_pb2.ExchangeRequest], context: _Context
     ) -> AsyncIterator[fabric_pb2.ExchangeResponse]:
         async for request in request_iterator:
             await home.let_arrive(self._functions, request)
-            yield home.exchange(self._functions, request)
+            response = home.exchange(self._functions, request)
+            self._traffic.exchanged(response)
+            yield response
 
     async def GetSequence(
         self, request: fabric_pb2.GetSequenceRequest, context: _Context

@@ -25,6 +25,7 @@ from hostd.models.base import MAX_FRAME_BYTES
 from hostd.models.ethernet import HEADER_BYTES, MAC_BYTES, is_group
 from hostd.stations import Station, Stations
 from vfleet.address import location_of
+from vfleet.background import in_background
 from vfleet.clock import Clock, backoff_delays
 from vfleet.errors import VfleetError, invalid_field
 from vfleet.names import check_name
@@ -158,7 +159,8 @@ class Courier:
                 delays = self._delays()
             now = self._reach.clock.monotonic()
             if frames and now >= self._stuck_since.setdefault(identity, now) + GIVE_UP_S:
-                _log.warning("function %s takes no frames: %d are dropped", station.function, len(frames))
+                about = {"function": station.function}
+                _log.warning("function %s takes no frames: %d are dropped", station.function, len(frames), extra=about)
                 self._drop(len(frames))
                 return True
             if frames:
@@ -205,7 +207,7 @@ class Switch:
         try:
             return await self._reach.deliver(peer, request)
         except VfleetError as error:
-            _log.info("frames for function %s: %s", station.function, error)
+            _log.info("frames for function %s: %s", station.function, error, extra={"function": station.function})
             return refused
 
     def take(self, request: DeliverFramesRequest) -> DeliverFramesResponse:
@@ -247,7 +249,7 @@ class Switch:
             return
         self._reach.stations.wanted.set()
         courier = Courier(engine, self, self._reach)
-        task = asyncio.create_task(courier.run(), name=f"frames of {engine.instance.about.function}")
+        task = in_background(courier.run(), name=f"frames of {engine.instance.about.function}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -19,6 +19,8 @@ from hostd.models import checker
 from hostd.sequencer import Result
 from hostd.translation import Entry
 from hostd.waiting import Waiting
+from vfleet import log
+from vfleet.background import in_background
 from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError, invalid_field, not_found
 from vfleet.limits import WINDOW
@@ -112,6 +114,7 @@ class Workload:
 
     async def run(self) -> None:
         """Do accesses until stopped; what goes wrong otherwise is told by the report."""
+        log.bind(driver=self.record.driver, function=self.record.function)
         self._driver.listeners.append(self._acknowledge)
         try:
             await self._run()
@@ -265,7 +268,9 @@ class Workloads:
             try:
                 self._workloads[identifier] = self._new_workload(record, self._drivers, self._clock, self._save)
             except VfleetError as error:
-                _log.warning("the workload of driver %s is gone: %s", record.driver, error)
+                _log.warning(
+                    "the workload of driver %s is gone: %s", record.driver, error, extra={"driver": record.driver}
+                )
                 self._ledger.delete(_KIND, _key(identifier))
                 continue
             if record.running:
@@ -340,7 +345,7 @@ class Workloads:
         return found
 
     def _run(self, identifier: Identifier) -> None:
-        task = asyncio.create_task(self._workloads[identifier].run(), name=f"workload {_key(identifier)}")
+        task = in_background(self._workloads[identifier].run(), name=f"workload {_key(identifier)}")
         self._tasks[identifier] = task
         task.add_done_callback(lambda _: self._tasks.pop(identifier))
 

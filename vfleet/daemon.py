@@ -8,19 +8,18 @@ import argparse
 import asyncio
 import gc
 import json
-import logging
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
 from typing import NoReturn
 
-from vfleet import failpoint
+from vfleet import failpoint, log
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.process import BAD_INPUT_EXIT
 
 DEFAULT_LEASE_TTL_S = 5
-LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMAT_VARIABLE = "VFLEET_LOG_FORMAT"
 
 # What can't be right as it is given, whatever else changes.
 _BAD_INPUT = (Reason.INVALID_FIELD, Reason.NOT_FOUND, Reason.SEGMENT_TAKEN)
@@ -49,7 +48,18 @@ class Parser(argparse.ArgumentParser):
             default=DEFAULT_LEASE_TTL_S,
             help="how long after its death others count on it (%(default)s)",
         )
-        self.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="how much to log (%(default)s)")
+        self.add_argument(
+            "--metrics",
+            metavar="HOST:PORT",
+            help="where to serve metrics for Prometheus, to whoever can connect; port 0 for any (nowhere)",
+        )
+        self.add_argument("--log-level", choices=log.LEVELS, default="info", help="how much to log (%(default)s)")
+        self.add_argument(
+            "--log-format",
+            metavar="|".join(log.FORMATS),
+            default=os.environ.get(LOG_FORMAT_VARIABLE) or "console",
+            help=f"how to log, for people or for programs; the environment's {LOG_FORMAT_VARIABLE} is the default",
+        )
 
 
 def check_address(field: str, value: str, *, least_port: int) -> str:
@@ -67,33 +77,38 @@ def check_lease_ttl(field: str, value: int) -> int:
     return value
 
 
-def announce(address: str) -> None:
-    """Say on standard output that the daemon is ready, and where.
+def check_log_format(field: str, value: str) -> str:
+    """Return `value` if lines can be logged like that; else raise INVALID_FIELD naming `field`."""
+    if value not in log.FORMATS:
+        raise invalid_field(field, value, " or ".join(log.FORMATS))
+    return value
+
+
+def announce(address: str, metrics: str | None = None) -> None:
+    """Say on standard output that the daemon is ready, where, and at which URL its metrics are.
 
     What is in memory by now stays there, so the collector of garbage is to look at it no more: while it looks at tens
     of thousands of objects, some driver may be on hold.
     """
     gc.collect()
     gc.freeze()
-    sys.stdout.write(json.dumps({"address": address}) + "\n")
+    sys.stdout.write(json.dumps({"address": address, "metrics": metrics}) + "\n")
     sys.stdout.flush()
 
 
-def run(program: str, log_level: str, serve: Callable[[], Awaitable[None]]) -> None:
+def run(program: str, log_level: str, log_format: str, serve: Callable[[log.Writer], Awaitable[None]]) -> None:
     """Run a daemon until SIGTERM or SIGINT cancels it. Exit with 1 or 2 and one line if it fails."""
-    logging.basicConfig(
-        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
     try:
-        failpoint.enable(os.environ)
-        asyncio.run(_until_signal(serve))
+        with log.logging_to_stderr(log_level, log_format) as writer:
+            failpoint.enable(os.environ)
+            asyncio.run(_until_signal(serve(writer)))
     except VfleetError as error:
         sys.stderr.write(f"{program}: {error.message}\n")
         sys.exit(BAD_INPUT_EXIT if error.reason in _BAD_INPUT else 1)
 
 
-async def _until_signal(serve: Callable[[], Awaitable[None]]) -> None:
-    serving = asyncio.ensure_future(serve())
+async def _until_signal(work: Awaitable[None]) -> None:
+    serving = asyncio.ensure_future(work)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
     try:

@@ -34,7 +34,10 @@ MAX_COORDINATORS = 16
 
 
 class Daemon:
-    """One daemon of the cluster: it keeps its command line, address, data and log over restarts."""
+    """One daemon of the cluster: it keeps its command line, addresses, data and log over restarts.
+
+    `address` is HOST:PORT of its services, `metrics` the URL of its metrics.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,8 @@ class Daemon:
         self.name = name
         self.log = log
         self.address = ""
+        self.metrics = ""
+        self._metrics_address = ""
         self._command = [sys.executable, "-m", module, *arguments]
         self._random = random
         self._environment = environment
@@ -70,7 +75,8 @@ class Daemon:
             raise VfleetError(Reason.ILLEGAL_STATE, f"{self.name} is running")
         for attempts_left in reversed(range(START_ATTEMPTS)):
             try:
-                await self._start_at(self.address or f"{LOOPBACK}:{free_port(self._random)}", extra)
+                address, metrics = (known or self._free_address() for known in (self.address, self._metrics_address))
+                await self._start_at(address, metrics, extra)
             except VfleetError as error:
                 await self.kill()
                 if self.address or not attempts_left or CANNOT_LISTEN not in error.message:
@@ -81,12 +87,16 @@ class Daemon:
             else:
                 return
 
-    async def _start_at(self, address: str, extra: Sequence[str]) -> None:
-        command = [*self._command, "--listen", address, *extra]
+    def _free_address(self) -> str:
+        return f"{LOOPBACK}:{free_port(self._random)}"
+
+    async def _start_at(self, address: str, metrics: str, extra: Sequence[str]) -> None:
+        command = [*self._command, "--listen", address, "--metrics", metrics, *extra]
         self._process = await ChildProcess.start(self.name, command, log=self.log, environment=self._environment)
         line = await self._process.first_line(READY_TIMEOUT_S)
         try:
-            self.address = str(json.loads(line)["address"])
+            said = json.loads(line)
+            self.address, self.metrics, self._metrics_address = str(said["address"]), str(said["metrics"]), metrics
         except (ValueError, KeyError, TypeError):
             raise VfleetError(Reason.INTERNAL, f"{self.name} said {line!r} instead of its address") from None
 

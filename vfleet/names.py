@@ -9,9 +9,14 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 EXPECTED = f"1 to {MAX_NAME_LENGTH} of a-z, 0-9 and -, with no - first or last"
 
 
+def is_name(value: str) -> bool:
+    """Return whether `value` is a name (a DNS label, RFC 1123)."""
+    return _NAME.fullmatch(value) is not None
+
+
 def check_name(field: str, value: str) -> str:
     """Return `value` if it is a name (a DNS label, RFC 1123); else raise INVALID_FIELD naming `field`."""
-    if not _NAME.fullmatch(value):
+    if not is_name(value):
         raise invalid_field(field, value, EXPECTED)
     return value
 

@@ -17,11 +17,13 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from vfleet import log
 from vfleet.errors import Reason, VfleetError, from_rpc_error, to_status
 
 MAX_MESSAGE_BYTES = 4 << 20
 DETAILS_KEY = "grpc-status-details-bin"
 INCARNATION_KEY = "vfleet-incarnation"
+MIGRATION_KEY = "vfleet-migration"
 KEEPALIVE_TIME_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
 RECONNECT_LONGEST_MS = 1_000
@@ -100,9 +102,15 @@ class Channels:
 def meant_for(incarnation: str) -> grpc.aio.Metadata:
     """Return the metadata by which a host refuses a call that is meant for another; none if `incarnation` is empty.
 
-    An address is no identity: another host, or another fleet's, may have the port by now.
+    An address is no identity: another host, or another fleet's, may have the port by now. With it goes what migration
+    this is for, if it is for one, for the lines that the other side logs.
     """
-    return grpc.aio.Metadata((INCARNATION_KEY, incarnation)) if incarnation else grpc.aio.Metadata()
+    metadata = grpc.aio.Metadata()
+    if incarnation:
+        metadata.add(INCARNATION_KEY, incarnation)
+    if migration := log.bound_migration():
+        metadata.add(MIGRATION_KEY, migration)
+    return metadata
 
 
 async def call(
@@ -175,7 +183,9 @@ class _ErrorEdge(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
-        meant = dict(handler_call_details.invocation_metadata or ()).get(INCARNATION_KEY, self._incarnation)
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        log.bind_migration(metadata.get(MIGRATION_KEY, ""))
+        meant = metadata.get(INCARNATION_KEY, self._incarnation)
         is_meant_for_this = meant == self._incarnation
         wrapped = self._wrapped.get(handler_call_details.method) if is_meant_for_this else None
         if wrapped is not None:
@@ -225,7 +235,9 @@ _Stream: TypeAlias = "Callable[[Message | AsyncIterator[Message], _Context], Asy
 def _edge_unary(handler: _Unary) -> _Unary:
     async def edge(request: Message, context: _Context) -> Message:
         try:
-            return await handler(_decoded(request), context)
+            decoded = _decoded(request)
+            log.bind_request(decoded)
+            return await handler(decoded, context)
         except Exception as error:  # the one place where every failure becomes a status
             await _abort(context, error)
             raise
@@ -235,8 +247,10 @@ def _edge_unary(handler: _Unary) -> _Unary:
 
 def _edge_stream(handler: _Stream) -> _Stream:
     async def edge(request: Message | AsyncIterator[Message], context: _Context) -> AsyncIterator[Message]:
-        arguments = _all_decoded(request) if isinstance(request, AsyncIterator) else _decoded(request)
         try:
+            arguments = _all_decoded(request) if isinstance(request, AsyncIterator) else _decoded(request)
+            if not isinstance(arguments, AsyncIterator):
+                log.bind_request(arguments)
             async for response in handler(arguments, context):
                 yield response
         except Exception as error:  # noqa: BLE001  # the one place where every failure becomes a status

@@ -83,10 +83,10 @@ def _announced(cluster: LocalCluster) -> Iterator[None]:
 
 def _print_cluster(cluster: LocalCluster) -> None:
     etcd = "its own" if cluster.etcd_server is not None else "given"
-    rows: list[tuple[object, ...]] = [("etcd", etcd, ",".join(cluster.etcd), "", "")]
-    rows += [("coordinator", d.name, d.address, d.process.pid, d.log) for d in cluster.coordinators.values()]
-    rows += [("hostd", d.name, d.address, d.process.pid, d.log) for d in cluster.hosts.values()]
-    print_table(("DAEMON", "NAME", "ADDRESS", "PID", "LOG"), rows)
+    rows: list[tuple[object, ...]] = [("etcd", etcd, ",".join(cluster.etcd), "", "", "")]
+    for kind, daemons in (("coordinator", cluster.coordinators), ("hostd", cluster.hosts)):
+        rows += [(kind, d.name, d.address, d.metrics, d.process.pid, d.log) for d in daemons.values()]
+    print_table(("DAEMON", "NAME", "ADDRESS", "METRICS", "PID", "LOG"), rows)
     typer.echo("\nThe cluster is up. In another terminal:\n")
     typer.echo("    vfleet get devices")
     first = next(iter(cluster.hosts))
@@ -94,5 +94,6 @@ def _print_cluster(cluster: LocalCluster) -> None:
     typer.echo(f"    vfleet attach vf1 --driver d1 --host {first}")
     typer.echo("    vfleet workload start d1 vf1")
     typer.echo("    vfleet migrate vf1 --to HOST/DEVICE --wait\n")
+    typer.echo(f"Metrics of each, for Prometheus: curl {next(iter(cluster.hosts.values())).metrics}\n")
     typer.echo("Ctrl-C ends it.")
     sys.stdout.flush()

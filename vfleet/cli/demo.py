@@ -89,6 +89,8 @@ async def _demo(cluster: LocalCluster) -> list[str]:
     with cancelled_by_signals():
         async with cluster, cluster.fleet() as fleet, cluster.host(DRIVER_HOST) as host:
             narrator.say(f"etcd, a coordinator and {len(cluster.hosts)} hosts are up, each its own process")
+            for daemon in cluster.daemons:
+                narrator.say(f"metrics of {daemon.name}, as long as it runs: {daemon.metrics}")
             # An etcd that is not the demo's own may remember an earlier one that was interrupted.
             suffix = "" if cluster.etcd_server is not None else f"-{request_id()}"
             stage = _Stage(fleet, host, narrator, f"vf1{suffix}", f"d1{suffix}")
