@@ -1,6 +1,7 @@
 """The coordinator's process: settings and the real world."""
 
 import sys
+from functools import partial
 from random import Random
 
 from coordinator.config import Config, parse
@@ -9,19 +10,22 @@ from vfleet import daemon, log, metrics
 from vfleet.clock import SystemClock
 from vfleet.etcd.client import EtcdStore
 from vfleet.etcd.observed import ObservedStore
-from vfleet.rpc import Channels
+from vfleet.roles import Role
+from vfleet.rpc import Channels, Server
 
 
 async def _serve(config: Config, writer: log.Writer) -> None:
-    clock, channels, registry = SystemClock(), Channels(), metrics.new_registry(writer)
+    keys = config.security.open(Role.COORDINATOR)
+    clock, channels, registry = SystemClock(), Channels(tls=keys.tls), metrics.new_registry(writer)
     random = Random()  # noqa: S311  # names, identities and delays: nothing secret
     async with (
         metrics.serving(config.metrics, registry) as metrics_at,
-        await EtcdStore.connect(config.etcd, clock, random) as etcd,
+        await EtcdStore.connect(config.etcd, clock, random, tls=keys.etcd) as etcd,
     ):
         store = ObservedStore(etcd, clock, metrics.etcd_histogram(registry))
         try:
-            serving = Daemon(config, store, channels, clock, random, registry=registry)
+            new_server = partial(Server, tls=keys.tls)
+            serving = Daemon(config, store, channels, clock, random, new_server, registry=registry)
             await serving.run(lambda address: daemon.announce(address, metrics_at))
         finally:
             await channels.close()

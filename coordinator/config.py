@@ -5,9 +5,17 @@ from dataclasses import dataclass
 
 from coordinator.queueing import DEFAULT_ALLOWANCE, Allowance
 from coordinator.retention import Retention
-from vfleet.daemon import DEFAULT_LEASE_TTL_S, Parser, check_address, check_lease_ttl, check_log_format
+from vfleet.daemon import (
+    DEFAULT_LEASE_TTL_S,
+    Parser,
+    check_address,
+    check_lease_ttl,
+    check_log_format,
+    security,
+)
 from vfleet.errors import VfleetError, invalid_field
 from vfleet.names import check_name
+from vfleet.security import INSECURE, Security
 
 DEFAULT_KEPT = 10_000
 DEFAULT_KEPT_DAYS = 30
@@ -20,7 +28,7 @@ _LIMITS = ("--max-migrations", "--max-migrations-per-host", "--max-migrations-pe
 @dataclass(frozen=True, slots=True)
 class Config:
     """What a coordinator is told: its name, where to listen, etcd's endpoints, its lease's TTL, how much to log, how
-    many migrations may be under way.
+    many migrations may be under way, how its connections are secured.
 
     And how many records of migrations that are over are kept, and for how many days.
 
@@ -37,12 +45,13 @@ class Config:
     keep_migrations: int = DEFAULT_KEPT
     keep_migrations_days: int = DEFAULT_KEPT_DAYS
     allowance: Allowance = DEFAULT_ALLOWANCE
+    security: Security = INSECURE
 
     def __post_init__(self) -> None:
         check_name("--name", self.name)
-        check_address("--listen", self.listen, least_port=0)
+        self.security.check("--listen", check_address("--listen", self.listen, least_port=0))
         for endpoint in self.etcd:
-            check_address("--etcd", endpoint, least_port=1)
+            self.security.check_etcd("--etcd", check_address("--etcd", endpoint, least_port=1))
         check_lease_ttl("--lease-ttl-s", self.lease_ttl_s)
         check_log_format("--log-format", self.log_format)
         if self.metrics is not None:
@@ -109,6 +118,7 @@ def parse(arguments: Sequence[str]) -> Config:
             allowance=Allowance(
                 options.max_migrations, options.max_migrations_per_host, options.max_migrations_per_device
             ),
+            security=security(options),
         )
     except VfleetError as error:
         parser.error(error.message)

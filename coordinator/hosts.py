@@ -13,6 +13,8 @@ from coordinator.findings import HostState, Request
 from coordinator.inventory import Inventory
 from coordinator.planner import registered_incarnation
 from vfleet.errors import VfleetError, not_found
+from vfleet.principal import server_name
+from vfleet.roles import Role
 from vfleet.rpc import Channels, RequestT, ResponseT, StubT, call, stream
 from vfleet.v1.driver_service_pb2 import (
     AttachFunctionRequest,
@@ -199,7 +201,7 @@ class Hosts:
                 await self.forget_driver(host, request)
 
     def _stub(self, kind: Callable[[grpc.aio.Channel], StubT], host: str) -> StubT:
-        return self._channels.stub(kind, self.address(host))
+        return self._channels.stub(kind, self.address(host), server_name(Role.HOST, host))
 
     async def _call(
         self,

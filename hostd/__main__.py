@@ -20,6 +20,7 @@ from vfleet.clock import SystemClock
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.etcd.client import EtcdStore
 from vfleet.etcd.observed import ObservedStore
+from vfleet.roles import Role
 from vfleet.rpc import Channels, Server
 
 STOP_GRACE_S = 0.5
@@ -29,15 +30,16 @@ async def _serve(config: Config, writer: log.Writer) -> None:
     clock, random = SystemClock(), Random()  # noqa: S311  # delays and incarnations: nothing secret
     topology = load(config.topology, config.host)
     log.name_process(host=topology.name)
+    keys = config.security.open(Role.HOST, topology.name)
     with _locked(config.data_dir):
         ledger = Ledger(config.data_dir)
         identity = open_identity(ledger, topology.name, kernel_boot_id(), random, clock, power_cycle=config.power_cycle)
-        channels, server = Channels(), Server(SERVICE_NAMES, identity.incarnation)
+        channels, server = Channels(tls=keys.tls), Server(SERVICE_NAMES, identity.incarnation, keys.tls)
         address = f"{config.listen.rpartition(':')[0]}:{server.listen(config.listen)}"
         registry = metrics.new_registry(writer)
         async with (
             metrics.serving(config.metrics, registry) as metrics_at,
-            EtcdStore.open(config.etcd, clock, random) as etcd,
+            EtcdStore.open(config.etcd, clock, random, tls=keys.etcd) as etcd,
         ):
             store = ObservedStore(etcd, clock, metrics.etcd_histogram(registry))
             reached_at = config.advertise or address

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vfleet.daemon import Parser, check_address, check_lease_ttl, check_log_format
+from vfleet.daemon import Parser, check_address, check_lease_ttl, check_log_format, security
 from vfleet.errors import VfleetError
+from vfleet.security import Security
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +25,14 @@ class Config:
     log_format: str
     metrics: str | None
     allow_faults: bool
+    security: Security
 
     def __post_init__(self) -> None:
-        check_address("--listen", self.listen, least_port=0)
+        self.security.check("--listen", check_address("--listen", self.listen, least_port=0))
         if self.advertise is not None:
-            check_address("--advertise", self.advertise, least_port=1)
+            self.security.check("--advertise", check_address("--advertise", self.advertise, least_port=1))
         for endpoint in self.etcd:
-            check_address("--etcd", endpoint, least_port=1)
+            self.security.check_etcd("--etcd", check_address("--etcd", endpoint, least_port=1))
         check_lease_ttl("--lease-ttl-s", self.lease_ttl_s)
         check_log_format("--log-format", self.log_format)
         if self.metrics is not None:
@@ -70,6 +72,7 @@ def parse(arguments: Sequence[str]) -> Config:
             log_format=options.log_format,
             metrics=options.metrics,
             allow_faults=options.allow_faults,
+            security=security(options),
         )
     except VfleetError as error:
         parser.error(error.message)

@@ -10,15 +10,23 @@ from vfleet.etcd.keys import HOSTS, host_key
 from vfleet.etcd.records import decode
 from vfleet.etcd.store import Event, KeyValue, Listing, Store
 from vfleet.names import host_of
+from vfleet.principal import server_name
+from vfleet.roles import Role
 from vfleet.v1.records_pb2 import Host
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Where another host's daemon is (HOST:PORT), and which machine it is."""
+    """Where another host's daemon is (HOST:PORT), which machine it is, and the host's name."""
 
     address: str
     incarnation: str
+    host: str
+
+    @property
+    def server(self) -> str:
+        """The name in its certificate."""
+        return server_name(Role.HOST, self.host)
 
 
 class Directory:
@@ -65,6 +73,6 @@ class Directory:
 
     def _put(self, item: KeyValue) -> None:
         host = decode(Host, item)
-        self._peers[host.segment] = Peer(host.address, host.incarnation)
+        self._peers[host.segment] = Peer(host.address, host.incarnation, host.name)
         self._segments[item.key] = host.segment
         self._attachments[item.key] = {device.name: frozenset(device.attachments) for device in host.devices}

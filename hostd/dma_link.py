@@ -33,7 +33,7 @@ class DmaLink:
         self._senders: dict[SenderId, Sender] = {}
 
         def open_stream(peer: Peer) -> _Stream:
-            stub = FabricServiceStub(channels.to(peer.address))
+            stub = FabricServiceStub(channels.to(peer.address, peer.server))
             return stub.ExchangeDma(metadata=meant_for(peer.incarnation))
 
         self._stream = FabricStream(segment, directory, clock, random, open_stream, self)

@@ -53,7 +53,7 @@ class Link:
         self._forgetting: set[asyncio.Task[None]] = set()
 
         def open_stream(peer: Peer) -> _Stream:
-            stub = FabricServiceStub(channels.to(peer.address))
+            stub = FabricServiceStub(channels.to(peer.address, peer.server))
             return stub.Exchange(metadata=meant_for(peer.incarnation))
 
         self._stream = FabricStream(segment, directory, clock, random, open_stream, self, _join)
@@ -84,7 +84,7 @@ class Link:
         if peer is None:
             raise VfleetError(Reason.UNREACHABLE, f"no host has segment {self._segment}")
         response = await call(
-            FabricServiceStub(self._channels.to(peer.address)).GetSequence,
+            FabricServiceStub(self._channels.to(peer.address, peer.server)).GetSequence,
             request,
             address=peer.address,
             timeout_s=CALL_TIMEOUT_S,
@@ -114,7 +114,7 @@ class Link:
             if peer is not None:
                 try:
                     await call(
-                        FabricServiceStub(self._channels.to(peer.address)).ForgetDriver,
+                        FabricServiceStub(self._channels.to(peer.address, peer.server)).ForgetDriver,
                         request,
                         address=peer.address,
                         timeout_s=CALL_TIMEOUT_S,

@@ -27,6 +27,8 @@ from vfleet.errors import Reason, VfleetError, not_found
 from vfleet.etcd.keys import ENTRIES, function_key, host_key, registration_key
 from vfleet.etcd.records import decode
 from vfleet.etcd.store import Compare, Store, absent, unchanged, value_is
+from vfleet.principal import server_name
+from vfleet.roles import Role
 from vfleet.rpc import Channels, stream
 from vfleet.v1.records_pb2 import FUNCTION_STATUS_ACTIVE, FUNCTION_STATUS_LOST, Function
 from vfleet.v1.records_pb2 import Host as HostRecord
@@ -176,7 +178,9 @@ class Rest:
     ) -> None:
         """Take the pages asked for. Raise UNREACHABLE if none comes for `silence_s`, or what the source answers."""
         source = instance.record.rest_source
-        method = TransferServiceStub(self._channels.to(source.address, bulk=bulk)).FetchState
+        method = TransferServiceStub(
+            self._channels.to(source.address, server_name(Role.HOST, source.host), bulk=bulk)
+        ).FetchState
         responses = stream(method, request, address=source.address, incarnation=source.incarnation)
         first = request.image_offset // PAGE_BYTES
         asked_for = range(first, first + request.length_bytes // PAGE_BYTES)

@@ -265,7 +265,7 @@ def deliver_through(channels: Channels) -> Deliver:
     """Return how frames are delivered over the network."""
 
     async def deliver(peer: Peer, request: DeliverFramesRequest) -> DeliverFramesResponse:
-        method = FabricServiceStub(channels.to(peer.address)).DeliverFrames
+        method = FabricServiceStub(channels.to(peer.address, peer.server)).DeliverFrames
         return await call(method, request, address=peer.address, timeout_s=CALL_TIMEOUT_S, incarnation=peer.incarnation)
 
     return deliver

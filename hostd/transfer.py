@@ -33,6 +33,8 @@ from vfleet import failpoint
 from vfleet.address import PAGE_BYTES
 from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError, invalid_field
+from vfleet.principal import server_name
+from vfleet.roles import Role
 from vfleet.rpc import Channels, stream
 from vfleet.v1.host_records_pb2 import RestSource
 from vfleet.v1.transfer_service_pb2 import (
@@ -291,7 +293,9 @@ async def import_state(
     # In post-copy it is little, and what accesses wait for comes by the connection that it has opened.
     is_bulk = options.mode != TRANSFER_MODE_POST_COPY
     export = stream(
-        channels.stub(TransferServiceStub, request.source_address, bulk=is_bulk).ExportState,
+        channels.stub(
+            TransferServiceStub, request.source_address, server_name(Role.HOST, request.source_host), bulk=is_bulk
+        ).ExportState,
         ExportStateRequest(
             attempt=request.attempt,
             function=request.function,

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from random import Random
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -19,6 +19,9 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from vfleet import rpc
 from vfleet.clock import Clock, SystemClock, backoff_delays
 from vfleet.errors import Reason, VfleetError, invalid_field
+
+if TYPE_CHECKING:
+    from vfleet.tls import Tls
 
 PATIENCE_S = 5.0
 CALL_TIMEOUT_S = 30.0
@@ -67,24 +70,35 @@ class Patience:
         self._delays = backoff_delays(self._random, _FIRST_DELAY_S, _LONGEST_DELAY_S)
 
     async def pause(self, who: str, error: VfleetError) -> None:
-        """Wait before the next try. Once that is too late raise UNREACHABLE: who was tried, and for how long."""
-        delay_s = next(self._delays)
+        """Wait before the next try. Once that is too late raise UNREACHABLE: who was tried, and for how long.
+
+        Or raise the error itself, if it was an answer.
+        """
+        delay_s = max(next(self._delays), error.retry_after_s or 0)
         tried_s = self._clock.monotonic() - self._start
         if tried_s + delay_s > self._limit_s:
+            if error.retry_after_s is not None:
+                raise error
             message = f"no answer from {who}, tried for {tried_s:.1f} s; last: {error.message}"
             raise VfleetError(Reason.UNREACHABLE, message, metadata=error.metadata) from None
         await self._clock.sleep(delay_s)
 
 
 class Caller:
-    """Makes calls to one of several daemons of a `kind`, at one or more addresses, HOST:PORT each."""
+    """Makes calls to one of several daemons of a `kind`, at one or more addresses, HOST:PORT each.
+
+    `server` is the name that their certificates must have, and `tls` what the caller shows them, if connections are
+    secured; it goes into channels of the caller's own, where none are given.
+    """
 
     def __init__(
         self,
         kind: str,
         addresses: Sequence[str],
         *,
+        server: str = "",
         channels: rpc.Channels | None = None,
+        tls: "Tls | None" = None,
         clock: Clock | None = None,
         random: Random | None = None,
         patience_s: float = PATIENCE_S,
@@ -92,7 +106,8 @@ class Caller:
         self.who = f"the {kind} at {', '.join(addresses)}"
         # The one that is asked first: the last that answered.
         self._addresses = deque(parse_addresses("address", ",".join(addresses)))
-        self._channels = channels or rpc.Channels()
+        self._server = server
+        self._channels = channels or rpc.Channels(tls=tls)
         self._owns_channels = channels is None
         self._clock = clock or SystemClock()
         self._random = random or Random()  # noqa: S311  # spreads retries, keeps no secret
@@ -105,7 +120,7 @@ class Caller:
 
     def channel(self) -> grpc.aio.Channel:
         """Return the channel to that address."""
-        return self._channels.to(self.address)
+        return self._channel(self.address)
 
     def patience(self) -> Patience:
         """Return what a call that goes on by itself waits with."""
@@ -137,9 +152,13 @@ class Caller:
                     if not repeatable:
                         await self._connect(address)
                     sent = True
-                    called = rpc.call(method(self._channels.to(address)), request, address=address, timeout_s=timeout_s)
+                    called = rpc.call(method(self._channel(address)), request, address=address, timeout_s=timeout_s)
                     return await (self._unless_frozen(address, called) if repeatable else called)
                 except VfleetError as error:
+                    if error.retry_after_s is not None:
+                        # Nothing was done: it was one call too many.
+                        last = error
+                        break
                     if not is_silence(error, address):
                         raise
                     if sent and not repeatable:
@@ -159,9 +178,7 @@ class Caller:
         while True:
             address = self.address
             try:
-                async with aclosing(
-                    rpc.stream(method(self._channels.to(address)), request, address=address)
-                ) as responses:
+                async with aclosing(rpc.stream(method(self._channel(address)), request, address=address)) as responses:
                     while (response := await self._unless_frozen(address, anext(responses, None))) is not None:
                         patience.renew()
                         yield response
@@ -181,13 +198,13 @@ class Caller:
         if len(self._addresses) == 1:
             return await answer
         waiting = asyncio.ensure_future(answer)
-        check = self._channels.to(address).unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=HealthCheckRequest.SerializeToString,
-            response_deserializer=HealthCheckResponse.FromString,
-        )
         try:
             while not (await asyncio.wait([waiting], timeout=PROBE_AFTER_S))[0]:
+                check = self._channel(address).unary_unary(
+                    "/grpc.health.v1.Health/Check",
+                    request_serializer=HealthCheckRequest.SerializeToString,
+                    response_deserializer=HealthCheckResponse.FromString,
+                )
                 try:
                     await rpc.call(check, HealthCheckRequest(), address=address, timeout_s=PROBE_TIMEOUT_S)
                 except VfleetError as error:
@@ -198,6 +215,9 @@ class Caller:
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
 
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        return self._channels.to(address, self._server)
+
     def _turn_from(self, address: str) -> None:
         if self.address == address:  # else another call has done it
             self._addresses.rotate(-1)
@@ -205,8 +225,8 @@ class Caller:
     async def _connect(self, address: str) -> None:
         try:
             async with asyncio.timeout(self._patience_s):
-                await self._channels.to(address).channel_ready()
-        except TimeoutError:
+                await self._channel(address).channel_ready()
+        except (TimeoutError, grpc.aio.UsageError):  # the latter if the channel was renewed meanwhile
             raise VfleetError(
                 Reason.UNREACHABLE,
                 f"can't connect to {address} in {self._patience_s:g} s",

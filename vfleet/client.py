@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mappi
 from contextlib import aclosing
 from random import Random
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from vfleet.address import ADDRESS_SPACE, PAGE_BYTES
 from vfleet.caller import PATIENCE_S, Caller
@@ -18,6 +18,8 @@ from vfleet.errors import invalid_field, not_found
 from vfleet.limits import MAX_MAIN_MEMORY_BYTES
 from vfleet.names import check_device_name, check_name
 from vfleet.parts import part_of
+from vfleet.principal import server_name
+from vfleet.roles import Role
 from vfleet.rpc import Channels
 from vfleet.v1 import driver_service_pb2 as driver_pb2
 from vfleet.v1 import fleet_service_pb2 as fleet_pb2
@@ -34,6 +36,9 @@ from vfleet.v1.placement_pb2 import Constraints
 from vfleet.v1.records_pb2 import Cordon, Driver, Function, Host, Migration, Phase
 from vfleet.v1.translation_service_pb2_grpc import TranslationServiceStub
 from vfleet.v1.types_pb2 import TableEntry
+
+if TYPE_CHECKING:
+    from vfleet.tls import Tls
 
 PAGE_SIZE = 1000
 MAX_VF_INDEX = 65535
@@ -65,18 +70,28 @@ class _Client:
     """What both clients share: made from addresses, closed after use."""
 
     _kind: str
+    _role: Role
 
     def __init__(
         self,
         addresses: Sequence[str],
         *,
+        name: str = "",
         channels: Channels | None = None,
+        tls: "Tls | None" = None,
         clock: Clock | None = None,
         random: Random | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.caller = Caller(
-            self._kind, addresses, channels=channels, clock=clock, random=random, patience_s=patience_s
+            self._kind,
+            addresses,
+            server=server_name(self._role, name),
+            channels=channels,
+            tls=tls,
+            clock=clock,
+            random=random,
+            patience_s=patience_s,
         )
 
     async def close(self) -> None:
@@ -95,11 +110,15 @@ class _Client:
 class FleetClient(_Client):
     """The fleet, through any of its coordinators: the first that answers of those at `addresses`.
 
+    With `tls` the client shows its certificate, and theirs must be those of coordinators; without it connections are
+    plaintext, to this machine alone.
+
     Goes on for `patience_s` seconds when none answers, then raises UNREACHABLE. With several addresses, a call that can
     be repeated leaves a coordinator that is frozen after 5 s.
     """
 
     _kind = "coordinator"
+    _role = Role.COORDINATOR
 
     async def list_hosts(self) -> list[Host]:
         """Return all hosts, without their devices, by name."""
@@ -375,20 +394,28 @@ class FleetClient(_Client):
 
 
 class HostClient(_Client):
-    """One host, through its hostd at HOST:PORT: what lives there, and what drivers do there."""
+    """One host, through its hostd at HOST:PORT: what lives there, and what drivers do there.
+
+    With `tls` its certificate must be that of a host, and of the one called `name` if that is given.
+    """
 
     _kind = "hostd"
+    _role = Role.HOST
 
     def __init__(
         self,
         address: str,
         *,
+        name: str = "",
         channels: Channels | None = None,
+        tls: "Tls | None" = None,
         clock: Clock | None = None,
         random: Random | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        super().__init__([address], channels=channels, clock=clock, random=random, patience_s=patience_s)
+        super().__init__(
+            [address], name=name, channels=channels, tls=tls, clock=clock, random=random, patience_s=patience_s
+        )
 
     async def list_functions(self) -> list[function_pb2.FunctionInstance]:
         """Return all instances on the host, by device and VF index."""

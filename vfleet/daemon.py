@@ -12,11 +12,13 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import NoReturn
 
 from vfleet import failpoint, log
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.process import BAD_INPUT_EXIT
+from vfleet.security import ETCD_TLS_VARIABLE, TLS_VARIABLE, Security
 
 DEFAULT_LEASE_TTL_S = 5
 LOG_FORMAT_VARIABLE = "VFLEET_LOG_FORMAT"
@@ -33,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT_EXIT, f"{self.prog}: {message}\n")
 
     def add_common_arguments(self) -> None:
-        """Add what every daemon is told: where to listen, etcd's endpoints, its lease, how much to log."""
+        """Add what every daemon is told: where to listen, certificates, etcd's endpoints, its lease, what to log."""
         self.add_argument(
             "--listen",
             metavar="HOST:PORT",
@@ -41,6 +43,18 @@ class Parser(argparse.ArgumentParser):
             help="where to serve gRPC; port 0 for any (%(default)s)",
         )
         self.add_argument("--etcd", metavar="HOST:PORT[,...]", required=True, help="endpoints of etcd")
+        self.add_argument(
+            "--tls", metavar="DIR", type=Path, help=f"folder with ca.crt, tls.crt and tls.key, or {TLS_VARIABLE}"
+        )
+        self.add_argument(
+            "--etcd-tls",
+            metavar="DIR",
+            type=Path,
+            help=f"the same for etcd, if it has certificates of another CA, or {ETCD_TLS_VARIABLE}",
+        )
+        self.add_argument(
+            "--insecure", action="store_true", help="plaintext instead, on loopback addresses alone; for trials"
+        )
         self.add_argument(
             "--lease-ttl-s",
             metavar="SECONDS",
@@ -60,6 +74,11 @@ class Parser(argparse.ArgumentParser):
             default=os.environ.get(LOG_FORMAT_VARIABLE) or "console",
             help=f"how to log, for people or for programs; the environment's {LOG_FORMAT_VARIABLE} is the default",
         )
+
+
+def security(options: argparse.Namespace) -> Security:
+    """Return what options of the parser say of certificates. Raise INVALID_FIELD for nothing, or both."""
+    return Security.given(options.tls, options.etcd_tls, insecure=options.insecure)
 
 
 def check_address(field: str, value: str, *, least_port: int) -> str:

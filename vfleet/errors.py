@@ -1,8 +1,8 @@
 """One error root, and the only place that knows gRPC status codes.
 
 Everything that vfleet refuses is a `VfleetError` with a `Reason`. At a server's edge it becomes a google.rpc.Status
-with ErrorInfo (domain "vfleet"), for bad fields BadRequest, and for obstacles PreconditionFailure; a client gets the
-same error back.
+with ErrorInfo (domain "vfleet"), for bad fields BadRequest, for obstacles PreconditionFailure, and RetryInfo if it is
+known when to try again; a client gets the same error back.
 """
 
 import enum
@@ -51,6 +51,7 @@ class Reason(enum.StrEnum):
     UNSATISFIABLE = "UNSATISFIABLE"
     HOST_CORDONED = "HOST_CORDONED"
     CANCELLED = "CANCELLED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
 
 
 _CODES: Mapping[Reason, grpc.StatusCode] = {
@@ -85,6 +86,7 @@ _CODES: Mapping[Reason, grpc.StatusCode] = {
     Reason.UNSATISFIABLE: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.HOST_CORDONED: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.CANCELLED: grpc.StatusCode.ABORTED,
+    Reason.PERMISSION_DENIED: grpc.StatusCode.PERMISSION_DENIED,
 }
 
 
@@ -109,7 +111,8 @@ class VfleetError(Exception):
     """The root, and the whole, of vfleet's errors.
 
     `reason` is for programs, the message for people: it names what was meant, what was found and what was expected.
-    `metadata` gives the names in it to programs. Of `obstacles` each by itself is in the way.
+    `metadata` gives the names in it to programs. Of `obstacles` each by itself is in the way. `retry_after_s` says when
+    the same call may succeed, in seconds.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class VfleetError(Exception):
         metadata: Mapping[str, str] | None = None,
         violations: tuple[FieldViolation, ...] = (),
         obstacles: tuple[Obstacle, ...] = (),
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.reason = reason
@@ -127,6 +131,7 @@ class VfleetError(Exception):
         self.metadata: Mapping[str, str] = dict(metadata or {})
         self.violations = violations
         self.obstacles = obstacles
+        self.retry_after_s = retry_after_s
 
     @property
     def code(self) -> grpc.StatusCode:
@@ -171,6 +176,10 @@ def to_status(error: VfleetError) -> status_pb2.Status:
         for obstacle in error.obstacles:
             failure.violations.add(type=obstacle.kind, subject=obstacle.subject, description=obstacle.description)
         status.details.append(_packed(failure))
+    if error.retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMicroseconds(round(error.retry_after_s * 1e6))
+        status.details.append(_packed(retry))
     return status
 
 
@@ -192,13 +201,18 @@ def from_rpc_error(rpc_error: grpc.aio.AioRpcError, address: str) -> VfleetError
         return VfleetError(Reason.UNREACHABLE, f"no answer in time from {details}", metadata=metadata)
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return VfleetError(Reason.INVALID_FIELD, details, metadata=metadata)
+    if code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
+        return VfleetError(Reason.PERMISSION_DENIED, details, metadata=metadata)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return VfleetError(Reason.LIMIT_EXCEEDED, details, metadata=metadata)
     return VfleetError(Reason.INTERNAL, f"{details} ({code.name})", metadata=metadata)
 
 
 def _packed(
-    message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.PreconditionFailure,
+    message: error_details_pb2.ErrorInfo
+    | error_details_pb2.BadRequest
+    | error_details_pb2.PreconditionFailure
+    | error_details_pb2.RetryInfo,
 ) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
@@ -209,10 +223,10 @@ def _from_status(status: status_pb2.Status) -> VfleetError | None:
     info = error_details_pb2.ErrorInfo()
     bad_request = error_details_pb2.BadRequest()
     failure = error_details_pb2.PreconditionFailure()
+    retry = error_details_pb2.RetryInfo()
     for detail in status.details:
-        detail.Unpack(info)
-        detail.Unpack(bad_request)
-        detail.Unpack(failure)
+        for known in (info, bad_request, failure, retry):
+            detail.Unpack(known)
     if info.domain != DOMAIN or info.reason not in Reason.__members__ or status.code == code_pb2.OK:
         return None
     return VfleetError(
@@ -221,4 +235,5 @@ def _from_status(status: status_pb2.Status) -> VfleetError | None:
         metadata=dict(info.metadata),
         violations=tuple(FieldViolation(v.field, v.description) for v in bad_request.field_violations),
         obstacles=tuple(Obstacle(v.type, v.subject, v.description) for v in failure.violations),
+        retry_after_s=retry.retry_delay.ToMicroseconds() / 1e6 if retry.HasField("retry_delay") else None,
     )

@@ -12,3 +12,6 @@ MAIN_MEMORY_VIRTUAL_ADDRESS = 1 << 32
 
 # The page of a driver's I/O virtual address space to which MSI-X writes go, and of the root complex's window as well.
 INTERRUPT_PAGE_ADDRESS = 0xFEE00000
+
+# How long what goes over a connection whose certificate has been replaced may still take.
+OLD_CHANNEL_GRACE_S = 3_600.0

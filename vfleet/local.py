@@ -25,6 +25,7 @@ from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.etcd.server import EtcdServer
 from vfleet.names import check_name
 from vfleet.process import LOOPBACK, ChildProcess, describe_exit, free_port
+from vfleet.security import INSECURE, Keys, Security
 
 READY_TIMEOUT_S = 30.0
 START_ATTEMPTS = 3
@@ -135,6 +136,8 @@ class LocalCluster:
 
     Data and logs are in `data_dir`, which is made if it is absent. `etcd` lists the endpoints of an existing etcd;
     without it the cluster has its own. With `failpoints`, each daemon has its own in a directory there of its name.
+    With `certs`, a folder with `host-NAME` for each host, `coordinator-NAME` for each coordinator, `etcd-local` and
+    `operator-local`, connections are secured; without it they are plaintext.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class LocalCluster:
         coordinators: int = 1,
         lease_ttl_s: int | None = None,
         failpoints: Path | None = None,
+        certs: Path | None = None,
     ) -> None:
         if not 1 <= coordinators <= MAX_COORDINATORS:
             raise invalid_field("coordinators", coordinators, f"1 to {MAX_COORDINATORS}")
@@ -161,6 +165,7 @@ class LocalCluster:
         self._coordinator_names = [f"c{number}{suffix}" for number in range(1, coordinators + 1)]
         self._lease_arguments = () if lease_ttl_s is None else ("--lease-ttl-s", str(lease_ttl_s))
         self._failpoints = failpoints
+        self._certs = certs
         self._random = Random()  # noqa: S311  # chooses ports
 
     @property
@@ -175,11 +180,17 @@ class LocalCluster:
 
     def fleet(self) -> FleetClient:
         """Return a new client of the coordinators."""
-        return FleetClient(self.coordinator_addresses)
+        return FleetClient(self.coordinator_addresses, tls=self.keys().tls)
 
     def host(self, name: str) -> HostClient:
         """Return a new client of a host's hostd."""
-        return HostClient(self.hosts[name].address)
+        return HostClient(self.hosts[name].address, name=name, tls=self.keys().tls)
+
+    def keys(self) -> Keys:
+        """Return what an operator meets the daemons with, and a daemon etcd."""
+        if self._certs is None:
+            return INSECURE.open()
+        return Security(self._certs / "operator-local", self._certs / "etcd-local").open()
 
     async def __aenter__(self) -> Self:
         try:
@@ -209,14 +220,16 @@ class LocalCluster:
     async def _start(self) -> None:
         self.data_dir.mkdir(parents=True, exist_ok=True)
         if not self.etcd:
-            self.etcd_server = EtcdServer(self.data_dir / "etcd", SystemClock(), self._random)
+            certs = None if self._certs is None else self._certs / "etcd-local"
+            self.etcd_server = EtcdServer(self.data_dir / "etcd", SystemClock(), self._random, certs=certs)
             await self.etcd_server.start()
             self.etcd = (self.etcd_server.endpoint,)
         for name in self._host_names:
             arguments = ["--topology", str(self.topology), "--host", name, "--data-dir", str(self.data_dir / name)]
-            self.hosts[name] = self._daemon(name, "hostd", arguments)
+            self.hosts[name] = self._daemon(name, "hostd", [*arguments, *self._security(f"host-{name}")])
         for name in self._coordinator_names:
-            self.coordinators[name] = self._daemon(name, "coordinator", ["--name", name])
+            secured = self._security(f"coordinator-{name}")
+            self.coordinators[name] = self._daemon(name, "coordinator", ["--name", name, *secured])
         async with asyncio.TaskGroup() as group:
             for daemon in self.daemons:
                 group.create_task(daemon.start())
@@ -227,6 +240,9 @@ class LocalCluster:
         finally:
             if self.etcd_server is not None:
                 await self.etcd_server.stop()
+
+    def _security(self, folder: str) -> list[str]:
+        return ["--insecure"] if self._certs is None else ["--tls", str(self._certs / folder)]
 
     def _daemon(self, name: str, module: str, arguments: Sequence[str]) -> Daemon:
         shared = ["--etcd", ",".join(self.etcd), *self._lease_arguments]

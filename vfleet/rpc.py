@@ -3,6 +3,9 @@
 Servicers raise `VfleetError`; the server turns it into a status with details, whatever kind the method is. A request
 that isn't a protobuf message of its type (bytes that aren't UTF-8 in a string, for example) is INVALID_ARGUMENT. The
 health and reflection services come with every server, so that any language's client works unaided.
+
+With `vfleet.tls.Tls` both ends show certificates, and the server has a guard; without it connections are plaintext, and
+never leave the machine.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from typing import TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -18,7 +21,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from vfleet import log
+from vfleet.clock import SystemClock
 from vfleet.errors import Reason, VfleetError, from_rpc_error, to_status
+from vfleet.limits import OLD_CHANNEL_GRACE_S
+from vfleet.loopback import check_loopback
+
+if TYPE_CHECKING:
+    # Imported where they are needed: what reads certificates takes a command on plaintext a twentieth of a second.
+    from vfleet.guard import Guard
+    from vfleet.tls import Credentials, Tls
 
 MAX_MESSAGE_BYTES = 4 << 20
 DETAILS_KEY = "grpc-status-details-bin"
@@ -64,39 +75,83 @@ _log = logging.getLogger(__name__)
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
 StubT = TypeVar("StubT")
+# What a handler is given: a request, or a stream of them.
+ArgumentT = TypeVar("ArgumentT")
 
 
 def connect(address: str) -> grpc.aio.Channel:
-    """Return a channel to the daemon at HOST:PORT. It connects when first used, and again whenever it has to."""
+    """Return a channel to the daemon at HOST:PORT. It connects when first used, and again whenever it has to.
+
+    Plaintext: raise INVALID_FIELD if the address is another machine's.
+    """
+    check_loopback("address", address)
     return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
 
 
+def _connect_securely(address: str, server: str, credentials: Credentials) -> grpc.aio.Channel:
+    options = (*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", server)) if server else _CHANNEL_OPTIONS
+    return grpc.aio.secure_channel(address, credentials.for_channel(), options=options)
+
+
 class Channels:
-    """The channels of a process, two an address, made when first needed. `connect` is the network, as an argument."""
+    """The channels of a process, two a server, made when first needed. `connect` is the network, as an argument.
 
-    def __init__(self, connect: Callable[[str], grpc.aio.Channel] = connect) -> None:
+    With `tls` they are made anew when the certificates have changed; what goes over the old ones ends there in peace.
+    """
+
+    def __init__(self, connect: Callable[[str], grpc.aio.Channel] = connect, tls: Tls | None = None) -> None:
         self._connect = connect
-        self._channels: dict[tuple[str, bool], grpc.aio.Channel] = {}
-        self._stubs: dict[tuple[object, str, bool], object] = {}
+        self._tls = tls
+        self._credentials = tls.credentials if tls is not None else None
+        self._channels: dict[tuple[str, str, bool], grpc.aio.Channel] = {}
+        self._stubs: dict[tuple[object, str, str, bool], object] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
-    def to(self, address: str, *, bulk: bool = False) -> grpc.aio.Channel:
-        """Return the channel to HOST:PORT, or that for `bulk`: behind megabytes nobody should have to wait."""
-        if (address, bulk) not in self._channels:
-            self._channels[address, bulk] = self._connect(address)
-        return self._channels[address, bulk]
+    def to(self, address: str, server: str = "", *, bulk: bool = False) -> grpc.aio.Channel:
+        """Return the channel to HOST:PORT, or that for `bulk`: behind megabytes nobody should have to wait.
 
-    def stub(self, kind: Callable[[grpc.aio.Channel], StubT], address: str, *, bulk: bool = False) -> StubT:
-        """Return the stub of this kind on the channel that `to` returns, made once."""
-        known = self._stubs.get((kind, address, bulk))
+        `server` is the name that the certificate there must have (`vfleet.principal.server_name`); without it, that of
+        the address.
+        """
+        self._renew()
+        known = self._channels.get((address, server, bulk))
         if known is None:
-            known = self._stubs[kind, address, bulk] = kind(self.to(address, bulk=bulk))
+            known = (
+                self._connect(address)
+                if self._credentials is None
+                else _connect_securely(address, server, self._credentials)
+            )
+            self._channels[address, server, bulk] = known
+        return known
+
+    def stub(
+        self, kind: Callable[[grpc.aio.Channel], StubT], address: str, server: str = "", *, bulk: bool = False
+    ) -> StubT:
+        """Return the stub of this kind on the channel that `to` returns, made once."""
+        self._renew()
+        known = self._stubs.get((kind, address, server, bulk))
+        if known is None:
+            known = self._stubs[kind, address, server, bulk] = kind(self.to(address, server, bulk=bulk))
         return cast("StubT", known)
 
     async def close(self) -> None:
         """Close all; calls under way fail."""
         channels, self._channels = list(self._channels.values()), {}
         self._stubs.clear()
-        await asyncio.gather(*(channel.close() for channel in channels))
+        for task in self._closing:
+            task.cancel()
+        await asyncio.gather(*self._closing, *(channel.close() for channel in channels), return_exceptions=True)
+
+    def _renew(self) -> None:
+        if self._tls is None or self._tls.credentials is self._credentials:
+            return
+        self._credentials = self._tls.credentials
+        channels, self._channels = self._channels, {}
+        self._stubs.clear()
+        for channel in channels.values():
+            task = asyncio.create_task(channel.close(OLD_CHANNEL_GRACE_S))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
 
 def meant_for(incarnation: str) -> grpc.aio.Metadata:
@@ -173,8 +228,9 @@ _Handler: TypeAlias = "grpc.RpcMethodHandler[Message, Message]"
 class _ErrorEdge(grpc.aio.ServerInterceptor):
     """Wraps every handler, so that whatever it raises leaves as one status with details."""
 
-    def __init__(self, incarnation: str) -> None:
+    def __init__(self, incarnation: str, guard: Guard | None = None) -> None:
         self._incarnation = incarnation
+        self._guard = guard
         # By method: how a call that is meant for this host is handled, wrapped once and not for each call.
         self._wrapped: dict[str, _Handler] = {}
 
@@ -206,38 +262,42 @@ class _ErrorEdge(grpc.aio.ServerInterceptor):
         def refuse(_: bytes) -> Message:
             return cast("Message", _Refused(_not_this_host(meant, self._incarnation)))
 
-        wrapped = self._wrap(handler, decode if is_meant_for_this else refuse)
+        wrapped = self._wrap(handler_call_details.method, handler, decode if is_meant_for_this else refuse)
         if is_meant_for_this:
             self._wrapped[handler_call_details.method] = wrapped
         return wrapped
 
-    @staticmethod
-    def _wrap(handler: _Handler, decode: Callable[[bytes], Message]) -> _Handler:
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                _edge_unary(cast("_Unary", handler.unary_unary)), decode, handler.response_serializer
-            )
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                _edge_stream(cast("_Stream", handler.unary_stream)), decode, handler.response_serializer
-            )
-        if handler.stream_stream is not None:
-            return grpc.stream_stream_rpc_method_handler(
-                _edge_stream(cast("_Stream", handler.stream_stream)), decode, handler.response_serializer
-            )
-        return handler
+    def _wrap(self, path: str, handler: _Handler, decode: Callable[[bytes], Message]) -> _Handler:
+        unary = cast("_Unary[Message] | None", handler.unary_unary)
+        stream = cast("_Stream[Message] | None", handler.unary_stream)
+        both = cast("_Stream[_Requests] | None", handler.stream_stream)
+        encode, guard = handler.response_serializer, self._guard
+        if guard is not None:
+            # A guarded method takes a stream, whatever it is, so that it is asked for before its request is read.
+            if unary is not None:
+                edge = _edge_unary(guard.unary(path, unary), _all_decoded)
+                return grpc.stream_unary_rpc_method_handler(edge, decode, encode)
+            if stream is not None:
+                both = guard.stream(path, stream)
+            elif both is not None:
+                both = guard.bidirectional(path, both)
+        elif unary is not None:
+            return grpc.unary_unary_rpc_method_handler(_edge_unary(unary, _taken), decode, encode)
+        elif stream is not None:
+            return grpc.unary_stream_rpc_method_handler(_edge_stream(stream, _taken), decode, encode)
+        assert both is not None, f"{path} takes a stream and answers once, which nobody has needed so far"  # noqa: S101
+        return grpc.stream_stream_rpc_method_handler(_edge_stream(both, _all_decoded), decode, encode)
 
 
-_Unary: TypeAlias = "Callable[[Message, _Context], Awaitable[Message]]"
-_Stream: TypeAlias = "Callable[[Message | AsyncIterator[Message], _Context], AsyncIterator[Message]]"
+_Unary: TypeAlias = Callable[[ArgumentT, "_Context"], Awaitable[Message]]
+_Stream: TypeAlias = Callable[[ArgumentT, "_Context"], AsyncIterator[Message]]
+_Requests: TypeAlias = AsyncIterator[Message]
 
 
-def _edge_unary(handler: _Unary) -> _Unary:
-    async def edge(request: Message, context: _Context) -> Message:
+def _edge_unary(handler: _Unary[ArgumentT], decoded: Callable[[ArgumentT], ArgumentT]) -> _Unary[ArgumentT]:
+    async def edge(request: ArgumentT, context: _Context) -> Message:
         try:
-            decoded = _decoded(request)
-            log.bind_request(decoded)
-            return await handler(decoded, context)
+            return await handler(decoded(request), context)
         except Exception as error:  # the one place where every failure becomes a status
             await _abort(context, error)
             raise
@@ -245,13 +305,10 @@ def _edge_unary(handler: _Unary) -> _Unary:
     return edge
 
 
-def _edge_stream(handler: _Stream) -> _Stream:
-    async def edge(request: Message | AsyncIterator[Message], context: _Context) -> AsyncIterator[Message]:
+def _edge_stream(handler: _Stream[ArgumentT], decoded: Callable[[ArgumentT], ArgumentT]) -> _Stream[ArgumentT]:
+    async def edge(request: ArgumentT, context: _Context) -> AsyncIterator[Message]:
         try:
-            arguments = _all_decoded(request) if isinstance(request, AsyncIterator) else _decoded(request)
-            if not isinstance(arguments, AsyncIterator):
-                log.bind_request(arguments)
-            async for response in handler(arguments, context):
+            async for response in handler(decoded(request), context):
                 yield response
         except Exception as error:  # noqa: BLE001  # the one place where every failure becomes a status
             await _abort(context, error)
@@ -262,6 +319,12 @@ def _edge_stream(handler: _Stream) -> _Stream:
 def _decoded(request: Message) -> Message:
     if isinstance(request, _Refused):
         raise request.error
+    return request
+
+
+def _taken(request: Message) -> Message:
+    request = _decoded(request)
+    log.bind_request(request)
     return request
 
 
@@ -281,10 +344,15 @@ async def _abort(context: _Context, error: Exception) -> None:
 
 
 class Server:
-    """A gRPC server with the error edge, health and reflection. A host refuses what is meant for another."""
+    """A gRPC server with the error edge, health and reflection. A host refuses what is meant for another.
 
-    def __init__(self, service_names: Iterable[str], incarnation: str = "") -> None:
-        self.grpc = grpc.aio.server(interceptors=(_ErrorEdge(incarnation),), options=_SERVER_OPTIONS)
+    With `tls` it has a guard; without, its connections are plaintext and come from this machine.
+    """
+
+    def __init__(self, service_names: Iterable[str], incarnation: str = "", tls: Tls | None = None) -> None:
+        self._tls = tls
+        edge = _ErrorEdge(incarnation, _new_guard() if tls is not None else None)
+        self.grpc = grpc.aio.server(interceptors=(edge,), options=_SERVER_OPTIONS)
         self._names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
@@ -293,7 +361,9 @@ class Server:
     def listen(self, address: str) -> int:
         """Bind HOST:PORT (port 0: any that is free) and return the port. Raise UNREACHABLE if it can't be bound."""
         try:
-            return self.grpc.add_insecure_port(address)
+            if self._tls is not None:
+                return self.grpc.add_secure_port(address, self._tls.for_server())
+            return self.grpc.add_insecure_port(check_loopback("--listen", address))
         except RuntimeError as error:
             raise VfleetError(Reason.UNREACHABLE, f"can't listen on {address}: {error}") from None
 
@@ -312,3 +382,9 @@ class Server:
         """Report not serving, let calls under way end for `grace_s` seconds, then stop."""
         await self._health.enter_graceful_shutdown()
         await self.grpc.stop(grace_s)
+
+
+def _new_guard() -> Guard:
+    from vfleet.guard import Guard
+
+    return Guard(SystemClock())

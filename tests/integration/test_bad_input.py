@@ -123,7 +123,19 @@ async def ask(tmp_path: Path) -> AsyncIterator[Ask]:
 
 
 async def start_hostd(tmp_path: Path, topology: Path, host: str, etcd: str, *more: str) -> ChildProcess:
-    command = [sys.executable, "-m", "hostd", "--topology", str(topology), "--host", host, "--etcd", etcd, *more]
+    command = [
+        sys.executable,
+        "-m",
+        "hostd",
+        "--topology",
+        str(topology),
+        "--host",
+        host,
+        "--etcd",
+        etcd,
+        "--insecure",
+        *more,
+    ]
     return await ChildProcess.start(host, [*command, "--data-dir", str(tmp_path / host)], log=tmp_path / f"{host}.log")
 
 

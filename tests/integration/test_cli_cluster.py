@@ -143,12 +143,12 @@ async def test_up_that_is_killed_leaves_no_process(vfleet: Vfleet, up: Up, tmp_p
 
 async def test_etcd_knows_the_coordinators(vfleet: Vfleet, up: Up, tmp_path: Path) -> None:
     endpoint = etcd_endpoint(tmp_path / "data")
-    result = await vfleet("get", "hosts", "--etcd", endpoint, "-o", "json")
+    result = await vfleet("--insecure", "get", "hosts", "--etcd", endpoint, "-o", "json")
     assert [host["name"] for host in json.loads(result.out)["hosts"]] == ["h1", "h2", "h3"]
 
 
 async def test_an_etcd_without_coordinators_is_an_error(vfleet: Vfleet, etcd: EtcdServer) -> None:
-    result = await vfleet("get", "hosts", "--etcd", etcd.endpoint)
+    result = await vfleet("--insecure", "get", "hosts", "--etcd", etcd.endpoint)
     assert result.code == 1
     # A line before it may warn of an etcd that can lose data.
     assert result.err.splitlines()[-1] == f"vfleet: no coordinator is registered in etcd at {etcd.endpoint}"

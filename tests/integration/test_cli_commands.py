@@ -355,6 +355,7 @@ Vfleet = Callable[..., "asyncio.Future[Result]"]
 def vfleet(fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Vfleet:
     """Run the vfleet command with the fake as its coordinator."""
     monkeypatch.setenv("VFLEET_COORDINATOR", fake.address)
+    monkeypatch.setenv("VFLEET_INSECURE", "1")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
@@ -975,7 +976,7 @@ async def test_the_cluster_that_up_left_is_found(
     monkeypatch.delenv("VFLEET_COORDINATOR")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     (tmp_path / "vfleet").mkdir(exist_ok=True)
-    (tmp_path / "vfleet" / "local.json").write_text(json.dumps({"coordinator": fake.address}))
+    (tmp_path / "vfleet" / "local.json").write_text(json.dumps({"coordinator": fake.address, "insecure": True}))
     assert (await vfleet("get", "hosts")).code == 0
 
 

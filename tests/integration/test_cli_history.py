@@ -24,6 +24,7 @@ async def test_what_has_happened_is_told(
     cluster: Cluster, tmp_path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VFLEET_COORDINATOR", ",".join(cluster.local.coordinator_addresses))
+    monkeypatch.setenv("VFLEET_INSECURE", "1")
 
     async def vfleet(*arguments: str) -> str:
         assert await asyncio.to_thread(run, arguments) == 0, capsys.readouterr().err

@@ -249,7 +249,7 @@ async def test_the_command_prints_what_it_finds_and_exits_by_it(cluster: Cluster
 
 async def vfleet(*arguments: str) -> tuple[int, str]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "vfleet.cli.main", *arguments, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-m", "vfleet.cli.main", "--insecure", *arguments, stdout=asyncio.subprocess.PIPE
     )
     output, _ = await process.communicate()
     assert process.returncode is not None

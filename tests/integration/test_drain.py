@@ -66,6 +66,7 @@ async def test_a_host_of_40_functions_is_emptied_under_load(
     path.write_text(yaml.safe_dump(topology()), encoding="utf-8")
     async with running(tmp_path, topology=path, coordinators=2, lease_ttl_s=2) as cluster:
         monkeypatch.setenv("VFLEET_COORDINATOR", ",".join(cluster.local.coordinator_addresses))
+        monkeypatch.setenv("VFLEET_INSECURE", "1")
 
         async def vfleet(*arguments: str) -> tuple[int, str, str]:
             code = await asyncio.to_thread(run, arguments)

@@ -3,9 +3,7 @@
 import asyncio
 import logging
 import shutil
-import ssl
 from contextlib import closing
-from pathlib import Path
 from random import Random
 
 import etcd3
@@ -14,7 +12,6 @@ import pytest
 from vfleet.clock import SystemClock
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.client import EtcdStore, can_lose_data
-from vfleet.etcd.endpoints import Tls
 from vfleet.etcd.server import EtcdCluster
 from vfleet.etcd.session import Session
 from vfleet.etcd.store import Changes, Delete, Listing, Put, Transaction, absent
@@ -24,9 +21,8 @@ from vfleet.process import free_port
 class Proxy:
     """A TCP proxy before one server, which can cut, refuse, stall, or lose what the server answers."""
 
-    def __init__(self, target: str, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, target: str) -> None:
         self._target = target
-        self._tls = tls
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.connections = 0
@@ -36,7 +32,7 @@ class Proxy:
         self.cut_on_answer = False
 
     async def __aenter__(self):
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.endpoint = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
@@ -130,29 +126,6 @@ async def test_a_write_that_was_never_sent_is_no_unknown_outcome(etcd, proxy, st
             await remote.commit(put("/a"))
         assert unavailable.value.reason is Reason.STORE_UNAVAILABLE
     assert await store.get("/a") is None
-
-
-async def test_over_tls_etcd_is_authenticated_and_so_is_the_client(etcd):
-    # A certificate for 127.0.0.1, signed by itself, with its key: for this test only.
-    pem = Path(__file__).parent / "data" / "etcd-test-only.pem"
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(pem))
-    context.load_cert_chain(pem)
-    context.set_alpn_protocols(["h2"])
-    context.verify_mode = ssl.CERT_REQUIRED
-    async with Proxy(etcd.endpoint, context) as proxy:
-        clock, random = SystemClock(), Random()
-        tls = Tls(pem.read_bytes(), pem.read_bytes(), pem.read_bytes())
-        async with await EtcdStore.connect([proxy.endpoint], clock, random, tls=tls) as store:
-            assert (await store.commit(put("/a"))).succeeded
-        for wrong in (None, Tls(pem.read_bytes())):
-            with pytest.raises(VfleetError) as refused:
-                await EtcdStore.connect([proxy.endpoint], clock, random, timeout_s=0.5, tls=wrong)
-            assert refused.value.reason is Reason.STORE_UNAVAILABLE
-
-
-def test_a_certificate_without_its_key_is_refused():
-    with pytest.raises(VfleetError, match=r"tls .* expected both or none"):
-        Tls(b"root", certificate=b"certificate")
 
 
 @pytest.mark.parametrize("failure", ["swallowing", "cut_on_answer"])

@@ -35,7 +35,7 @@ class Peers(Directory):
         self.address = ""
 
     def peer(self, segment: int) -> Peer | None:
-        return Peer(self.address, "") if self.address else None
+        return Peer(self.address, "", "") if self.address else None
 
     def move(self, address: str) -> None:
         self.address = address

@@ -149,6 +149,7 @@ async def test_each_row_of_claims_5_to_7(
     topology.write_text(yaml.safe_dump(TOPOLOGY), encoding="utf-8")
     async with running(tmp_path, topology=topology) as cluster:
         monkeypatch.setenv("VFLEET_COORDINATOR", ",".join(cluster.local.coordinator_addresses))
+        monkeypatch.setenv("VFLEET_INSECURE", "1")
 
         async def vfleet(*arguments: str) -> tuple[int, str, str]:
             code = await asyncio.to_thread(run, arguments)

@@ -17,11 +17,11 @@ class Network:
     tamper: Callable[[AsyncIterator[ExportStateResponse]], AsyncIterator[ExportStateResponse]] = lambda parts: parts
     tamper_rest: Callable[[AsyncIterator[FetchStateResponse]], AsyncIterator[FetchStateResponse]] = lambda pages: pages
 
-    def to(self, address: str, *, bulk: bool = False) -> "Network":
+    def to(self, address: str, server: str = "", *, bulk: bool = False) -> "Network":
         assert address == "source:1"
         return self
 
-    def stub(self, kind: Callable[["Network"], object], address: str, *, bulk: bool = False) -> object:
+    def stub(self, kind: Callable, address: str, server: str = "", *, bulk: bool = False) -> object:
         return kind(self.to(address, bulk=bulk))
 
     def unary_stream(self, path: str, **_):

@@ -143,6 +143,7 @@ async def running(
     coordinators: int = 1,
     lease_ttl_s: int = 5,
     failpoints: Path | None = None,
+    certs: Path | None = None,
 ) -> AsyncIterator[Cluster]:
     """Bring a cluster up for a test, and end it.
 
@@ -155,15 +156,22 @@ async def running(
             coordinators=coordinators,
             lease_ttl_s=lease_ttl_s,
             failpoints=failpoints,
+            certs=certs,
         )
         await stack.enter_async_context(local)
         stack.push_async_callback(_kill, local)
         random = Random()
-        fleet = FleetClient(local.coordinator_addresses, patience_s=PATIENCE_S)
-        hosts = {name: HostClient(daemon.address, patience_s=PATIENCE_S) for name, daemon in local.hosts.items()}
+        keys = local.keys()
+        fleet = FleetClient(local.coordinator_addresses, tls=keys.tls, patience_s=PATIENCE_S)
+        hosts = {
+            name: HostClient(daemon.address, name=name, tls=keys.tls, patience_s=PATIENCE_S)
+            for name, daemon in local.hosts.items()
+        }
         for client in (fleet, *hosts.values()):
             await stack.enter_async_context(client)
-        store = await stack.enter_async_context(await EtcdStore.connect(local.etcd, SystemClock(), random))
+        store = await stack.enter_async_context(
+            await EtcdStore.connect(local.etcd, SystemClock(), random, tls=keys.etcd)
+        )
         yield Cluster(local, fleet, hosts, store)
 
 

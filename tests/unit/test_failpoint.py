@@ -104,7 +104,7 @@ def test_what_is_unknown_is_refused_by_name(tmp_path: Path, name: str, action: s
 def test_a_daemon_with_an_unknown_failpoint_ends_with_one_line(tmp_path: Path, module: str, arguments: str) -> None:
     (tmp_path / "nowhere").write_text("kill")
     ended = subprocess.run(
-        [sys.executable, "-m", module, "--etcd", "127.0.0.1:1", *arguments.split()],
+        [sys.executable, "-m", module, "--etcd", "127.0.0.1:1", "--insecure", *arguments.split()],
         env={**os.environ, failpoint.VARIABLE: str(tmp_path)},
         capture_output=True,
         text=True,

@@ -70,7 +70,7 @@ def _announced(cluster: LocalCluster) -> Iterator[None]:
     """Leave the cluster's addresses where other commands look for them."""
     path = state_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"coordinator": ",".join(cluster.coordinator_addresses), "pid": os.getpid()})
+    content = json.dumps({"coordinator": ",".join(cluster.coordinator_addresses), "pid": os.getpid(), "insecure": True})
     new = path.with_suffix(f".{os.getpid()}")
     new.write_text(content, encoding="utf-8")
     new.replace(path)

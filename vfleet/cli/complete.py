@@ -5,10 +5,11 @@ A shell waits while this runs, so that a cluster out of reach soon completes to 
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 
 import typer
 
-from vfleet.cli.session import chosen_context, fleet_client
+from vfleet.cli.session import Chosen, chosen, fleet_client
 from vfleet.client import FleetClient
 from vfleet.errors import VfleetError
 
@@ -100,8 +101,10 @@ def moves(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def _names(ctx: typer.Context, incomplete: str, read: Read) -> list[str]:
     # Commands are not carried out while they are completed: what the options say is looked up here.
-    context = ctx.find_root().params.get("context")
-    chosen_context.set(None if context is None else str(context))
+    given = ctx.find_root().params
+    tls, etcd_tls = (Path(str(given[key])) if given.get(key) else None for key in ("tls", "etcd_tls"))
+    context = str(given["context"]) if given.get("context") else None
+    chosen.set(Chosen(context, tls, etcd_tls, bool(given.get("insecure"))))
 
     async def names() -> Iterable[str]:
         coordinator, etcd = (ctx.params.get(name) for name in ("coordinator", "etcd"))

@@ -6,15 +6,30 @@
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer.core import TyperOption
 
-from vfleet.cli import cluster, contexts, demo, drain, fleet, get, history, migration, operations, plan, top, workload
+from vfleet.cli import (
+    certs,
+    cluster,
+    contexts,
+    demo,
+    drain,
+    fleet,
+    get,
+    history,
+    migration,
+    operations,
+    plan,
+    top,
+    workload,
+)
 from vfleet.cli.contexts import context_names
 from vfleet.cli.help import HelpInPanels
-from vfleet.cli.session import FAILED, INTERRUPTED, chosen_context, exit_code
+from vfleet.cli.session import FAILED, INTERRUPTED, Chosen, chosen, exit_code
 from vfleet.errors import VfleetError
 
 # Plain help: it fits one screen. The error edge below replaces Typer's own, which prints tracebacks and boxes.
@@ -25,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Options: --context NAME, --version, --install-completion, --help (-h).",
+    epilog="Options: --context, --tls DIR, --insecure, --version, --install-completion.",
 )
 
 
@@ -41,12 +56,23 @@ def _options(
         str | None,
         typer.Option("--context", metavar="NAME", help="The cluster of this name.", autocompletion=context_names),
     ] = None,
+    tls: Annotated[
+        Path | None,
+        typer.Option("--tls", metavar="DIR", help="Folder with ca.crt, tls.crt and tls.key; or VFLEET_TLS."),
+    ] = None,
+    etcd_tls: Annotated[
+        Path | None,
+        typer.Option("--etcd-tls", metavar="DIR", help="The same for etcd, if its CA is another; or VFLEET_ETCD_TLS."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Plaintext instead, on loopback addresses alone.")
+    ] = False,
     _version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Move SR-IOV virtual functions between hosts under running drivers."""
-    chosen_context.set(context)
+    chosen.set(Chosen(context, tls, etcd_tls, insecure))
 
 
 # The panels of the help. What is said of a command there has 27 characters at most.
@@ -54,6 +80,7 @@ _CLUSTER, _SEE, _MAKE, _MOVE, _HOSTS = "Cluster", "See", "Make and end", "Move",
 
 app.command("demo", short_help="Functions move under load", rich_help_panel=_CLUSTER)(demo.demo)
 app.command("up", short_help="A cluster on this machine", rich_help_panel=_CLUSTER)(cluster.up)
+app.add_typer(certs.app, name="certs", help="Certificates for a trial", rich_help_panel=_CLUSTER)
 app.add_typer(contexts.app, name="context", help="Clusters with a name", rich_help_panel=_CLUSTER)
 app.command("get", short_help="List what there is", rich_help_panel=_SEE)(get.get)
 app.command("describe", short_help="Show one thing in full", rich_help_panel=_SEE)(fleet.describe_command)

@@ -3,6 +3,9 @@
 The coordinators are those of --coordinator or VFLEET_COORDINATOR, or those that --etcd knows; else those of the context
 that --context or VFLEET_CONTEXT names; else those of the current context, which is that of the cluster that `vfleet up`
 runs on this machine, unless the settings say otherwise.
+
+How connections are secured is said in the same way: by --tls or --insecure, by the context, or by VFLEET_TLS or
+VFLEET_INSECURE; the cluster of `vfleet up` is plaintext on this machine, and says so where it leaves its addresses.
 """
 
 import asyncio
@@ -11,6 +14,7 @@ import os
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Annotated, TypeVar
@@ -18,10 +22,11 @@ from typing import Annotated, TypeVar
 import typer
 
 from vfleet.caller import PATIENCE_S, parse_addresses
-from vfleet.cli.settings import load_settings
+from vfleet.cli.settings import Context, load_settings
 from vfleet.client import FleetClient, HostClient
 from vfleet.clock import SystemClock
 from vfleet.errors import Reason, VfleetError, invalid_field
+from vfleet.security import Keys, Security
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -58,6 +63,7 @@ TimeoutOption = Annotated[
     typer.Option("--timeout", metavar="SECONDS", help="Wait no longer than this; exit 1 if it is not over by then."),
 ]
 MAX_TIMEOUT_S = 86_400.0
+INSECURE_VARIABLE = "VFLEET_INSECURE"
 
 
 def checked_timeout(seconds: float | None) -> float | None:
@@ -86,8 +92,34 @@ def state_file() -> Path:
     return (Path(state) if state else Path.home() / ".local" / "state") / "vfleet" / "local.json"
 
 
-# The context that the command line names.
-chosen_context: ContextVar[str | None] = ContextVar("chosen_context", default=None)
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What the command line says before the command: the context, and how connections are secured."""
+
+    context: str | None = None
+    tls: Path | None = None
+    etcd_tls: Path | None = None
+    insecure: bool = False
+
+    def security(self, context: Context) -> Security:
+        """Return how connections to a context's cluster are secured. Raise INVALID_FIELD if nobody says it."""
+        etcd_tls = self.etcd_tls or context.etcd_tls
+        for tls, insecure in ((self.tls, self.insecure), (context.tls, context.insecure), (None, _is_insecure())):
+            if tls is not None or insecure:
+                return Security.given(tls, etcd_tls, insecure=insecure)
+        return Security.given(None, etcd_tls, insecure=False)
+
+
+NOTHING_CHOSEN = Chosen()
+chosen: ContextVar[Chosen] = ContextVar("chosen", default=NOTHING_CHOSEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Where a cluster's coordinators are, and with what they are met."""
+
+    coordinators: tuple[str, ...]
+    keys: Keys
 
 
 @asynccontextmanager
@@ -95,42 +127,58 @@ async def fleet_client(
     coordinator: str | None, etcd: str | None, *, patience_s: float = PATIENCE_S
 ) -> AsyncIterator[FleetClient]:
     """Give a client of the cluster that the options mean. Raise VfleetError if they mean none."""
-    context = chosen_context.get()
-    given = {"--context": context, "--coordinator": coordinator, "--etcd": etcd}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise VfleetError(Reason.INVALID_FIELD, f"both {' and '.join(names)} are given; expected one of them")
-    if coordinator is None and etcd is None:
-        named = context or os.environ.get("VFLEET_CONTEXT")
-        settings = load_settings()
-        found = settings.context(named or settings.current, "--context" if context else "VFLEET_CONTEXT")
-        coordinator, etcd = found.coordinator, found.etcd
-    if coordinator is not None:
-        addresses = parse_addresses("--coordinator", coordinator)
-    elif etcd is not None:
-        addresses = await _registered_coordinators(parse_addresses("--etcd", etcd))
-    else:
-        addresses = _local_coordinators()
-    async with FleetClient(addresses, patience_s=patience_s) as fleet:
+    cluster = await _cluster(coordinator, etcd)
+    async with FleetClient(cluster.coordinators, tls=cluster.keys.tls, patience_s=patience_s) as fleet:
         yield fleet
 
 
 @asynccontextmanager
 async def driver_host(coordinator: str | None, etcd: str | None, driver: str) -> AsyncIterator[HostClient]:
     """Give a client of the host on which a driver runs. Raise NOT_FOUND if there is no such driver."""
-    async with fleet_client(coordinator, etcd) as fleet:
+    cluster = await _cluster(coordinator, etcd)
+    async with FleetClient(cluster.coordinators, tls=cluster.keys.tls) as fleet:
         host = await fleet.get_host((await fleet.get_driver(driver)).host)
-    async with HostClient(host.address) as client:
+    async with HostClient(host.address, name=host.name, tls=cluster.keys.tls) as client:
         yield client
 
 
-async def _registered_coordinators(endpoints: tuple[str, ...]) -> tuple[str, ...]:
+async def _cluster(coordinator: str | None, etcd: str | None) -> Cluster:
+    """Find the cluster that the options mean."""
+    chosen_now = chosen.get()
+    context = chosen_now.context
+    given = {"--context": context, "--coordinator": coordinator, "--etcd": etcd}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise VfleetError(Reason.INVALID_FIELD, f"both {' and '.join(names)} are given; expected one of them")
+    meant = Context(coordinator, etcd)
+    if not (coordinator or etcd):
+        named = context or os.environ.get("VFLEET_CONTEXT")
+        settings = load_settings()
+        meant = settings.context(named or settings.current, "--context" if context else "VFLEET_CONTEXT")
+    if not (meant.coordinator or meant.etcd):
+        meant = _local_context()
+    security = chosen_now.security(meant)
+    keys = security.open()
+    if meant.coordinator is not None:
+        addresses = parse_addresses("--coordinator", meant.coordinator)
+    else:
+        endpoints = parse_addresses("--etcd", str(meant.etcd))
+        for endpoint in endpoints:
+            security.check_etcd("--etcd", endpoint)
+        addresses = await _registered_coordinators(endpoints, keys)
+    for address in addresses:
+        security.check("--coordinator", address)
+    return Cluster(addresses, keys)
+
+
+async def _registered_coordinators(endpoints: tuple[str, ...], keys: Keys) -> tuple[str, ...]:
     # Imported when needed: it costs every other command a tenth of a second.
     from vfleet.etcd.client import EtcdStore
     from vfleet.etcd.keys import COORDINATORS
     from vfleet.v1.records_pb2 import Coordinator
 
-    async with await EtcdStore.connect(endpoints, SystemClock(), Random()) as store:  # noqa: S311  # spreads retries
+    random = Random()  # noqa: S311  # spreads retries
+    async with await EtcdStore.connect(endpoints, SystemClock(), random, tls=keys.etcd) as store:
         listing = await store.list(COORDINATORS)
     addresses = tuple(Coordinator.FromString(item.value).address for item in listing.items)
     if not addresses:
@@ -138,10 +186,19 @@ async def _registered_coordinators(endpoints: tuple[str, ...]) -> tuple[str, ...
     return addresses
 
 
-def _local_coordinators() -> tuple[str, ...]:
+def _is_insecure() -> bool:
+    """Return what VFLEET_INSECURE says."""
+    value = os.environ.get(INSECURE_VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise invalid_field(INSECURE_VARIABLE, value, "1 or 0")
+    return value == "1"
+
+
+def _local_context() -> Context:
     path = state_file()
     try:
-        return parse_addresses(str(path), str(json.loads(path.read_text(encoding="utf-8"))["coordinator"]))
+        left = json.loads(path.read_text(encoding="utf-8"))
+        return Context(coordinator=str(left["coordinator"]), insecure=bool(left["insecure"]))
     except FileNotFoundError:
         message = (
             "no cluster: give --coordinator, --etcd or --context, set VFLEET_COORDINATOR, or run `vfleet up TOPOLOGY`"

@@ -2,8 +2,8 @@
 
     current: lab
     contexts:
-      lab: {coordinator: "10.0.0.1:7000,10.0.0.2:7000"}
-      test: {etcd: "127.0.0.1:2379"}
+      lab: {coordinator: "10.0.0.1:7000,10.0.0.2:7000", tls: /home/me/lab}
+      test: {etcd: "127.0.0.1:2379", insecure: true}
 
 The file may be missing. Nothing else but `vfleet context use` writes it.
 """
@@ -20,15 +20,22 @@ from vfleet.errors import invalid_field
 
 LOCAL = "local"  # the cluster of `vfleet up`, which needs no entry
 
-_KEYS = ("coordinator", "etcd")
+_PLACES = ("coordinator", "etcd")
+_KEYS = (*_PLACES, "tls", "etcd-tls", "insecure")
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A cluster: its coordinators, or the etcd that knows them, as HOST:PORT[,…]; neither for that of `vfleet up`."""
+    """A cluster: its coordinators, or the etcd that knows them, as HOST:PORT[,…]; neither for that of `vfleet up`.
+
+    And how its connections are secured, as --tls, --etcd-tls and --insecure say it.
+    """
 
     coordinator: str | None = None
     etcd: str | None = None
+    tls: Path | None = None
+    etcd_tls: Path | None = None
+    insecure: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +102,19 @@ def _parse(path: Path, text: str) -> Settings:
 
 def _context(path: Path, where: str, value: object) -> Context:
     fields = _mapping(path, where, value, _KEYS)
-    if len(fields) != 1:
-        raise invalid_field(f"{path}: {where}", value, f"one of {' and '.join(_KEYS)}")
-    ((key, addresses),) = fields.items()
-    parse_addresses(f"{path}: {where}.{key}", str(addresses))
-    return Context(**{key: str(addresses)})
+    places = [key for key in _PLACES if key in fields]
+    if len(places) != 1:
+        raise invalid_field(f"{path}: {where}", value, f"one of {' and '.join(_PLACES)}")
+    addresses = {key: str(fields[key]) for key in places}
+    for key, text in addresses.items():
+        parse_addresses(f"{path}: {where}.{key}", text)
+    insecure = fields.get("insecure", False)
+    if not isinstance(insecure, bool):
+        raise invalid_field(f"{path}: {where}.insecure", insecure, "true or false")
+    folders = {key: Path(str(fields[key])).expanduser() for key in ("tls", "etcd-tls") if key in fields}
+    if insecure and "tls" in folders:
+        raise invalid_field(f"{path}: {where}", value, "one of tls and insecure")
+    return Context(**addresses, tls=folders.get("tls"), etcd_tls=folders.get("etcd-tls"), insecure=insecure)
 
 
 def _mapping(path: Path, where: str, value: object, keys: tuple[str, ...] | None) -> dict[str, object]:

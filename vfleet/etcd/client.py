@@ -9,16 +9,19 @@ import re
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from etcd3 import etcdrpc
 
 from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError, invalid_field
-from vfleet.etcd.endpoints import REQUIRE_LEADER, CompactedError, Endpoint, Endpoints, Tls
+from vfleet.etcd.endpoints import REQUIRE_LEADER, CompactedError, Endpoint, Endpoints
 from vfleet.etcd.store import Changes, Committed, KeyValue, Listing, Put, Transaction
 from vfleet.etcd.watch import watch
 from vfleet.etcd.wire import key_value, range_end, txn_request
+
+if TYPE_CHECKING:
+    from vfleet.tls import Tls
 
 MAX_OPERATIONS = 128
 MAX_REQUEST_BYTES = 3 << 19
@@ -70,7 +73,7 @@ class EtcdStore:
         random: Random,
         *,
         timeout_s: float = TIMEOUT_S,
-        tls: Tls | None = None,
+        tls: "Tls | None" = None,
         max_operations: int = MAX_OPERATIONS,
         max_request_bytes: int = MAX_REQUEST_BYTES,
     ) -> Self:
@@ -92,7 +95,7 @@ class EtcdStore:
         random: Random,
         *,
         timeout_s: float = TIMEOUT_S,
-        tls: Tls | None = None,
+        tls: "Tls | None" = None,
         max_operations: int = MAX_OPERATIONS,
         max_request_bytes: int = MAX_REQUEST_BYTES,
     ) -> Self:

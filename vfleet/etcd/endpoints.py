@@ -7,15 +7,18 @@ sent on a connection that stands, and once: if its answer is then lost, the outc
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from random import Random
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 from etcd3 import etcdrpc
 
 from vfleet.clock import Clock, backoff_delays
 from vfleet.errors import Reason, VfleetError, invalid_field
+from vfleet.limits import OLD_CHANNEL_GRACE_S
+
+if TYPE_CHECKING:
+    from vfleet.tls import Tls
 
 RETRY_FIRST_S = 0.05
 RETRY_LONGEST_S = 0.5
@@ -61,29 +64,36 @@ class CompactedError(Exception):
     """The revision asked for has been compacted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """PEM bytes: the CA that signs etcd's certificate, and this client's own certificate and key, if etcd wants one."""
-
-    root_certificates: bytes
-    certificate: bytes | None = None
-    private_key: bytes | None = None
-
-    def __post_init__(self) -> None:
-        if (self.certificate is None) != (self.private_key is None):
-            raise invalid_field("tls", "one of certificate and private key", "both or none")
-
-
 class Endpoint:
     """One member of etcd, or what stands before several: its address, its channel, the stubs on it."""
 
-    def __init__(self, address: str, tls: Tls | None) -> None:
+    def __init__(self, address: str, tls: "Tls | None") -> None:
         self.address = address
-        if tls is None:
-            self.channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._tls = tls
+        self._closing: set[asyncio.Task[None]] = set()
+        self._open()
+
+    def renew(self) -> None:
+        """Use another channel if the certificates have changed; what goes over the old one ends there in peace."""
+        if self._tls is None or self._tls.credentials is self._credentials:
+            return
+        task = asyncio.create_task(self.channel.close(OLD_CHANNEL_GRACE_S))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        self._open()
+
+    async def close(self) -> None:
+        """Close the channel; calls under way are cancelled."""
+        for task in self._closing:
+            task.cancel()
+        await asyncio.gather(self.channel.close(), *self._closing, return_exceptions=True)
+
+    def _open(self) -> None:
+        self._credentials = self._tls.credentials if self._tls is not None else None
+        if self._credentials is None:
+            self.channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
         else:
-            credentials = grpc.ssl_channel_credentials(tls.root_certificates, tls.private_key, tls.certificate)
-            self.channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+            self.channel = grpc.aio.secure_channel(self.address, self._credentials.for_channel(), options=_OPTIONS)
         self.kv = etcdrpc.KVStub(self.channel)
         self.lease = etcdrpc.LeaseStub(self.channel)
         self.watch = etcdrpc.WatchStub(self.channel)
@@ -99,7 +109,7 @@ class Endpoint:
                     if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
                         return False
                     await self.channel.wait_for_state_change(state)
-        except TimeoutError:
+        except (TimeoutError, grpc.aio.UsageError):  # the latter if the channel was renewed meanwhile
             return False
         return True
 
@@ -108,7 +118,7 @@ class Endpoints:
     """All endpoints, one of which is current. A failure makes the next one current."""
 
     def __init__(
-        self, addresses: Sequence[str], clock: Clock, random: Random, *, timeout_s: float, tls: Tls | None
+        self, addresses: Sequence[str], clock: Clock, random: Random, *, timeout_s: float, tls: "Tls | None"
     ) -> None:
         if not addresses:
             raise invalid_field("endpoints", list(addresses), "at least one HOST:PORT")
@@ -125,11 +135,13 @@ class Endpoints:
     @property
     def current(self) -> Endpoint:
         """The endpoint to use next."""
-        return self._all[self._position]
+        endpoint = self._all[self._position]
+        endpoint.renew()
+        return endpoint
 
     def leave(self, endpoint: Endpoint) -> None:
         """Make the next endpoint current, unless another than `endpoint` already is."""
-        if self.current is endpoint:
+        if self._all[self._position] is endpoint:
             self._position = (self._position + 1) % len(self._all)
 
     def delays(self) -> "itertools.chain[float]":
@@ -139,7 +151,7 @@ class Endpoints:
 
     async def close(self) -> None:
         """Close all channels; calls under way are cancelled."""
-        await asyncio.gather(*(endpoint.channel.close() for endpoint in self._all))
+        await asyncio.gather(*(endpoint.close() for endpoint in self._all))
 
     async def call(self, what: str, send: Callable[[Endpoint, float], Awaitable[T]], *, repeatable: bool) -> T:
         """Return what `send(endpoint, timeout_s)` returns at the first endpoint that answers, within `timeout_s`.

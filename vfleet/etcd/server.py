@@ -19,7 +19,9 @@ from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.client import EtcdStore, can_lose_data
 from vfleet.etcd.endpoints import Endpoints
+from vfleet.principal import CA_FILE, CERTIFICATE_FILE, DAEMON_NAME, ETCD_NAME, KEY_FILE
 from vfleet.process import LOOPBACK, free_port, tied_to_parent
+from vfleet.security import Security
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
@@ -69,7 +71,8 @@ async def survives_kill(binary: str | Path) -> bool:
 class EtcdServer:
     """One etcd server, with its data and its log (etcd.log) in `directory`, which is made if it is absent.
 
-    `arguments` are added to etcd's command line. For several servers that make one etcd, see EtcdCluster.
+    `arguments` are added to etcd's command line. With `certs`, a folder with a certificate of kind etcd, it takes none
+    but clients with a daemon's. For several servers that make one etcd, see EtcdCluster.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class EtcdServer:
         name: str = "etcd",
         heartbeat_ms: int = _HEARTBEAT_ALONE_MS,
         arguments: Sequence[str] = (),
+        certs: Path | None = None,
     ) -> None:
         self.name = name
         self.directory = directory
@@ -88,9 +92,12 @@ class EtcdServer:
         self.advertised_peer = ""
         self._clock = clock
         self._random = random
+        self._certs = certs
+        self._scheme = "http" if certs is None else "https"
         self._arguments = (
             f"--heartbeat-interval={heartbeat_ms}",
             f"--election-timeout={_HEARTBEATS_PER_ELECTION * heartbeat_ms}",
+            *(() if certs is None else _secured(certs)),
             *arguments,
         )
         self._process: asyncio.subprocess.Process | None = None
@@ -105,7 +112,7 @@ class EtcdServer:
     @property
     def member(self) -> str:
         """NAME=URL, as etcd's --initial-cluster lists the members."""
-        return f"{self.name}=http://{self.advertised_peer or self.peer_endpoint}"
+        return f"{self.name}={self._scheme}://{self.advertised_peer or self.peer_endpoint}"
 
     @property
     def peer_endpoint(self) -> str:
@@ -180,14 +187,14 @@ class EtcdServer:
         self._peer_port = free_port(self._random)
 
     async def _spawn(self, binary: Path, cluster: Sequence[str]) -> None:
-        client = f"http://{self.endpoint}"
+        client = f"{self._scheme}://{self.endpoint}"
         command = (
             str(binary),
             f"--name={self.name}",
             f"--data-dir={self.directory / 'data'}",
             f"--listen-client-urls={client}",
             f"--advertise-client-urls={client}",
-            f"--listen-peer-urls=http://{self.peer_endpoint}",
+            f"--listen-peer-urls={self._scheme}://{self.peer_endpoint}",
             f"--initial-advertise-peer-urls={self.member.partition('=')[2]}",
             f"--initial-cluster={','.join(cluster)}",
             "--logger=zap",
@@ -216,7 +223,8 @@ class EtcdServer:
         # Asked in short steps, because gRPC's own wait before it connects again doubles.
         while not await self._listens():
             await self._clock.sleep(LISTEN_POLL_S)
-        endpoints = Endpoints([self.endpoint], self._clock, self._random, timeout_s=START_TIMEOUT_S, tls=None)
+        keys = Security(etcd_tls=self._certs, insecure=True).open()
+        endpoints = Endpoints([self.endpoint], self._clock, self._random, timeout_s=START_TIMEOUT_S, tls=keys.etcd)
         try:
             async with EtcdStore(endpoints, self._clock) as store:
                 await store.get("/")
@@ -243,6 +251,23 @@ class EtcdServer:
 
     def _log_since(self, begin: int) -> str:
         return self._log_path.read_bytes()[begin:].decode(errors="replace")
+
+
+def _secured(certs: Path) -> tuple[str, ...]:
+    """Return the arguments with which etcd takes daemons as clients, etcd servers as members, and nobody else."""
+    ca, certificate, key = (certs / name for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE))
+    return (
+        f"--cert-file={certificate}",
+        f"--key-file={key}",
+        f"--trusted-ca-file={ca}",
+        "--client-cert-auth",
+        f"--client-cert-allowed-hostname={DAEMON_NAME}",
+        f"--peer-cert-file={certificate}",
+        f"--peer-key-file={key}",
+        f"--peer-trusted-ca-file={ca}",
+        "--peer-client-cert-auth",
+        f"--peer-cert-allowed-hostname={ETCD_NAME}",
+    )
 
 
 class EtcdCluster:

@@ -179,6 +179,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The device is cordoned, or something that it is in, named in the metadata."""
     ERROR_REASON_CANCELLED: _ErrorReason.ValueType  # 31
     """Somebody cancelled it."""
+    ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 32
+    """The caller's certificate doesn't allow it: its role, or the host that it names."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused: the reason of the google.rpc.ErrorInfo (domain "vfleet"), without its prefix."""
@@ -247,6 +249,8 @@ ERROR_REASON_HOST_CORDONED: ErrorReason.ValueType  # 30
 """The device is cordoned, or something that it is in, named in the metadata."""
 ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 31
 """Somebody cancelled it."""
+ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 32
+"""The caller's certificate doesn't allow it: its role, or the host that it names."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

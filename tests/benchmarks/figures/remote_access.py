@@ -51,7 +51,7 @@ async def run(size: Size) -> list[Figure]:
     async with bench() as rig:
         function = await rig.cluster.fleet.create_function("vf1", "h2/nic0")
         host = await rig.cluster.fleet.get_host("h2")
-        directory = FixedDirectory(Peer(host.address, host.incarnation))
+        directory = FixedDirectory(Peer(host.address, host.incarnation, host.name))
         channels, clock, random = Channels(), SystemClock(), Random()
         fabric = Fabric(lambda segment: Link(segment, directory, channels, clock, random))
         offset = table_offset(function.base, VIRTUAL_ADDRESS)

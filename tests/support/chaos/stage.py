@@ -132,7 +132,7 @@ class Stage:
         ]
         self._links[f"{name} to etcd"] = proxies
         etcd = ",".join(proxy.address for proxy in proxies)
-        shared = ["--etcd", etcd, "--lease-ttl-s", str(self._lease_ttl_s)]
+        shared = ["--insecure", "--etcd", etcd, "--lease-ttl-s", str(self._lease_ttl_s)]
         log = self.directory / f"{name}.log"
         daemon = Daemon(name, module, [*arguments, *shared], log=log, random=self._random)
         stack.push_async_callback(daemon.stop)
