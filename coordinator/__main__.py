@@ -1,12 +1,13 @@
 """The coordinator's process: settings and the real world."""
 
+import os
 import sys
 from functools import partial
 from random import Random
 
 from coordinator.config import Config, parse
 from coordinator.daemon import Daemon
-from vfleet import daemon, log, metrics
+from vfleet import daemon, log, metrics, tracing
 from vfleet.clock import SystemClock
 from vfleet.etcd.client import EtcdStore
 from vfleet.etcd.observed import ObservedStore
@@ -15,6 +16,7 @@ from vfleet.rpc import Channels, Server
 
 
 async def _serve(config: Config, writer: log.Writer) -> None:
+    tracing.enable(os.environ, "vfleet-coordinator", config.name)
     keys = config.security.open(Role.COORDINATOR)
     clock, channels, registry = SystemClock(), Channels(tls=keys.tls), metrics.new_registry(writer)
     random = Random()  # noqa: S311  # names, identities and delays: nothing secret

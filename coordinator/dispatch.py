@@ -10,10 +10,20 @@ from coordinator.snapshot import Stored
 from coordinator.tasks import first_of
 from coordinator.term import Term
 from vfleet.errors import Reason, VfleetError
+from vfleet.etcd.store import Committed
 from vfleet.failure import is_passing
 from vfleet.v1.migration_service_pb2 import QueuedMigration
 
 _log = logging.getLogger(__name__)
+
+
+async def end_queued(context: Context, stored: Stored[QueuedMigration], reason: str, cause: Reason) -> Committed:
+    """End a migration that waits, as ABORTED, unless it has begun or has been ended since."""
+    ended, record = give_up(stored, reason, cause, context.name, context.clock.time())
+    committed = await context.store.commit(ended)
+    if committed.succeeded:
+        context.ended(record)
+    return committed
 
 
 class Dispatcher:
@@ -67,9 +77,7 @@ class Dispatcher:
             self._tries(name).failed(error.reason, context.clock.monotonic())
 
     async def _give_up(self, stored: Stored[QueuedMigration], message: str, cause: Reason) -> None:
-        context = self._context
-        ended = give_up(stored, message, cause, context.name, context.clock.time())
-        await context.catch_up(await context.store.commit(ended))
+        await self._context.catch_up(await end_queued(self._context, stored, message, cause))
 
     def _tries(self, name: str) -> Retries:
         return self._retries.setdefault(name, Retries(self._context.random))

@@ -60,9 +60,10 @@ class Ended:
         step = short(Step.Name(migration.abort_step), "STEP_")
         cause = short(ErrorReason.Name(migration.abort_cause), "ERROR_REASON_")
         self._count.labels(outcome, step, cause).inc()
-        took_ns = migration.finish_time.ToNanoseconds() - migration.begin_time.ToNanoseconds()
-        # Another coordinator's clock may have said when it began.
-        self._duration.labels(outcome).observe(max(0, took_ns) / 1e9)
+        if migration.HasField("begin_time"):  # one that was queued may have ended there
+            took_ns = migration.finish_time.ToNanoseconds() - migration.begin_time.ToNanoseconds()
+            # Another coordinator's clock may have said when it began.
+            self._duration.labels(outcome).observe(max(0, took_ns) / 1e9)
         for span in spans(migration):
             self._step.labels(short(Step.Name(span.step), "STEP_")).observe(span.duration_s)
         has_drivers = any(move.entries for move in migration.moves)

@@ -17,7 +17,7 @@ from coordinator.copies import Copies
 from coordinator.journal import RETRY_FIRST_S, RETRY_LONGEST_S, Journal
 from coordinator.states import ENTRIES, Event, next_state
 from coordinator.tasks import together, within
-from vfleet import failpoint
+from vfleet import failpoint, tracing
 from vfleet.clock import backoff_delays
 from vfleet.decision import abort_transaction
 from vfleet.errors import Reason, VfleetError
@@ -90,6 +90,11 @@ class Run:
     def record(self) -> Migration:
         """The migration's record as it is known here."""
         return self._journal.record
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether another coordinator began it."""
+        return self._options is None
 
     async def run(self) -> None:
         """Take the migration to its end. Raise CONFLICT if it is found to be another's."""
@@ -439,4 +444,5 @@ class Run:
     def _time_step(self, step: Step.ValueType, seconds: float) -> None:
         duration = StepDuration(step=step)
         duration.duration.FromNanoseconds(round(seconds * 1e9))
+        tracing.past(f"step {Step.Name(step).removeprefix('STEP_')}", seconds)
         self._steps.append(duration)

@@ -73,6 +73,7 @@ def as_migration(stored: Stored[QueuedMigration]) -> Stored[Migration]:
     """Return a queued migration as it is shown: its moves have no places yet but those that were asked for."""
     queued = stored.record
     shown = Migration(name=queued.request.request_id, phase=Phase.PHASE_QUEUED, coordinator=queued.coordinator)
+    shown.trace_parent = queued.trace_parent
     for move in queued.request.moves:
         target = Place(device=move.target_device, vf_index=move.target_vf_index)
         shown.moves.append(Move(function=move.function, target=target if move.target_device else None))
@@ -85,8 +86,10 @@ def enqueue(queued: QueuedMigration) -> Transaction:
     return Transaction((absent(queue_key(name)), absent(migration_key(name))), (Put(queue_key(name), encode(queued)),))
 
 
-def give_up(stored: Stored[QueuedMigration], reason: str, cause: Reason, coordinator: str, now: float) -> Transaction:
-    """Return the end of a migration that never began: as ABORTED, at no step."""
+def give_up(
+    stored: Stored[QueuedMigration], reason: str, cause: Reason, coordinator: str, now: float
+) -> tuple[Transaction, Migration]:
+    """Return the end of a migration that never began, and what it is then: ABORTED, at no step."""
     record = as_migration(stored).record
     record.phase = Phase.PHASE_ABORTED
     record.abort_reason = reason
@@ -98,4 +101,4 @@ def give_up(stored: Stored[QueuedMigration], reason: str, cause: Reason, coordin
     return Transaction(
         (unchanged(queue_key(name), stored.mod_revision), absent(migration_key(name))),
         (Delete(queue_key(name)), Put(migration_key(name), encode(record))),
-    )
+    ), record

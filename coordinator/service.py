@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 
 from coordinator.context import Context
 from coordinator.cordon import cordon, uncordon
+from coordinator.dispatch import end_queued
 from coordinator.doctor import Doctor
 from coordinator.drain import Drain
 from coordinator.explanation import explain
@@ -18,7 +19,7 @@ from coordinator.fleet import Fleet, bump_generation
 from coordinator.forget import forget_host
 from coordinator.migration import Run
 from coordinator.planner import ask, draft, plan
-from coordinator.queueing import as_migration, give_up
+from coordinator.queueing import as_migration
 from coordinator.requests import (
     checked_constraints,
     checked_deadline,
@@ -157,9 +158,8 @@ class MigrationService(MigrationServiceServicer):
         """Abort a migration that is queued or isn't decided, whoever owns it."""
         name = check_name("name", request.name)
         while (queued := await self._read_queued(name)) is not None:
-            clock, reason = self._context.clock, f"cancelled by a request to coordinator {self._context.name!r}"
-            ended = give_up(queued, f"{reason} before it began", Reason.CANCELLED, self._context.name, clock.time())
-            await self._context.store.commit(ended)
+            reason = f"cancelled by a request to coordinator {self._context.name!r} before it began"
+            await end_queued(self._context, queued, reason, Reason.CANCELLED)
         stored = await self._read(name)
         run = self._run(name)
         while outcome(stored.record) == Decision.DECISION_UNSPECIFIED:

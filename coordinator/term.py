@@ -17,7 +17,7 @@ from coordinator.planner import parts_of_targets, plan
 from coordinator.queueing import DEFAULT_DEADLINE_MS, MAX_QUEUED, as_migration, devices_of, enqueue
 from coordinator.snapshot import Stored
 from coordinator.tasks import Tasks
-from vfleet import failpoint, log
+from vfleet import failpoint, log, tracing
 from vfleet.clock import backoff_delays
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.keys import migration_key, owner_key
@@ -150,35 +150,48 @@ class Term:
                     continue
                 return waiting
             migration.mode = options.mode
-            migration.begin_time.FromNanoseconds(round(context.clock.time() * 1e9))
-            begin = transaction.begin(
-                migration,
-                self._session.lease,
-                context.snapshot.fleet_generation_is_this,
-                parts_of_targets(context.snapshot, migration),
-                queued.mod_revision if queued else 0,
-            )
-            commit_began_s = context.clock.monotonic()
-            with self._taking(migration):
-                with failpoint.around("coordinator.begin"):
-                    committed = await self._commit_begin(name, begin)
-                commit_s = context.clock.monotonic() - commit_began_s
-                await context.catch_up(committed)
-            if committed.succeeded:
-                stored = context.snapshot.migrations[name]
-                run = Run(
-                    context,
-                    stored.record,
-                    begin_revision=committed.revision,
-                    mod_revision=committed.revision,
-                    owner_revision=committed.revision,
-                    options=options,
-                    begin_s=context.clock.monotonic() - began_s,
-                    commit_s=commit_s,
-                )
-                self._drive(run)
+            asked_for = queued.record.trace_parent if queued else tracing.current()
+            with tracing.span(f"begin {name}", asked_for, migration=name, coordinator=context.name) as begun_in:
+                migration.trace_parent = asked_for or begun_in
+                stored = await self._begin_planned(migration, options, queued.mod_revision if queued else 0, began_s)
+            if stored is not None:
                 return stored
         raise VfleetError(Reason.CONFLICT, f"the fleet changed {TRIES} times while the migration was planned")
+
+    async def _begin_planned(
+        self, migration: Migration, options: Options, queue_revision: int, began_s: float
+    ) -> Stored[Migration] | None:
+        """Carry out BEGIN and drive the migration; return None if the fleet is not as it was planned for any more."""
+        context, name = self._context, migration.name
+        migration.begin_time.FromNanoseconds(round(context.clock.time() * 1e9))
+        begin = transaction.begin(
+            migration,
+            self._session.lease,
+            context.snapshot.fleet_generation_is_this,
+            parts_of_targets(context.snapshot, migration),
+            queue_revision,
+        )
+        commit_began_s = context.clock.monotonic()
+        with self._taking(migration):
+            with failpoint.around("coordinator.begin"):
+                committed = await self._commit_begin(name, begin)
+            commit_s = context.clock.monotonic() - commit_began_s
+            await context.catch_up(committed)
+        if not committed.succeeded:
+            return None
+        stored = context.snapshot.migrations[name]
+        run = Run(
+            context,
+            stored.record,
+            begin_revision=committed.revision,
+            mod_revision=committed.revision,
+            owner_revision=committed.revision,
+            options=options,
+            begin_s=context.clock.monotonic() - began_s,
+            commit_s=commit_s,
+        )
+        self._drive(run)
+        return stored
 
     async def _plan(self, request: CreateMigrationRequest) -> Migration:
         """Return a plan that takes it that those whose BEGIN is under way will have begun."""
@@ -221,7 +234,7 @@ class Term:
         if len(context.snapshot.queue) >= MAX_QUEUED:
             raise VfleetError(Reason.LIMIT_EXCEEDED, f"{MAX_QUEUED} migrations are queued, and more can't be")
         now_ns = round(context.clock.time() * 1e9)
-        entry = QueuedMigration(request=request, coordinator=context.name)
+        entry = QueuedMigration(request=request, coordinator=context.name, trace_parent=tracing.current())
         entry.time.FromNanoseconds(now_ns)
         entry.expire_time.FromNanoseconds(now_ns + (request.deadline_ms or DEFAULT_DEADLINE_MS) * 1_000_000)
         committed = await context.store.commit(enqueue(entry))
@@ -256,8 +269,12 @@ class Term:
     async def _run(self, run: Run) -> None:
         name = run.record.name
         log.bind(migration=name, attempt=log.attempt_text(run.attempt))
+        attributes = {"migration": name, "coordinator": self._context.name, "attempt": log.attempt_text(run.attempt)}
         try:
-            await run.run()
+            with tracing.span(
+                f"{'adopt' if run.is_adopted else 'drive'} {name}", run.record.trace_parent, **attributes
+            ):
+                await run.run()
         except VfleetError as error:
             _log.warning("migration %s is left to whoever owns it: %s", name, error.message, extra={"migration": name})
             await self._context.clock.sleep(RETRY_LONGEST_S)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from hostd.ledger import Ledger
 from hostd.metrics import observe
 from hostd.service import SERVICE_NAMES, add_services
 from hostd.topology import load
-from vfleet import daemon, log, metrics
+from vfleet import daemon, log, metrics, tracing
 from vfleet.clock import SystemClock
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.etcd.client import EtcdStore
@@ -30,6 +31,7 @@ async def _serve(config: Config, writer: log.Writer) -> None:
     clock, random = SystemClock(), Random()  # noqa: S311  # delays and incarnations: nothing secret
     topology = load(config.topology, config.host)
     log.name_process(host=topology.name)
+    tracing.enable(os.environ, "vfleet-hostd", topology.name)
     keys = config.security.open(Role.HOST, topology.name)
     with _locked(config.data_dir):
         ledger = Ledger(config.data_dir)

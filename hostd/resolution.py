@@ -17,7 +17,7 @@ from hostd.function_checks import is_of_before
 from hostd.functions import Functions
 from hostd.history import History
 from hostd.instance import Instance
-from vfleet import failpoint, log
+from vfleet import failpoint, log, tracing
 from vfleet.clock import Clock
 from vfleet.decision import abort_transaction, outcome
 from vfleet.errors import VfleetError
@@ -184,7 +184,8 @@ class Resolver:
             absent(owner_key(record.name)),
         )
         _log.warning("migration %s: %s", record.name, reason, extra={"migration": record.name})
-        with failpoint.around("hostd.resolve_abort"):
+        about = {"migration": record.name, "host": self._host}
+        with failpoint.around("hostd.resolve_abort"), tracing.span("resolve", record.trace_parent, **about):
             await self._store.commit(abort)
         return True
 

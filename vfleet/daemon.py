@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NoReturn
 
-from vfleet import failpoint, log
+from vfleet import failpoint, log, tracing
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.process import BAD_INPUT_EXIT
 from vfleet.security import ETCD_TLS_VARIABLE, TLS_VARIABLE, Security
@@ -120,7 +120,10 @@ def run(program: str, log_level: str, log_format: str, serve: Callable[[log.Writ
     try:
         with log.logging_to_stderr(log_level, log_format) as writer:
             failpoint.enable(os.environ)
-            asyncio.run(_until_signal(serve(writer)))
+            try:
+                asyncio.run(_until_signal(serve(writer)))
+            finally:
+                tracing.close()
     except VfleetError as error:
         sys.stderr.write(f"{program}: {error.message}\n")
         sys.exit(BAD_INPUT_EXIT if error.reason in _BAD_INPUT else 1)

@@ -21,6 +21,7 @@ from typing import Final, TextIO
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
+from vfleet import tracing
 from vfleet.names import is_name
 from vfleet.v1.types_pb2 import Attempt
 
@@ -112,6 +113,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             **fields_of(record),
+            **tracing.ids(),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from vfleet import log
+from vfleet import log, tracing
 from vfleet.clock import SystemClock
 from vfleet.errors import Reason, VfleetError, from_rpc_error, to_status
 from vfleet.limits import OLD_CHANNEL_GRACE_S
@@ -157,14 +157,18 @@ class Channels:
 def meant_for(incarnation: str) -> grpc.aio.Metadata:
     """Return the metadata by which a host refuses a call that is meant for another; none if `incarnation` is empty.
 
-    An address is no identity: another host, or another fleet's, may have the port by now. With it goes what migration
-    this is for, if it is for one, for the lines that the other side logs.
+    An address is no identity: another host, or another fleet's, may have the port by now.
     """
-    metadata = grpc.aio.Metadata()
-    if incarnation:
-        metadata.add(INCARNATION_KEY, incarnation)
+    return grpc.aio.Metadata((INCARNATION_KEY, incarnation)) if incarnation else grpc.aio.Metadata()
+
+
+def _metadata(incarnation: str, parent: str) -> grpc.aio.Metadata:
+    """Return whom a call is meant for, and what it is for: the migration, for the other side's log, and the trace."""
+    metadata = meant_for(incarnation)
     if migration := log.bound_migration():
         metadata.add(MIGRATION_KEY, migration)
+    if parent:
+        metadata.add(tracing.METADATA_KEY, parent)
     return metadata
 
 
@@ -181,10 +185,11 @@ async def call(
     No answer within `timeout_s` raises UNREACHABLE; then the request may or may not have been carried out. A host with
     another incarnation than the one given refuses with INCARNATION_CHANGED.
     """
-    try:
-        return await method(request, timeout=timeout_s, metadata=meant_for(incarnation))
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error, address) from None
+    with tracing.calling_method(request, address) as parent:
+        try:
+            return await method(request, timeout=timeout_s, metadata=_metadata(incarnation, parent))
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, address) from None
 
 
 async def stream(
@@ -196,14 +201,15 @@ async def stream(
     incarnation: str = "",
 ) -> AsyncGenerator[ResponseT, None]:
     """Yield the responses of a server-streaming method. Raise as `call` does. Closing the generator ends the call."""
-    responses = method(request, timeout=timeout_s, metadata=meant_for(incarnation))
-    try:
-        async for response in responses:
-            yield response
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error, address) from None
-    finally:
-        responses.cancel()
+    with tracing.calling_method(request, address) as parent:
+        responses = method(request, timeout=timeout_s, metadata=_metadata(incarnation, parent))
+        try:
+            async for response in responses:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, address) from None
+        finally:
+            responses.cancel()
 
 
 class _Refused:
@@ -272,6 +278,9 @@ class _ErrorEdge(grpc.aio.ServerInterceptor):
         stream = cast("_Stream[Message] | None", handler.unary_stream)
         both = cast("_Stream[_Requests] | None", handler.stream_stream)
         encode, guard = handler.response_serializer, self._guard
+        if tracing.is_on():
+            unary = _traced_unary(unary) if unary is not None else None
+            stream = _traced_stream(stream) if stream is not None else None
         if guard is not None:
             # A guarded method takes a stream, whatever it is, so that it is asked for before its request is read.
             if unary is not None:
@@ -292,6 +301,23 @@ class _ErrorEdge(grpc.aio.ServerInterceptor):
 _Unary: TypeAlias = Callable[[ArgumentT, "_Context"], Awaitable[Message]]
 _Stream: TypeAlias = Callable[[ArgumentT, "_Context"], AsyncIterator[Message]]
 _Requests: TypeAlias = AsyncIterator[Message]
+
+
+def _traced_unary(handler: _Unary[Message]) -> _Unary[Message]:
+    async def traced(request: Message, context: _Context) -> Message:
+        with tracing.serving_method(request, context):
+            return await handler(request, context)
+
+    return traced
+
+
+def _traced_stream(handler: _Stream[Message]) -> _Stream[Message]:
+    async def traced(request: Message, context: _Context) -> AsyncIterator[Message]:
+        with tracing.serving_method(request, context):
+            async for response in handler(request, context):
+                yield response
+
+    return traced
 
 
 def _edge_unary(handler: _Unary[ArgumentT], decoded: Callable[[ArgumentT], ArgumentT]) -> _Unary[ArgumentT]:

@@ -143,7 +143,7 @@ def test_cancel_and_begin_of_a_queued_one_exclude_each_other():
     rig.queue("a", "vf1", "h2/nic0")
     queued = rig.inventory.snapshot.queue["a"]
     assert as_migration(queued).record.phase == Phase.PHASE_QUEUED
-    cancel = give_up(queued, "cancelled", Reason.CANCELLED, "c2", 1)
+    cancel, _ = give_up(queued, "cancelled", Reason.CANCELLED, "c2", 1)
     assert rig.fleet.commit(cancel)
     assert not rig.fleet.commit(cancel)
     rig.look()

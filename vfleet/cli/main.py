@@ -3,6 +3,7 @@
 0 done, 1 failed, 2 bad input (`vfleet.cli.session.exit_code` says which is which).
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperOption
 
+from vfleet import tracing
 from vfleet.cli import (
     certs,
     cluster,
@@ -112,6 +114,7 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(option, TyperOption):
             option.hidden = True
     try:
+        tracing.enable(os.environ, "vfleet")
         result: object = command.main(list(arguments) or ["--help"], prog_name="vfleet", standalone_mode=False)
     except VfleetError as error:
         return _fail(error.message, exit_code(error))
@@ -121,6 +124,8 @@ def run(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except OSError as error:
         return _fail(str(error), FAILED)
+    finally:
+        tracing.close()
     return result if isinstance(result, int) else 0
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from vfleet import tracing
 from vfleet.cli import complete, describe
 from vfleet.cli import constraints as asked
 from vfleet.cli.constraints import Rule
@@ -160,17 +161,19 @@ def migrate(
                 return await fleet.plan_migration(moves, wanted)
             tries = backoff_delays(Random(), _RETRY_FIRST_S, _RETRY_LONGEST_S)  # noqa: S311  # spreads retries
             for number, delay_s in enumerate(tries):
-                # A migration is one attempt: each try has a name of its own.
-                migration = await fleet.create_migration(
-                    moves,
-                    name=f"{base}-{number + 1}" if number else base,
-                    options=options,
-                    constraints=wanted,
-                    priority=priority,
-                    deadline_ms=_fits("--deadline", deadline * 1000),
-                )
-                if wait or retries:
-                    migration = await _follow(fleet, migration.name, timeout_s=patience_s)
+                # A migration is one attempt: each try has a name of its own, and a trace.
+                own_name = f"{base}-{number + 1}" if number else base
+                with tracing.span("vfleet migrate", migration=own_name):
+                    migration = await fleet.create_migration(
+                        moves,
+                        name=own_name,
+                        options=options,
+                        constraints=wanted,
+                        priority=priority,
+                        deadline_ms=_fits("--deadline", deadline * 1000),
+                    )
+                    if wait or retries:
+                        migration = await _follow(fleet, migration.name, timeout_s=patience_s)
                 aborted = migration.phase in (Phase.PHASE_ABORTING, Phase.PHASE_ABORTED)
                 if number == retries or not aborted or not is_passing(abort_cause(migration)):
                     break

@@ -1,10 +1,11 @@
-"""A store that measures another: how long each call took, and how it ended."""
+"""A store that measures another: how long each call took, how it ended, and for which trace it was."""
 
 from collections.abc import AsyncGenerator, Awaitable
 from typing import TypeVar
 
 from prometheus_client import Histogram
 
+from vfleet import tracing
 from vfleet.clock import Clock
 from vfleet.errors import VfleetError
 from vfleet.etcd.store import Changes, Committed, KeyValue, Listing, Store, Transaction
@@ -61,7 +62,8 @@ class ObservedStore:
     async def _measured(self, operation: str, answer: Awaitable[ResultT]) -> ResultT:
         began_s, outcome = self._clock.monotonic(), "cancelled"
         try:
-            result = await answer
+            with tracing.calling(f"etcd {operation}"):
+                result = await answer
         except VfleetError as error:
             outcome = error.reason.lower()
             raise

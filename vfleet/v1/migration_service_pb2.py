@@ -29,17 +29,17 @@ from vfleet.v1 import records_pb2 as vfleet_dot_v1_dot_records__pb2
 from vfleet.v1 import types_pb2 as vfleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!vfleet/v1/migration_service.proto\x12\tvfleet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19vfleet/v1/placement.proto\x1a\x17vfleet/v1/records.proto\x1a\x15vfleet/v1/types.proto\"O\n\x0bMoveRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x15\n\rtarget_device\x18\x02 \x01(\t\x12\x17\n\x0ftarget_vf_index\x18\x03 \x01(\r\"\x88\x02\n\x10MigrationOptions\x12\x12\n\nmax_rounds\x18\x01 \x01(\r\x12\x1a\n\x12prepare_timeout_ms\x18\x02 \x01(\r\x12\x17\n\x0fhold_timeout_ms\x18\x03 \x01(\r\x12\x1e\n\x16\x61\x63knowledge_timeout_ms\x18\x04 \x01(\r\x12%\n\x04mode\x18\x05 \x01(\x0e\x32\x17.vfleet.v1.TransferMode\x12\x19\n\x11\x64owntime_limit_ms\x18\x06 \x01(\r\x12,\n\x0climit_policy\x18\x07 \x01(\x0e\x32\x16.vfleet.v1.LimitPolicy\x12\x1b\n\x13\x62\x61ndwidth_mib_per_s\x18\x08 \x01(\r\"{\n\x14PlanMigrationRequest\x12%\n\x05moves\x18\x01 \x03(\x0b\x32\x16.vfleet.v1.MoveRequest\x12+\n\x0b\x63onstraints\x18\x02 \x01(\x0b\x32\x16.vfleet.v1.Constraints\x12\x0f\n\x07\x65xplain\x18\x03 \x01(\x08\"m\n\x15PlanMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\x12+\n\x0b\x65xplanation\x18\x02 \x01(\x0b\x32\x16.vfleet.v1.Explanation\"\xd5\x01\n\x16\x43reateMigrationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x05moves\x18\x02 \x03(\x0b\x32\x16.vfleet.v1.MoveRequest\x12,\n\x07options\x18\x03 \x01(\x0b\x32\x1b.vfleet.v1.MigrationOptions\x12+\n\x0b\x63onstraints\x18\x04 \x01(\x0b\x32\x16.vfleet.v1.Constraints\x12\x10\n\x08priority\x18\x05 \x01(\x11\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x06 \x01(\r\"\xcd\x01\n\x0fQueuedMigration\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x32\n\x07request\x18\x02 \x01(\x0b\x32!.vfleet.v1.CreateMigrationRequest\x12\x13\n\x0b\x63oordinator\x18\x03 \x01(\t\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"B\n\x17\x43reateMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\"#\n\x13GetMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x14GetMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\"e\n\x15ListMigrationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0b\x61\x63tive_only\x18\x03 \x01(\x08\x12\x10\n\x08\x66unction\x18\x04 \x01(\t\"[\n\x16ListMigrationsResponse\x12(\n\nmigrations\x18\x01 \x03(\x0b\x32\x14.vfleet.v1.Migration\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"9\n\x15WatchMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nuntil_over\x18\x02 \x01(\x08\"\xf5\x01\n\x0c\x43opyProgress\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x0e\n\x06rounds\x18\x02 \x01(\r\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x64irty_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\x19\n\x11\x64irty_bytes_per_s\x18\x06 \x01(\x04\x12\x35\n\x12\x65stimated_blackout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10throttle_percent\x18\x08 \x01(\r\x12\x15\n\rmissing_bytes\x18\t \x01(\x04\"\x89\x01\n\x16WatchMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\x12\x1d\n\x04step\x18\x02 \x01(\x0e\x32\x0f.vfleet.v1.Step\x12\'\n\x06\x63opies\x18\x03 \x03(\x0b\x32\x17.vfleet.v1.CopyProgress\"&\n\x16\x43\x61ncelMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"B\n\x17\x43\x61ncelMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\"\xaa\x01\n\x0c\x44rainRequest\x12\x1d\n\x04part\x18\x01 \x01(\x0b\x32\x0f.vfleet.v1.Part\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08parallel\x18\x03 \x01(\r\x12+\n\x0b\x63onstraints\x18\x04 \x01(\x0b\x32\x16.vfleet.v1.Constraints\x12,\n\x07options\x18\x05 \x01(\x0b\x32\x1b.vfleet.v1.MigrationOptions\"\xa2\x01\n\x0f\x44rainedFunction\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.vfleet.v1.DrainState\x12\x11\n\tmigration\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0b\n\x03why\x18\x05 \x01(\t\x12\'\n\x04held\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"a\n\rDrainResponse\x12-\n\tfunctions\x18\x01 \x03(\x0b\x32\x1a.vfleet.v1.DrainedFunction\x12\x0f\n\x07is_over\x18\x02 \x01(\x08\x12\x10\n\x08is_first\x18\x03 \x01(\x08*[\n\x0bLimitPolicy\x12\x1c\n\x18LIMIT_POLICY_UNSPECIFIED\x10\x00\x12\x16\n\x12LIMIT_POLICY_ABORT\x10\x01\x12\x16\n\x12LIMIT_POLICY_FORCE\x10\x02*\x88\x01\n\nDrainState\x12\x1b\n\x17\x44RAIN_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44RAIN_STATE_WAITING\x10\x01\x12\x16\n\x12\x44RAIN_STATE_MOVING\x10\x02\x12\x15\n\x11\x44RAIN_STATE_MOVED\x10\x03\x12\x15\n\x11\x44RAIN_STATE_STUCK\x10\x04\x32\xd9\x04\n\x10MigrationService\x12R\n\rPlanMigration\x12\x1f.vfleet.v1.PlanMigrationRequest\x1a .vfleet.v1.PlanMigrationResponse\x12X\n\x0f\x43reateMigration\x12!.vfleet.v1.CreateMigrationRequest\x1a\".vfleet.v1.CreateMigrationResponse\x12O\n\x0cGetMigration\x12\x1e.vfleet.v1.GetMigrationRequest\x1a\x1f.vfleet.v1.GetMigrationResponse\x12U\n\x0eListMigrations\x12 .vfleet.v1.ListMigrationsRequest\x1a!.vfleet.v1.ListMigrationsResponse\x12W\n\x0eWatchMigration\x12 .vfleet.v1.WatchMigrationRequest\x1a!.vfleet.v1.WatchMigrationResponse0\x01\x12X\n\x0f\x43\x61ncelMigration\x12!.vfleet.v1.CancelMigrationRequest\x1a\".vfleet.v1.CancelMigrationResponse\x12<\n\x05\x44rain\x12\x17.vfleet.v1.DrainRequest\x1a\x18.vfleet.v1.DrainResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!vfleet/v1/migration_service.proto\x12\tvfleet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19vfleet/v1/placement.proto\x1a\x17vfleet/v1/records.proto\x1a\x15vfleet/v1/types.proto\"O\n\x0bMoveRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x15\n\rtarget_device\x18\x02 \x01(\t\x12\x17\n\x0ftarget_vf_index\x18\x03 \x01(\r\"\x88\x02\n\x10MigrationOptions\x12\x12\n\nmax_rounds\x18\x01 \x01(\r\x12\x1a\n\x12prepare_timeout_ms\x18\x02 \x01(\r\x12\x17\n\x0fhold_timeout_ms\x18\x03 \x01(\r\x12\x1e\n\x16\x61\x63knowledge_timeout_ms\x18\x04 \x01(\r\x12%\n\x04mode\x18\x05 \x01(\x0e\x32\x17.vfleet.v1.TransferMode\x12\x19\n\x11\x64owntime_limit_ms\x18\x06 \x01(\r\x12,\n\x0climit_policy\x18\x07 \x01(\x0e\x32\x16.vfleet.v1.LimitPolicy\x12\x1b\n\x13\x62\x61ndwidth_mib_per_s\x18\x08 \x01(\r\"{\n\x14PlanMigrationRequest\x12%\n\x05moves\x18\x01 \x03(\x0b\x32\x16.vfleet.v1.MoveRequest\x12+\n\x0b\x63onstraints\x18\x02 \x01(\x0b\x32\x16.vfleet.v1.Constraints\x12\x0f\n\x07\x65xplain\x18\x03 \x01(\x08\"m\n\x15PlanMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\x12+\n\x0b\x65xplanation\x18\x02 \x01(\x0b\x32\x16.vfleet.v1.Explanation\"\xd5\x01\n\x16\x43reateMigrationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x05moves\x18\x02 \x03(\x0b\x32\x16.vfleet.v1.MoveRequest\x12,\n\x07options\x18\x03 \x01(\x0b\x32\x1b.vfleet.v1.MigrationOptions\x12+\n\x0b\x63onstraints\x18\x04 \x01(\x0b\x32\x16.vfleet.v1.Constraints\x12\x10\n\x08priority\x18\x05 \x01(\x11\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x06 \x01(\r\"\xe3\x01\n\x0fQueuedMigration\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x32\n\x07request\x18\x02 \x01(\x0b\x32!.vfleet.v1.CreateMigrationRequest\x12\x13\n\x0b\x63oordinator\x18\x03 \x01(\t\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0ctrace_parent\x18\x06 \x01(\t\"B\n\x17\x43reateMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\"#\n\x13GetMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x14GetMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\"e\n\x15ListMigrationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0b\x61\x63tive_only\x18\x03 \x01(\x08\x12\x10\n\x08\x66unction\x18\x04 \x01(\t\"[\n\x16ListMigrationsResponse\x12(\n\nmigrations\x18\x01 \x03(\x0b\x32\x14.vfleet.v1.Migration\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"9\n\x15WatchMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nuntil_over\x18\x02 \x01(\x08\"\xf5\x01\n\x0c\x43opyProgress\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x0e\n\x06rounds\x18\x02 \x01(\r\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x64irty_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\x19\n\x11\x64irty_bytes_per_s\x18\x06 \x01(\x04\x12\x35\n\x12\x65stimated_blackout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10throttle_percent\x18\x08 \x01(\r\x12\x15\n\rmissing_bytes\x18\t \x01(\x04\"\x89\x01\n\x16WatchMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\x12\x1d\n\x04step\x18\x02 \x01(\x0e\x32\x0f.vfleet.v1.Step\x12\'\n\x06\x63opies\x18\x03 \x03(\x0b\x32\x17.vfleet.v1.CopyProgress\"&\n\x16\x43\x61ncelMigrationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"B\n\x17\x43\x61ncelMigrationResponse\x12\'\n\tmigration\x18\x01 \x01(\x0b\x32\x14.vfleet.v1.Migration\"\xaa\x01\n\x0c\x44rainRequest\x12\x1d\n\x04part\x18\x01 \x01(\x0b\x32\x0f.vfleet.v1.Part\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08parallel\x18\x03 \x01(\r\x12+\n\x0b\x63onstraints\x18\x04 \x01(\x0b\x32\x16.vfleet.v1.Constraints\x12,\n\x07options\x18\x05 \x01(\x0b\x32\x1b.vfleet.v1.MigrationOptions\"\xa2\x01\n\x0f\x44rainedFunction\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.vfleet.v1.DrainState\x12\x11\n\tmigration\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0b\n\x03why\x18\x05 \x01(\t\x12\'\n\x04held\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"a\n\rDrainResponse\x12-\n\tfunctions\x18\x01 \x03(\x0b\x32\x1a.vfleet.v1.DrainedFunction\x12\x0f\n\x07is_over\x18\x02 \x01(\x08\x12\x10\n\x08is_first\x18\x03 \x01(\x08*[\n\x0bLimitPolicy\x12\x1c\n\x18LIMIT_POLICY_UNSPECIFIED\x10\x00\x12\x16\n\x12LIMIT_POLICY_ABORT\x10\x01\x12\x16\n\x12LIMIT_POLICY_FORCE\x10\x02*\x88\x01\n\nDrainState\x12\x1b\n\x17\x44RAIN_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44RAIN_STATE_WAITING\x10\x01\x12\x16\n\x12\x44RAIN_STATE_MOVING\x10\x02\x12\x15\n\x11\x44RAIN_STATE_MOVED\x10\x03\x12\x15\n\x11\x44RAIN_STATE_STUCK\x10\x04\x32\xd9\x04\n\x10MigrationService\x12R\n\rPlanMigration\x12\x1f.vfleet.v1.PlanMigrationRequest\x1a .vfleet.v1.PlanMigrationResponse\x12X\n\x0f\x43reateMigration\x12!.vfleet.v1.CreateMigrationRequest\x1a\".vfleet.v1.CreateMigrationResponse\x12O\n\x0cGetMigration\x12\x1e.vfleet.v1.GetMigrationRequest\x1a\x1f.vfleet.v1.GetMigrationResponse\x12U\n\x0eListMigrations\x12 .vfleet.v1.ListMigrationsRequest\x1a!.vfleet.v1.ListMigrationsResponse\x12W\n\x0eWatchMigration\x12 .vfleet.v1.WatchMigrationRequest\x1a!.vfleet.v1.WatchMigrationResponse0\x01\x12X\n\x0f\x43\x61ncelMigration\x12!.vfleet.v1.CancelMigrationRequest\x1a\".vfleet.v1.CancelMigrationResponse\x12<\n\x05\x44rain\x12\x17.vfleet.v1.DrainRequest\x1a\x18.vfleet.v1.DrainResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vfleet.v1.migration_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LIMITPOLICY']._serialized_start=2554
-  _globals['_LIMITPOLICY']._serialized_end=2645
-  _globals['_DRAINSTATE']._serialized_start=2648
-  _globals['_DRAINSTATE']._serialized_end=2784
+  _globals['_LIMITPOLICY']._serialized_start=2576
+  _globals['_LIMITPOLICY']._serialized_end=2667
+  _globals['_DRAINSTATE']._serialized_start=2670
+  _globals['_DRAINSTATE']._serialized_end=2806
   _globals['_MOVEREQUEST']._serialized_start=188
   _globals['_MOVEREQUEST']._serialized_end=267
   _globals['_MIGRATIONOPTIONS']._serialized_start=270
@@ -51,33 +51,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEMIGRATIONREQUEST']._serialized_start=773
   _globals['_CREATEMIGRATIONREQUEST']._serialized_end=986
   _globals['_QUEUEDMIGRATION']._serialized_start=989
-  _globals['_QUEUEDMIGRATION']._serialized_end=1194
-  _globals['_CREATEMIGRATIONRESPONSE']._serialized_start=1196
-  _globals['_CREATEMIGRATIONRESPONSE']._serialized_end=1262
-  _globals['_GETMIGRATIONREQUEST']._serialized_start=1264
-  _globals['_GETMIGRATIONREQUEST']._serialized_end=1299
-  _globals['_GETMIGRATIONRESPONSE']._serialized_start=1301
-  _globals['_GETMIGRATIONRESPONSE']._serialized_end=1364
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_start=1366
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=1467
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=1469
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=1560
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=1562
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=1619
-  _globals['_COPYPROGRESS']._serialized_start=1622
-  _globals['_COPYPROGRESS']._serialized_end=1867
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=1870
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=2007
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=2009
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=2047
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=2049
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=2115
-  _globals['_DRAINREQUEST']._serialized_start=2118
-  _globals['_DRAINREQUEST']._serialized_end=2288
-  _globals['_DRAINEDFUNCTION']._serialized_start=2291
-  _globals['_DRAINEDFUNCTION']._serialized_end=2453
-  _globals['_DRAINRESPONSE']._serialized_start=2455
-  _globals['_DRAINRESPONSE']._serialized_end=2552
-  _globals['_MIGRATIONSERVICE']._serialized_start=2787
-  _globals['_MIGRATIONSERVICE']._serialized_end=3388
+  _globals['_QUEUEDMIGRATION']._serialized_end=1216
+  _globals['_CREATEMIGRATIONRESPONSE']._serialized_start=1218
+  _globals['_CREATEMIGRATIONRESPONSE']._serialized_end=1284
+  _globals['_GETMIGRATIONREQUEST']._serialized_start=1286
+  _globals['_GETMIGRATIONREQUEST']._serialized_end=1321
+  _globals['_GETMIGRATIONRESPONSE']._serialized_start=1323
+  _globals['_GETMIGRATIONRESPONSE']._serialized_end=1386
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_start=1388
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=1489
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=1491
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=1582
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=1584
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=1641
+  _globals['_COPYPROGRESS']._serialized_start=1644
+  _globals['_COPYPROGRESS']._serialized_end=1889
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=1892
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=2029
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=2031
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=2069
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=2071
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=2137
+  _globals['_DRAINREQUEST']._serialized_start=2140
+  _globals['_DRAINREQUEST']._serialized_end=2310
+  _globals['_DRAINEDFUNCTION']._serialized_start=2313
+  _globals['_DRAINEDFUNCTION']._serialized_end=2475
+  _globals['_DRAINRESPONSE']._serialized_start=2477
+  _globals['_DRAINRESPONSE']._serialized_end=2574
+  _globals['_MIGRATIONSERVICE']._serialized_start=2809
+  _globals['_MIGRATIONSERVICE']._serialized_end=3410
 # @@protoc_insertion_point(module_scope)

@@ -290,10 +290,13 @@ class QueuedMigration(_message.Message):
     COORDINATOR_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    TRACE_PARENT_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     """Schema version of the record."""
     coordinator: _builtins.str
     """The coordinator that is to begin it; any other does once that one is gone."""
+    trace_parent: _builtins.str
+    """The trace that it belongs to: the traceparent (W3C Trace Context) of whoever asked for it. Empty if there is none."""
     @_builtins.property
     def request(self) -> Global___CreateMigrationRequest:
         """What was asked for, with its request ID."""
@@ -314,10 +317,11 @@ class QueuedMigration(_message.Message):
         coordinator: _builtins.str = ...,
         time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        trace_parent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "request", b"request", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "expire_time", b"expire_time", "request", b"request", "schema_version", b"schema_version", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator", b"coordinator", "expire_time", b"expire_time", "request", b"request", "schema_version", b"schema_version", "time", b"time", "trace_parent", b"trace_parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
