@@ -185,7 +185,8 @@ class Resolver:
         )
         _log.warning("migration %s: %s", record.name, reason, extra={"migration": record.name})
         about = {"migration": record.name, "host": self._host}
-        with failpoint.around("hostd.resolve_abort"), tracing.span("resolve", record.trace_parent, **about):
+        span = tracing.span(f"resolve {record.name}", record.trace_parent, **about)
+        with failpoint.around("hostd.resolve_abort"), span:
             await self._store.commit(abort)
         return True
 

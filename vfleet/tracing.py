@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Thread
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from google.protobuf.message import Message
 
@@ -30,6 +30,13 @@ PACKAGE: Final = "vfleet.v1"
 CLOSE_TIMEOUT_S: Final = 2.0
 
 _NOTHING: Final = nullcontext("")
+
+
+class Call(Protocol):
+    """A call as whoever serves it is given it: gRPC's `ServicerContext`."""
+
+    def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]] | None:
+        """Return what came with it."""
 
 
 class _State:
@@ -122,11 +129,11 @@ def calling_method(request: Message, address: str) -> AbstractContextManager[str
     return calling(_method(request), **{"server.address": address})
 
 
-def serving_method(request: Message, metadata: Iterable[tuple[str, str | bytes]]) -> AbstractContextManager[str]:
+def serving_method(request: Message, call: Call) -> AbstractContextManager[str]:
     """Let a block, and what its task does until it ends, serve a request that came with a traceparent, if it did."""
     if _State.tracer is None:
         return _NOTHING
-    parent = next((value for key, value in metadata if key == METADATA_KEY), "")
+    parent = next((value for key, value in call.invocation_metadata() or () if key == METADATA_KEY), "")
     return _serving(_State.tracer, _method(request), parent) if parent and isinstance(parent, str) else _NOTHING
 
 

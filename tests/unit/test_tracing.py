@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -16,6 +17,17 @@ from vfleet.v1.function_service_pb2 import CreateFunctionRequest
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 TRACE = 0x0AF7651916CD43DD8448EB211C80319C
+
+
+@dataclass
+class Call:
+    """A call that is served, as far as traces are concerned."""
+
+    metadata: Sequence[tuple[str, str | bytes]]
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
+        return self.metadata
+
 
 Spans = Callable[[], dict[str, ReadableSpan]]
 
@@ -84,7 +96,7 @@ def test_a_call_that_fails_says_why(spans):
 
 async def test_a_request_is_served_as_a_child_of_the_call(spans):
     async def serve(metadata: Sequence[tuple[str, str | bytes]]) -> None:
-        with tracing.serving_method(CreateFunctionRequest(), metadata), tracing.calling("etcd get"):
+        with tracing.serving_method(CreateFunctionRequest(), Call(metadata)), tracing.calling("etcd get"):
             pass
 
     await asyncio.create_task(serve([("traceparent", PARENT)]))
@@ -97,7 +109,10 @@ async def test_a_request_is_served_as_a_child_of_the_call(spans):
 
 async def test_the_body_of_a_generator_may_end_in_another_task(spans):
     async def answers():
-        with tracing.serving_method(CreateFunctionRequest(), [("traceparent", PARENT)]), tracing.calling("inner"):
+        with (
+            tracing.serving_method(CreateFunctionRequest(), Call([("traceparent", PARENT)])),
+            tracing.calling("inner"),
+        ):
             yield 1
             yield 2
 
@@ -128,7 +143,7 @@ def test_while_it_is_off_there_is_nothing():
         tracing.span("a", PARENT),
         tracing.calling("b"),
         tracing.calling_method(request, ""),
-        tracing.serving_method(request, metadata),
+        tracing.serving_method(request, Call(metadata)),
     )
     for block in blocks:
         with block as parent:
