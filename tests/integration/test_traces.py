@@ -38,7 +38,7 @@ async def migrate(cluster: Cluster, *arguments: str) -> tuple[int, str]:
     """Run `vfleet migrate` and return its exit code and what it says."""
     coordinators = ",".join(cluster.local.coordinator_addresses)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "vfleet.cli.main", "migrate", *arguments, "--coordinator", coordinators),
+        *(sys.executable, "-m", "vfleet.cli.main", "--insecure", "migrate", *arguments, "--coordinator", coordinators),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
