@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from coordinator import transaction
 from coordinator.context import Context
+from coordinator.guests import check_same_guest, new_guest_driver
 from coordinator.planner import (
     check_not_cordoned,
     check_unlocked,
@@ -33,7 +34,7 @@ from vfleet.v1.driver_service_pb2 import (
 )
 from vfleet.v1.function_service_pb2 import CreateFunctionRequest, DestroyFunctionRequest
 from vfleet.v1.records_pb2 import Driver, Function, FunctionStatus
-from vfleet.v1.types_pb2 import Attempt, Decision, TableEntry
+from vfleet.v1.types_pb2 import Attempt, Decision, Guest, TableEntry
 
 TRIES = 8
 LOOK_AGAIN_S = 0.5
@@ -115,9 +116,18 @@ class Fleet:
         raise _conflict()
 
     async def attach_driver(
-        self, function_name: str, driver_name: str, *, host: str, virtual_address: int, main_memory_bytes: int
+        self,
+        function_name: str,
+        driver_name: str,
+        *,
+        host: str,
+        virtual_address: int,
+        main_memory_bytes: int,
+        guest: Guest | None = None,
     ) -> TableEntry:
         """Attach a driver, made on `host` if it isn't there, at `virtual_address` or, with 0, the first place free.
+
+        With `guest` it is a virtual machine's.
 
         Raise NOT_FOUND, INVALID_FIELD, HOST_UNAVAILABLE, what `movable` raises, ALREADY_EXISTS for a driver or an
         attachment that is there and differs, LIMIT_EXCEEDED for more drivers than the device allows, or what the host
@@ -128,7 +138,8 @@ class Fleet:
                 snapshot = self._context.snapshot
                 if function_name not in snapshot.functions:
                     raise not_found("function", function_name)
-                driver, revision = _driver(snapshot, driver_name, host, main_memory_bytes)
+                function = snapshot.functions[function_name].record
+                driver, revision = _driver(snapshot, driver_name, host, main_memory_bytes, guest, function)
                 existing = snapshot.entries_of(driver_name).get(function_name)
                 if existing is None:
                     function = movable(snapshot, function_name)
@@ -261,7 +272,10 @@ class Fleet:
     async def _tell_attached(self, driver: Driver, stored: Stored[TableEntry]) -> None:
         # Its record was made with its first entry: at this one's revision, or before.
         request = CreateDriverRequest(
-            driver=driver.name, main_memory_bytes=driver.main_memory_bytes, revision=stored.mod_revision
+            driver=driver.name,
+            main_memory_bytes=driver.main_memory_bytes,
+            revision=stored.mod_revision,
+            guest=driver.guest if driver.HasField("guest") else None,
         )
         await self._context.hosts.create_driver(driver.host, request)
         entry = TableEntry()
@@ -293,7 +307,9 @@ async def bump_generation(context: Context) -> int:
     return raised
 
 
-def _driver(snapshot: Snapshot, name: str, host: str, main_memory_bytes: int) -> tuple[Driver, int]:
+def _driver(
+    snapshot: Snapshot, name: str, host: str, main_memory_bytes: int, guest: Guest | None, function: Function
+) -> tuple[Driver, int]:
     """Return the driver, or the one to be made, and the revision that last wrote its record (0 if none has)."""
     stored = snapshot.drivers.get(name)
     if stored is None:
@@ -301,8 +317,12 @@ def _driver(snapshot: Snapshot, name: str, host: str, main_memory_bytes: int) ->
             raise invalid_field("host", host, f"the host of driver {name!r}, which doesn't exist yet")
         if host not in snapshot.hosts:
             raise not_found("host", host)
+        if guest is not None:
+            device = find_device(snapshot, function.device)
+            return new_guest_driver(name, host, main_memory_bytes, guest, function, device), 0
         return Driver(name=name, host=host, main_memory_bytes=main_memory_bytes), 0
     driver = stored.record
+    check_same_guest(driver, guest, function, snapshot.entries_of(name))
     if host not in ("", driver.host) or main_memory_bytes not in (0, driver.main_memory_bytes):
         raise VfleetError(
             Reason.ALREADY_EXISTS,

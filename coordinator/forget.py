@@ -22,6 +22,7 @@ from vfleet.etcd.keys import (
     driver_key,
     entry_key,
     function_key,
+    guest_key,
     host_key,
     registration_key,
     segment_key,
@@ -156,7 +157,8 @@ def _delete_driver(snapshot: Snapshot, host: str, name: str) -> Transaction:
             writes = (Delete(key), Put(function_key(function_name), encode(function)))
         return Transaction(compares, writes)
     return Transaction(
-        (away, unchanged(driver_key(name), snapshot.drivers[name].mod_revision)), (Delete(driver_key(name)),)
+        (away, unchanged(driver_key(name), snapshot.drivers[name].mod_revision)),
+        (Delete(driver_key(name)), Delete(guest_key(host, name))),
     )
 
 

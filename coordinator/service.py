@@ -17,6 +17,7 @@ from coordinator.drain import Drain
 from coordinator.explanation import explain
 from coordinator.fleet import Fleet, bump_generation
 from coordinator.forget import forget_host
+from coordinator.guests import checked_guest
 from coordinator.migration import Run
 from coordinator.planner import ask, draft, plan
 from coordinator.queueing import as_migration
@@ -314,6 +315,7 @@ class FleetService(FleetServiceServicer):
             driver.CopyFrom(snapshot.drivers[name].record)
             entries = (stored.record for stored in snapshot.entries_of(name).values())
             driver.entries.extend(sorted(entries, key=lambda entry: entry.virtual_address))
+            driver.guest_state = snapshot.guest_state(driver)
             response.drivers.append(driver)
         return response
 
@@ -344,9 +346,15 @@ class FleetService(FleetServiceServicer):
         if memory % PAGE_BYTES or memory > MAX_MAIN_MEMORY_BYTES:
             expected = f"a multiple of {PAGE_BYTES}, at most {MAX_MAIN_MEMORY_BYTES}"
             raise invalid_field("main_memory_bytes", memory, expected)
+        guest = checked_guest(request.guest) if request.HasField("guest") else None
         entry = await self._do(
             lambda: self._fleet.attach_driver(
-                function, driver, host=host, virtual_address=request.virtual_address, main_memory_bytes=memory
+                function,
+                driver,
+                host=host,
+                virtual_address=request.virtual_address,
+                main_memory_bytes=memory,
+                guest=guest,
             )
         )
         return fleet_pb.AttachDriverResponse(entry=entry)

@@ -21,7 +21,7 @@ from vfleet.etcd.store import Changes, Compare, Event, KeyValue, Listing, absent
 from vfleet.names import host_of
 from vfleet.v1.migration_service_pb2 import QueuedMigration
 from vfleet.v1.records_pb2 import Coordinator, Cordon, Device, Driver, Function, FunctionStatus, Host, Migration, Slot
-from vfleet.v1.types_pb2 import TableEntry
+from vfleet.v1.types_pb2 import GuestState, TableEntry
 
 # Statuses of a function that is being made or deleted.
 UNFINISHED = frozenset({FunctionStatus.FUNCTION_STATUS_CREATING, FunctionStatus.FUNCTION_STATUS_DELETING})
@@ -62,6 +62,7 @@ class Snapshot:
         self.active_migrations: dict[str, Stored[Migration]] = {}
         self.queue: dict[str, Stored[QueuedMigration]] = {}
         self.owners: dict[str, Stored[str]] = {}
+        self.guests: dict[str, Stored[str]] = {}
         self.devices: dict[str, Device] = {}
         self.sites: dict[str, Site] = {}
         self.fleet_generations: dict[str, Stored[str]] = {}
@@ -140,6 +141,12 @@ class Snapshot:
     def entries_of(self, driver: str) -> Mapping[str, Stored[TableEntry]]:
         """Return a driver's entries, by function."""
         return self._entries_by_driver.get(driver, {})
+
+    def guest_state(self, driver: Driver) -> GuestState.ValueType:
+        """Return what has become of a driver's guest, as its host says; unspecified if it has none, or doesn't say."""
+        stored = self.guests.get(f"{driver.host}/{driver.name}")
+        names = dict(GuestState.items())
+        return names.get(stored.record if stored is not None else "", GuestState.GUEST_STATE_UNSPECIFIED)
 
     def take(self, event: Event) -> None:
         """Take one change over. The revision follows, with `apply`, once its other changes are taken over as well."""
@@ -225,6 +232,7 @@ _TABLES: tuple[tuple[str, Callable[[Snapshot, str, Event], None]], ...] = (
     (keys.SLOTS, Snapshot._set_slot),  # noqa: SLF001
     (keys.DRIVERS, lambda s, name, event: _put(s.drivers, name, event, _decoder(Driver))),
     (keys.ENTRIES, Snapshot._set_entry),  # noqa: SLF001
+    (keys.GUESTS, lambda s, name, event: _put(s.guests, name, event, _text)),
     (keys.MIGRATIONS, Snapshot._set_migration),  # noqa: SLF001
     (keys.QUEUE, lambda s, name, event: _put(s.queue, name, event, _decoder(QueuedMigration))),
     (keys.OWNERS, lambda s, name, event: _put(s.owners, name, event, _text)),

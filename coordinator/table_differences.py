@@ -19,7 +19,10 @@ def table_findings(view: View, host: str) -> Iterator[Finding]:
     for name, stored in sorted(view.snapshot.drivers.items()):
         if stored.record.host == host and name not in there:
             request = CreateDriverRequest(
-                driver=name, main_memory_bytes=stored.record.main_memory_bytes, revision=view.snapshot.revision
+                driver=name,
+                main_memory_bytes=stored.record.main_memory_bytes,
+                revision=view.snapshot.revision,
+                guest=stored.record.guest if stored.record.HasField("guest") else None,
             )
             yield finding(
                 DifferenceKind.DIFFERENCE_KIND_DRIVER_UNKNOWN_TO_HOST,

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from coordinator import transaction
 from coordinator.context import Context
+from coordinator.guests import within_longest_hold
 from coordinator.journal import RETRY_FIRST_S, RETRY_LONGEST_S, UNCERTAIN
 from coordinator.migration import Options, Run
 from coordinator.planner import parts_of_targets, plan
@@ -141,6 +142,8 @@ class Term:
             if queued is None and name in context.snapshot.queue:
                 return _the_same(as_migration(context.snapshot.queue[name]), requests)
             migration = await self._plan(request)
+            asked_ms = request.options.hold_timeout_ms
+            options = within_longest_hold(context.snapshot, migration, options, asked_ms)
             passed = self._passed_limit(migration)
             if passed is not None and not may_wait:
                 raise VfleetError(Reason.LIMIT_EXCEEDED, passed)

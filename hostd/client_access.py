@@ -170,6 +170,12 @@ class ClientAccess:
     ) -> Submitted:
         found = self._drivers.require(driver)
         entry = found.find(virtual_address, length)
+        if found.guest_memory is not None:
+            raise VfleetError(
+                Reason.IN_USE,
+                f"driver {driver!r} is a virtual machine's: its accesses come from there",
+                metadata={"driver": driver, "function": entry.function},
+            )
         if self._workloads.is_running(driver, entry.function):
             raise VfleetError(
                 Reason.IN_USE,

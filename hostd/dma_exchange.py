@@ -28,7 +28,7 @@ def admit(
     found = drivers.find(driver)
     entry = found.table.by_function.get(function) if found is not None else None
     receiver = found.receivers.get(function) if found is not None else None
-    if entry is None or receiver is None or entry.lost or receiver.attachment != attachment:
+    if entry is None or receiver is None or entry.lost or receiver.attachment != attachment or not receiver.accepts:
         return DMA_REFUSAL_NOT_ATTACHED
     if entry.generation != generation:
         return DMA_REFUSAL_WRONG_GENERATION

@@ -12,7 +12,7 @@ import mmap
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from hostd.ledger import Ledger
 from hostd.models.base import MAX_DMA_BYTES
@@ -31,6 +31,41 @@ _FILE_BYTES: Final = PAGE_BYTES + _REDO_BYTES
 _REDO_HEAD = struct.Struct("<IIQII")  # CRC-32, bytes of data, sequence, what, where
 _MEMORY, _INTERRUPT = 1, 2
 
+
+class Memory(Protocol):
+    """A driver's main memory, by offset. A virtual machine's has holes, and isn't there before the machine is."""
+
+    @property
+    def is_present(self) -> bool:
+        """Whether it is there. If not, what is to be done to it waits."""
+
+    def read(self, offset: int, length: int) -> bytes | None:
+        """Return bytes; None if there is a hole, or its end."""
+
+    def write(self, offset: int, data: bytes) -> bool:
+        """Put bytes there, those at the end last; nothing, and return False, if there is a hole, or its end."""
+
+
+class MappedMemory:
+    """Main memory that is one mapped file."""
+
+    is_present = True
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped = mapped
+
+    def read(self, offset: int, length: int) -> bytes | None:
+        """Return bytes; None if they don't lie within."""
+        return self._mapped[offset : offset + length] if 0 <= offset <= len(self._mapped) - length else None
+
+    def write(self, offset: int, data: bytes) -> bool:
+        """Put bytes there. False if they don't lie within."""
+        if not 0 <= offset <= len(self._mapped) - len(data):
+            return False
+        self._mapped[offset : offset + len(data)] = data
+        return True
+
+
 Interrupted = Callable[[int, int], None]
 """Called with the vector and how many of it there were."""
 
@@ -38,13 +73,15 @@ Interrupted = Callable[[int, int], None]
 class DmaReceiver:
     """What one attachment of a driver to a function has received. Opening it finishes what a kill left begun."""
 
-    def __init__(self, mapped: mmap.mmap, memory: mmap.mmap, window: DmaWindow, new_attachment: DmaAttachment) -> None:
+    def __init__(self, mapped: mmap.mmap, memory: Memory, window: DmaWindow, new_attachment: DmaAttachment) -> None:
         """Take the attachment's file, and the driver's main memory, which is at `window.base`.
 
         A file that is new gets `new_attachment`; else the attachment is the one that it was made with.
         """
         self.interrupted: Interrupted | None = None
         self.faults = 0
+        self.is_cut_off = False
+        self._reached: list[tuple[int, asyncio.Event]] = []
         self._ended: VfleetError | None = None
         self._mapped = mapped
         self._bytes = memoryview(mapped)
@@ -58,16 +95,45 @@ class DmaReceiver:
         self.attachment: Final = DmaAttachment(
             fleet_generation=self._words[0], revision=self._words[1], session=self._words[2]
         )
-        self.window: Final = DmaWindow(attachment=self.attachment, base=window.base, length_bytes=window.length_bytes)
+        self.window: Final = DmaWindow(
+            attachment=self.attachment,
+            base=window.base,
+            length_bytes=window.length_bytes,
+            from_zero=window.from_zero,
+        )
         self._base = window.base
         self._interrupt_page = window.base >> 32 << 32 | INTERRUPT_PAGE_ADDRESS
-        self._redo()
+        self._length = window.length_bytes
+        self._is_redone = False
+        if memory.is_present:
+            self._redo()
 
     @property
     def last(self) -> int:
         """The last sequence that has taken effect; 0 for none."""
         value: int = self._words[_LAST]
         return value
+
+    @property
+    def accepts(self) -> bool:
+        """Whether writes and reads may come: the main memory is there, and nobody has cut it off (`is_cut_off`)."""
+        if self.is_cut_off or not self._memory.is_present:
+            return False
+        if not self._is_redone:
+            self._redo()
+        return True
+
+    def skip_to(self, sequence: int) -> None:
+        """Let no write up to a sequence take effect any more: a reset of the function has cancelled them."""
+        if sequence > self.last:
+            self._advance(sequence)
+
+    async def reached(self, sequence: int) -> None:
+        """Wait until the write with this sequence has taken effect, or is cancelled; for ever if none comes."""
+        if sequence > self.last:
+            event = asyncio.Event()
+            self._reached.append((sequence, event))
+            await event.wait()
 
     def interrupts(self, vector: int) -> int:
         """Return how many interrupts of a vector, 0 to 255, came so far. Raise as `interrupted_since` does."""
@@ -96,33 +162,31 @@ class DmaReceiver:
         self._came.clear()
 
     def write(self, sequence: int, address: int, data: bytes) -> None:
-        """Apply the write with the next sequence. One that goes nowhere is counted, and done."""
+        """Apply the write with the next sequence, if it `accepts`. One that goes nowhere is counted, and done."""
         offset = address - self._base
-        if not data:
-            pass
-        elif 0 <= offset <= len(self._memory) - len(data):
-            self._record(sequence, _MEMORY, offset, data)
-            self._memory[offset : offset + len(data)] = data
-        elif self._is_interrupt(address, data):
+        if data and self._is_interrupt(address, data):
             vector = int.from_bytes(data, "little")
             count = self._count(vector) + 1
             self._record(sequence, _INTERRUPT, vector, count.to_bytes(8, "little"))
             self._words[_COUNTS + vector] = count
-            self._words[_LAST] = sequence
+            self._advance(sequence)
             self._tell(vector, count)
             return
-        else:
-            self.faults += 1
-        self._words[_LAST] = sequence
+        if data:
+            is_within = 0 <= offset <= self._length - len(data)
+            if is_within:
+                self._record(sequence, _MEMORY, offset, data)
+            self.faults += not (is_within and self._memory.write(offset, data))
+        self._advance(sequence)
 
     def read(self, reads: Sequence[DmaRead]) -> list[bytes] | None:
         """Return what is in main memory; None, a DMA fault, if one of the reads isn't within it."""
         found: list[bytes] = []
         for read in reads:
-            offset = read.address - self._base
-            if not 0 <= offset <= len(self._memory) - read.length_bytes:
+            data = self._memory.read(read.address - self._base, read.length_bytes)
+            if data is None:
                 return None
-            found.append(self._memory[offset : offset + read.length_bytes])
+            found.append(data)
         return found
 
     def close(self) -> None:
@@ -130,6 +194,14 @@ class DmaReceiver:
         self._words.release()
         self._bytes.release()
         self._mapped.close()
+
+    def _advance(self, sequence: int) -> None:
+        self._words[_LAST] = sequence
+        if self._reached:
+            for wanted, event in self._reached:
+                if wanted <= sequence:
+                    event.set()
+            self._reached = [(wanted, event) for wanted, event in self._reached if wanted > sequence]
 
     def _count(self, vector: int) -> int:
         value: int = self._words[_COUNTS + vector]
@@ -151,6 +223,8 @@ class DmaReceiver:
         self._bytes[PAGE_BYTES : PAGE_BYTES + len(record) + 4] = zlib.crc32(record).to_bytes(4, "little") + record
 
     def _redo(self) -> None:
+        """Do the rest of a write that a kill left begun."""
+        self._is_redone = True
         crc, length, sequence, what, where = _REDO_HEAD.unpack_from(self._bytes, PAGE_BYTES)
         start = PAGE_BYTES + _REDO_HEAD.size
         if length > MAX_DMA_BYTES or zlib.crc32(self._bytes[PAGE_BYTES + 4 : start + length]) != crc:
@@ -159,7 +233,7 @@ class DmaReceiver:
             return
         data = bytes(self._bytes[start : start + length])
         if what == _MEMORY:
-            self._memory[where : where + length] = data
+            self._memory.write(where, data)
         else:
             self._words[_COUNTS + where] = int.from_bytes(data, "little")
         self._words[_LAST] = sequence
@@ -174,12 +248,16 @@ class Receivers:
         self._session = session
         self._fleet_generation = fleet_generation
 
-    def open(self, record: DriverRecord, memory: mmap.mmap, entry: Entry) -> DmaReceiver:
+    def open(self, record: DriverRecord, memory: Memory, entry: Entry) -> DmaReceiver:
         """Open the file of a driver's attachment by an entry, or make it."""
         attachment = DmaAttachment(
             fleet_generation=self._fleet_generation(), revision=max(entry.revision, 1), session=self._session
         )
-        window = DmaWindow(base=self._place.base + record.main_memory_offset, length_bytes=record.main_memory_bytes)
+        window = DmaWindow(
+            base=self._place.base + record.main_memory_offset,
+            length_bytes=record.main_memory_bytes,
+            from_zero=record.HasField("guest"),
+        )
         mapped = self._ledger.map_file(file_of(record.driver, entry.function), _FILE_BYTES)
         return DmaReceiver(mapped, memory, window, attachment)
 

@@ -14,8 +14,9 @@ from functools import partial
 
 from hostd.access_queue import AccessQueue
 from hostd.direct import DirectAccess
-from hostd.dma_receiver import DmaReceiver, Receivers
+from hostd.dma_receiver import DmaReceiver, MappedMemory, Receivers
 from hostd.grant import Grant
+from hostd.guest.memory import GuestMemory
 from hostd.reach import Reach
 from hostd.sequencer import Result
 from hostd.translation import Entry, TranslationTable
@@ -26,6 +27,7 @@ from vfleet.limits import MAIN_MEMORY_VIRTUAL_ADDRESS
 from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_STATUS_OK, AccessKind
 from vfleet.v1.driver_service_pb2 import NOTIFICATION_KIND_INTERRUPT, DriverState, WatchNotificationsResponse
 from vfleet.v1.host_records_pb2 import DriverRecord
+from vfleet.v1.types_pb2 import GuestState
 
 Listener = Callable[[WatchNotificationsResponse], None]
 
@@ -33,7 +35,7 @@ Listener = Callable[[WatchNotificationsResponse], None]
 class Driver:
     """A driver on this host. `record` is what the ledger knows of it; `changed` is set at every change of the table.
 
-    `receivers` are its functions' ways into its main memory, if it has any.
+    `receivers` are its functions' ways into its main memory, if it has any: `memory`, or of a guest `guest_memory`.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class Driver:
         receivers: Receivers,
     ) -> None:
         self.record = record
+        self.guest_memory = GuestMemory() if record.HasField("guest") else None
+        self.guest_state: GuestState.ValueType = GuestState.GUEST_STATE_UNSPECIFIED
         self.direct = DirectAccess(self)
         self._table = TranslationTable(entries)
         self.changed = asyncio.Event()
@@ -191,6 +195,7 @@ class Driver:
             },
             unanswered={function: queue.unanswered for function, queue in self._queues.items()},
             translation_faults=self._faults,
+            guest_state=self.guest_state,
         )
 
     def close(self) -> None:
@@ -208,9 +213,10 @@ class Driver:
                 self._memory.close()
 
     def _open_receiver(self, entry: Entry) -> None:
-        if self._memory is None or not entry.function:
+        memory = self.guest_memory if self._memory is None else MappedMemory(self._memory)
+        if memory is None or not entry.function:
             return
-        receiver = self._new_receivers.open(self.record, self._memory, entry)
+        receiver = self._new_receivers.open(self.record, memory, entry)
         receiver.interrupted = partial(self._interrupted, entry.function)
         if entry.lost:
             receiver.end(_lost(entry))

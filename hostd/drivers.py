@@ -40,7 +40,7 @@ from vfleet.v1.driver_service_pb2 import (
 from vfleet.v1.hold_service_pb2 import EntryName, Hold, LiftHoldRequest, PlaceHoldRequest
 from vfleet.v1.host_records_pb2 import DriverRecord
 from vfleet.v1.translation_service_pb2 import UpdateTableRequest
-from vfleet.v1.types_pb2 import Attempt, TableEntry
+from vfleet.v1.types_pb2 import Attempt, Guest, TableEntry
 
 MAX_ENTRIES_A_REQUEST = 128
 
@@ -51,7 +51,10 @@ _log = logging.getLogger(__name__)
 
 
 class Drivers:
-    """All drivers of the host. `deadlines` are those of its holds."""
+    """All drivers of the host.
+
+    `deadlines` are those of its holds; `attachments_changed` is set when one is attached or detached.
+    """
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class Drivers:
         self._receivers = receivers
         self._holds = Holds(ledger, clock)
         self.deadlines = self._holds.deadlines
+        self.attachments_changed = asyncio.Event()
         self._followed_revision = 0
         self._detached: dict[EntryId, int] = {}  # by calls ahead of the watch, which may tell of the attachment still
         entries: dict[str, list[Entry]] = defaultdict(list)
@@ -106,7 +110,7 @@ class Drivers:
         """Return a driver as the contract shows it."""
         return driver.state(self._main_memory.base(driver.record))
 
-    def create(self, name: str, main_memory_bytes: int, revision: int) -> Driver:
+    def create(self, name: str, main_memory_bytes: int, revision: int, guest: Guest | None = None) -> Driver:
         """Make a driver whose record was made at `revision`.
 
         Raise ALREADY_EXISTS if it has other main memory, LIMIT_EXCEEDED if there is none left, CONFLICT if it must have
@@ -115,9 +119,9 @@ class Drivers:
         check_name("driver", name)
         if name not in self._drivers and revision <= self._followed_revision:
             raise VfleetError(Reason.CONFLICT, f"driver {name!r} was deleted since", metadata={"driver": name})
-        return self.recorded(name, main_memory_bytes)
+        return self.recorded(name, main_memory_bytes, guest)
 
-    def recorded(self, name: str, main_memory_bytes: int) -> Driver:
+    def recorded(self, name: str, main_memory_bytes: int, guest: Guest | None = None) -> Driver:
         """Make a driver that etcd has, as has just been read there. Raise as `create` does."""
         if (known := self._drivers.get(name)) is not None:
             if known.record.main_memory_bytes != main_memory_bytes:
@@ -128,7 +132,7 @@ class Drivers:
                 )
             return known
         others = [driver.record for driver in self._drivers.values()]
-        record = self._main_memory.allot(name, main_memory_bytes, others)
+        record = self._main_memory.allot(name, main_memory_bytes, others, guest)
         driver = self._open(record, ())
         self._ledger.put(_DRIVER, name, record)
         self._drivers[name] = driver
@@ -170,6 +174,7 @@ class Drivers:
             self._ledger.delete(_ENTRY, ledger_key(identifier))
             self._holds.forget([identifier])
         driver.swap(driver.table.without([function]))
+        self.attachments_changed.set()
         driver.notify(WatchNotificationsResponse(kind=NOTIFICATION_KIND_DETACHED, function=function))
         return entry
 
@@ -377,6 +382,8 @@ class Drivers:
         self._replace([*newer, *unheld], lifted)
         for hold in holds:
             self._notify(hold.driver, hold.function, NOTIFICATION_KIND_LIFTED, hold.attempt)
+        if attached:
+            self.attachments_changed.set()
         for entry in attached:
             self._notify(entry.driver, entry.function, NOTIFICATION_KIND_ATTACHED, None)
         for entry in lost:

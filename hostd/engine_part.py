@@ -29,6 +29,7 @@ _NAME = 48
 _FAULTS = 112
 _WRITES = 120
 _FRAMES = 144
+_FROM_ZERO = 168  # whether the driver sees its main memory from address 0 on
 _SENDERS = PAGE_BYTES
 _WRITE_RING = 2 * PAGE_BYTES
 _FRAME_RING = _WRITE_RING + RING_BYTES
@@ -176,8 +177,9 @@ class EnginePart:
         page, which is at the same offset in the window of every host's root complex.
         """
         _, _, _, base, size = self._decoded()
-        if size and MAIN_MEMORY_VIRTUAL_ADDRESS <= address <= MAIN_MEMORY_VIRTUAL_ADDRESS + size - length:
-            return base + address - MAIN_MEMORY_VIRTUAL_ADDRESS
+        start = 0 if self._image.word(self._start + _FROM_ZERO) else MAIN_MEMORY_VIRTUAL_ADDRESS
+        if size and start <= address <= start + size - length:
+            return base + address - start
         if size and INTERRUPT_PAGE_ADDRESS <= address <= INTERRUPT_PAGE_ADDRESS + PAGE_BYTES - length:
             return base >> 32 << 32 | address
         return None
@@ -188,7 +190,7 @@ class EnginePart:
         if came > own:
             name = driver.encode().ljust(_NAME_BYTES, b"\0")
             attachment = _WORDS_5.pack(*came, window.base, window.length_bytes)
-            self._begin(attachment + name)
+            self._begin(attachment + name, from_zero=window.from_zero)
         return came >= own
 
     def detach(self, attachment: DmaAttachment) -> None:
@@ -250,9 +252,15 @@ class EnginePart:
             self._known = (words, name, attachment, base, size)
         return self._known
 
-    def _begin(self, attachment: bytes) -> None:
+    def _begin(self, attachment: bytes, *, from_zero: bool = False) -> None:
         # What was sent and not acknowledged was for another, which is no more.
-        self._image.step([(self._start + _ATTACHMENT, attachment), (self._start + _WRITES, bytes(24))])
+        self._image.step(
+            [
+                (self._start + _ATTACHMENT, attachment),
+                (self._start + _WRITES, bytes(24)),
+                (self._start + _FROM_ZERO, _WORD.pack(from_zero)),
+            ]
+        )
 
 
 def order_of(attachment: DmaAttachment) -> tuple[int, int, int]:

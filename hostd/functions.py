@@ -8,6 +8,7 @@ the function's home proves that the move to it was committed, and so lets a prep
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import BinaryIO
 
 from hostd.arrival import Arrival
@@ -65,6 +66,7 @@ class Functions:
         self.deadlines = Deadlines()
         self.arrivals_changed = asyncio.Event()
         for instance in self._slots.instances():
+            instance.on_reset = partial(self._reset, instance)
             if instance.state == DEVICE_STATE_PRE_COPY:
                 # The export that made it so has ended with the daemon.
                 instance.go_to(DEVICE_STATE_RUNNING)
@@ -142,6 +144,7 @@ class Functions:
             instance.image.store(model.reset())
         self._save(instance)
         self._slots.add(instance)
+        instance.on_reset = partial(self._reset, instance)
         for listener in self.listeners:
             listener(instance)
         failpoint.reach("hostd.create.after")
@@ -241,10 +244,7 @@ class Functions:
             raise VfleetError(
                 Reason.ILLEGAL_STATE, f"function {request.function!r} does not run; a reset waits for that"
             )
-        # A daemon that is killed in the middle does it again when it comes back.
-        instance.record.is_resetting = True
-        self._save(instance)
-        self._finish_reset(instance)
+        self._reset(instance)
 
     def fail(self, instance: Instance) -> None:
         """Let a running instance take a device fault."""
@@ -374,6 +374,12 @@ class Functions:
     def close(self) -> None:
         """Unmap all images."""
         self._slots.close()
+
+    def _reset(self, instance: Instance) -> None:
+        # A daemon that is killed in the middle does it again when it comes back.
+        instance.record.is_resetting = True
+        self._save(instance)
+        self._finish_reset(instance)
 
     def _finish_reset(self, instance: Instance) -> None:
         instance.reset()

@@ -13,7 +13,14 @@ from hostd.sequencer import order_of
 from vfleet.address import MAX_ACCESS_BYTES, WINDOW_SHIFT, AddressError, check_access, window_offset
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.names import check_name
-from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_KIND_WRITE, Access, AccessKind
+from vfleet.v1.access_pb2 import (
+    ACCESS_KIND_FENCE,
+    ACCESS_KIND_READ,
+    ACCESS_KIND_RESET,
+    ACCESS_KIND_WRITE,
+    Access,
+    AccessKind,
+)
 from vfleet.v1.fabric_service_pb2 import (
     REFUSAL_NOT_YET,
     REFUSAL_SEQUENCE_GAP,
@@ -26,6 +33,8 @@ from vfleet.v1.fabric_service_pb2 import (
 
 ARRIVAL_WAIT_S = 0.005
 
+_KINDS = (ACCESS_KIND_READ, ACCESS_KIND_WRITE, ACCESS_KIND_RESET, ACCESS_KIND_FENCE)
+_WITHOUT_DATA = frozenset(_KINDS) - {ACCESS_KIND_WRITE}
 _LENGTHS = frozenset(1 << exponent for exponent in range(MAX_ACCESS_BYTES.bit_length()))
 
 
@@ -148,7 +157,7 @@ def _checked(accesses: Iterable[Access]) -> list[_CheckedAccess]:
             access.length_bytes,
             access.data,
         )
-        is_sound = len(data) == length if kind == ACCESS_KIND_WRITE else kind == ACCESS_KIND_READ and not data
+        is_sound = len(data) == length if kind == ACCESS_KIND_WRITE else kind in _WITHOUT_DATA and not data
         if not (is_sound and sequence and length in _LENGTHS and not address & (length - 1)):
             _refuse(len(checked), access)
         checked.append((sequence, kind, address, length, data))
@@ -161,9 +170,9 @@ def _refuse(index: int, access: Access) -> NoReturn:
         check_access(access.address, access.length_bytes)
     except AddressError as error:
         raise invalid_field(f"accesses[{index}]", f"{access.address:#x}+{access.length_bytes}", str(error)) from None
-    if access.kind not in (ACCESS_KIND_READ, ACCESS_KIND_WRITE):
-        raise invalid_field(f"accesses[{index}].kind", access.kind, "1 (READ) or 2 (WRITE)")
+    if access.kind not in _KINDS:
+        raise invalid_field(f"accesses[{index}].kind", access.kind, "1 (READ), 2 (WRITE), 3 (RESET) or 4 (FENCE)")
     if len(access.data) != (access.length_bytes if access.kind == ACCESS_KIND_WRITE else 0):
-        expected = "length_bytes for a write, none for a read"
+        expected = "length_bytes for a write, none for anything else"
         raise invalid_field(f"accesses[{index}].data", f"{len(access.data)} bytes", expected)
     raise invalid_field(f"accesses[{index}].sequence", access.sequence, "from 1 on")

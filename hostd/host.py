@@ -17,6 +17,7 @@ from hostd.engine import Engines
 from hostd.fabric import Fabric, Link
 from hostd.fence import Fences
 from hostd.functions import Functions
+from hostd.guest.guests import Guests
 from hostd.history import History
 from hostd.ledger import Ledger
 from hostd.reach import Reach
@@ -93,6 +94,7 @@ class Host:
                 random,
             )
         )
+        self.guests = Guests(topology.name, self.drivers, ledger, store, clock, ledger.directory / "guests")
         self.workloads = Workloads(self.drivers, ledger, clock, new_workload)
         self._store = store
         self._random = random
@@ -130,6 +132,7 @@ class Host:
                 group.create_task(self._always(self.registration.keep_witness))
                 group.create_task(self._always(self._resolver.run))
                 group.create_task(self._rest.run())
+                group.create_task(self.guests.run())
                 group.create_task(self.registration.run(registered))
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None

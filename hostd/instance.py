@@ -17,7 +17,9 @@ from hostd.rounds import Throttle
 from hostd.sequencer import Result, Sequencer
 from vfleet.address import window_offset
 from vfleet.v1.access_pb2 import (
+    ACCESS_KIND_FENCE,
     ACCESS_KIND_READ,
+    ACCESS_KIND_RESET,
     ACCESS_STATUS_FORGOTTEN,
     ACCESS_STATUS_OK,
     ACCESS_STATUS_UNSUPPORTED_REQUEST,
@@ -40,7 +42,8 @@ class Instance:
     """A function in one slot. `record` is what the ledger knows of it; `changed` is set at every change of state.
 
     Of a bus master, `master` is the engine's part of the image, and `kicked` is set whenever there may be work.
-    `on_close` is called when the instance goes: whoever waits for another host on its behalf has to let go.
+    `on_close` is called when the instance goes: whoever waits for another host on its behalf has to let go. `on_reset`
+    is a driver's reset, from whoever can do it so that a kill in the middle lets it be done again.
     """
 
     def __init__(self, record: InstanceRecord, model: DeviceModel, image: FunctionImage) -> None:
@@ -50,6 +53,7 @@ class Instance:
         self.changed = asyncio.Event()
         self.kicked = asyncio.Event()
         self.on_close: Callable[[], None] = lambda: None
+        self.on_reset: Callable[[], None] = self.reset
         self.master = EnginePart(image, image.engine_start) if image.engine_start is not None else None
         self._plain_start, self._plain_end = model.plain_memory.start, model.plain_memory.stop
         self.resets = 0
@@ -151,6 +155,8 @@ class Instance:
             return sequencer.answer(sequence) or (ACCESS_STATUS_FORGOTTEN, b"")
         if sequence > following:
             raise SequenceGapError(following)
+        if kind in (ACCESS_KIND_RESET, ACCESS_KIND_FENCE):
+            return self._fence(sequencer, sequence, kind)
         offset, memory = window_offset(address), self.image.memory
         if self._plain_start <= offset < self._plain_end:
             if kind == ACCESS_KIND_READ:
@@ -172,6 +178,14 @@ class Instance:
         if stores:
             self.kicked.set()
         return status, answer
+
+    def _fence(self, sequencer: Sequencer, sequence: int, kind: AccessKind.ValueType) -> Result:
+        """Answer with the last DMA write's sequence. After a reset none of up to then takes effect any more."""
+        sent = (self.master.writes.last if self.master is not None else 0).to_bytes(8, "little")
+        if kind == ACCESS_KIND_RESET:
+            self.on_reset()
+        self.image.apply(sequencer, sequence, ACCESS_STATUS_OK, sent, ())
+        return ACCESS_STATUS_OK, sent
 
     def grant(self, sequencer: Sequencer, base: int, span: int) -> Grant | None:
         """Give a driver that sees the window at `base` leave to access its plain memory directly, or don't."""

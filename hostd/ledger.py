@@ -32,6 +32,11 @@ class Ledger:
             " WITHOUT ROWID"
         )
 
+    @property
+    def directory(self) -> Path:
+        """The data directory, for what is neither a record nor a mapped file."""
+        return self._data_dir
+
     def get(self, kind: str, key: str, message_type: type[MessageT]) -> MessageT | None:
         """Return a record, or None."""
         row = self._database.execute("SELECT value FROM records WHERE kind = ? AND key = ?", (kind, key)).fetchone()

@@ -12,6 +12,7 @@ from vfleet.address import PAGE_BYTES, WINDOW_BYTES, Location, table_offset
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.limits import INTERRUPT_PAGE_ADDRESS, MAIN_MEMORY_VIRTUAL_ADDRESS, MAX_MAIN_MEMORY_BYTES
 from vfleet.v1.host_records_pb2 import DriverRecord
+from vfleet.v1.types_pb2 import Guest
 
 # Interrupts are writes to this page of the window: no memory lies there.
 _INTERRUPT_PAGE = DriverRecord(main_memory_offset=INTERRUPT_PAGE_ADDRESS, main_memory_bytes=PAGE_BYTES)
@@ -29,25 +30,30 @@ class MainMemory:
         """Return the fabric address of a driver's part."""
         return self._place.base + record.main_memory_offset
 
-    def allot(self, driver: str, size_bytes: int, others: Iterable[DriverRecord]) -> DriverRecord:
+    def allot(
+        self, driver: str, size_bytes: int, others: Iterable[DriverRecord], guest: Guest | None = None
+    ) -> DriverRecord:
         """Return the record of a driver with a part of this size (0 for none), first fit among the `others`.
+
+        A guest's part is the virtual machine's own memory, and has no file.
 
         Raise INVALID_FIELD for a size that can't be, LIMIT_EXCEEDED if no place is left.
         """
         if not 0 <= size_bytes <= MAX_MAIN_MEMORY_BYTES or size_bytes % PAGE_BYTES:
             expected = f"a multiple of {PAGE_BYTES}, at most {MAX_MAIN_MEMORY_BYTES}"
             raise invalid_field("main_memory_bytes", size_bytes, expected)
-        record = DriverRecord(driver=driver, main_memory_bytes=size_bytes)
+        record = DriverRecord(driver=driver, main_memory_bytes=size_bytes, guest=guest)
         if size_bytes:
             record.main_memory_offset = self._first_fit(size_bytes, others)
+        if size_bytes and guest is None:
             record.file = f"{driver}.memory"
             # What a killed daemon left there without a record is no memory of this driver.
             self._ledger.delete_file(record.file)
         return record
 
     def open(self, record: DriverRecord) -> tuple[mmap.mmap, Entry] | None:
-        """Map a driver's part, and return it with the entry that leads there; None if it has none."""
-        if not record.main_memory_bytes:
+        """Map a driver's part, and return it with the entry that leads there; None if it has no file."""
+        if not record.file:
             return None
         entry = Entry(
             driver=record.driver,

@@ -280,7 +280,8 @@ class Registration:
         for driver in (decode(Driver, item) for item in listing.items):
             if driver.host == self._host.name:
                 try:
-                    self._drivers.recorded(driver.name, driver.main_memory_bytes)
+                    guest = driver.guest if driver.HasField("guest") else None
+                    self._drivers.recorded(driver.name, driver.main_memory_bytes, guest)
                 except VfleetError as error:
                     # One that a backup has forgotten may be in its way; the others don't wait for that.
                     _log.error("driver %s can't be made: %s", driver.name, error, extra={"driver": driver.name})

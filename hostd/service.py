@@ -232,7 +232,8 @@ class DriverServicer(DriverServiceServicer):
     async def CreateDriver(
         self, request: driver_pb2.CreateDriverRequest, context: _Context
     ) -> driver_pb2.CreateDriverResponse:
-        driver = self._drivers.create(request.driver, request.main_memory_bytes, request.revision)
+        guest = request.guest if request.HasField("guest") else None
+        driver = self._drivers.create(request.driver, request.main_memory_bytes, request.revision, guest)
         return driver_pb2.CreateDriverResponse(state=self._drivers.state(driver))
 
     async def DeleteDriver(

@@ -28,6 +28,11 @@ class Waiting:
     _answer: "asyncio.Future[Result] | None" = None
 
     @property
+    def outcome(self) -> Result | BaseException | None:
+        """The answer, or what came instead of it, if it is there."""
+        return self._outcome
+
+    @property
     def answer(self) -> "asyncio.Future[Result]":
         """The answer, for whoever waits for it: made when it is asked for, as of many accesses few are waited for."""
         if self._answer is None:

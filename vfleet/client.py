@@ -35,7 +35,7 @@ from vfleet.v1.migration_service_pb2_grpc import MigrationServiceStub
 from vfleet.v1.placement_pb2 import Constraints
 from vfleet.v1.records_pb2 import Cordon, Driver, Function, Host, Migration, Phase
 from vfleet.v1.translation_service_pb2_grpc import TranslationServiceStub
-from vfleet.v1.types_pb2 import TableEntry
+from vfleet.v1.types_pb2 import Guest, TableEntry
 
 if TYPE_CHECKING:
     from vfleet.tls import Tls
@@ -215,12 +215,19 @@ class FleetClient(_Client):
         await self.caller.call(lambda channel: FleetServiceStub(channel).DeleteFunction, request, repeatable=False)
 
     async def attach_driver(
-        self, function: str, driver: str, *, host: str = "", virtual_address: int = 0, main_memory_bytes: int = 0
+        self,
+        function: str,
+        driver: str,
+        *,
+        host: str = "",
+        virtual_address: int = 0,
+        main_memory_bytes: int = 0,
+        guest: Guest | None = None,
     ) -> TableEntry:
         """Attach a driver to a function and return its table entry; make the driver, on `host`, if it isn't there.
 
         `virtual_address` is a multiple of 4096, 0 for the first place that is free; `main_memory_bytes` a multiple of
-        4096 up to 1 GiB.
+        4096 up to 1 GiB. With `guest` the driver is a virtual machine's.
         """
         for field, value in (("virtual_address", virtual_address), ("main_memory_bytes", main_memory_bytes)):
             if value % PAGE_BYTES:
@@ -231,6 +238,7 @@ class FleetClient(_Client):
             host=check_name("host", host) if host else "",
             virtual_address=_check_number("virtual_address", virtual_address, ADDRESS_SPACE - 1),
             main_memory_bytes=_check_number("main_memory_bytes", main_memory_bytes, MAX_MAIN_MEMORY_BYTES),
+            guest=guest,
         )
         response = await self.caller.call(lambda channel: FleetServiceStub(channel).AttachDriver, request)
         return response.entry

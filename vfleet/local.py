@@ -6,7 +6,9 @@ when they are killed and started again.
 """
 
 import asyncio
+import contextlib
 import json
+import os
 import signal
 import sys
 import uuid
@@ -238,6 +240,7 @@ class LocalCluster:
         try:
             await asyncio.gather(*(daemon.stop() for daemon in self.daemons))
         finally:
+            _end_holders(self.data_dir)
             if self.etcd_server is not None:
                 await self.etcd_server.stop()
 
@@ -253,6 +256,16 @@ class LocalCluster:
             own.mkdir(parents=True, exist_ok=True)
             environment = {failpoint.VARIABLE: str(own)}
         return Daemon(name, module, [*arguments, *shared], log=log, random=self._random, environment=environment)
+
+
+def _end_holders(data_dir: Path) -> None:
+    """End the holders of guests' sockets: they outlive a hostd, and are not to outlive the cluster."""
+    for path in data_dir.glob("*/guests/*.pid"):
+        pid = path.read_text()
+        with contextlib.suppress(OSError, ValueError):
+            # Unless the number is another process's by now.
+            if path.stem.encode() in Path(f"/proc/{int(pid)}/cmdline").read_bytes():
+                os.kill(int(pid), signal.SIGTERM)
 
 
 async def _keep_running(daemon: Daemon, report: Callable[[str], None]) -> None:

@@ -12,7 +12,7 @@ from support.driver_bench import told
 
 import hostd.dma_receiver
 from hostd.dma_exchange import exchange_dma
-from hostd.dma_receiver import DmaReceiver
+from hostd.dma_receiver import DmaReceiver, MappedMemory
 from vfleet.errors import Reason, VfleetError
 from vfleet.limits import INTERRUPT_PAGE_ADDRESS
 from vfleet.v1.driver_service_pb2 import NOTIFICATION_KIND_INTERRUPT
@@ -212,7 +212,7 @@ def receiver(content: bytes, memory: bytes) -> tuple[DmaReceiver, mmap.mmap, mma
     mapped[: len(content)] = content
     main[: len(memory)] = memory
     window = DmaWindow(base=BASE, length_bytes=len(main))
-    return DmaReceiver(mapped, main, window, ATTACHED), mapped, main
+    return DmaReceiver(mapped, MappedMemory(main), window, ATTACHED), mapped, main
 
 
 @pytest.mark.parametrize("write", [(BASE + 100, b"\x11" * 4096), (BASE, b"x"), (PAGE, b"\5\0\0\0")])

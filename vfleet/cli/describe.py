@@ -11,7 +11,7 @@ from vfleet.failure import advice, undone
 from vfleet.parts import part_key, spoken
 from vfleet.v1.fleet_service_pb2 import DeviceUse
 from vfleet.v1.records_pb2 import Cordon, Driver, Function, FunctionStatus, Host, Migration, Move, PartKind, Place
-from vfleet.v1.types_pb2 import Bar, TableEntry, TransferMode
+from vfleet.v1.types_pb2 import Bar, GuestState, TableEntry, TransferMode
 
 
 def status_word(function: Function) -> str:
@@ -128,8 +128,24 @@ def describe_function(function: Function, entries: Iterable[TableEntry]) -> None
 
 def describe_driver(driver: Driver) -> None:
     """Print a driver and its entries."""
-    print_fields([("Driver", driver.name), ("Host", driver.host), ("Main memory", size(driver.main_memory_bytes))])
+    fields = [("Driver", driver.name), ("Host", driver.host), ("Main memory", size(driver.main_memory_bytes))]
+    if driver.HasField("guest"):
+        guest = driver.guest
+        fields += [
+            ("Guest", guest_word(driver)),
+            ("Socket", guest.socket),
+            ("Longest hold", f"{guest.longest_hold_ms} ms"),
+            ("Message time-out", f"{guest.message_timeout_ms} ms"),
+        ]
+    print_fields(fields)
     print_entries(driver.entries)
+
+
+def guest_word(driver: Driver) -> str:
+    """Return what has become of a driver's guest in a word; empty if it has none."""
+    if not driver.HasField("guest"):
+        return ""
+    return GuestState.Name(driver.guest_state).removeprefix("GUEST_STATE_").lower().replace("unspecified", "unknown")
 
 
 def print_entries(entries: Iterable[TableEntry]) -> None:

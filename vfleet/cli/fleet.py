@@ -13,6 +13,7 @@ from vfleet.cli.output import Output, OutputOption, print_message
 from vfleet.cli.session import CoordinatorOption, EtcdOption, fleet_client, run
 from vfleet.cli.timeline import write_svg
 from vfleet.errors import invalid_field
+from vfleet.v1.types_pb2 import Guest
 
 create_app = typer.Typer()
 delete_app = typer.Typer()
@@ -143,11 +144,14 @@ def delete_driver(driver: DriverArgument, coordinator: CoordinatorOption = None,
 def attach(
     function: FunctionArgument,
     driver: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--driver", metavar="DRIVER", help="The driver; made if it isn't there.", autocompletion=complete.drivers
+            "--driver",
+            metavar="DRIVER",
+            help="The driver; made if it isn't there. Of a guest, by default guest-FUNCTION.",
+            autocompletion=complete.drivers,
         ),
-    ],
+    ] = None,
     host: Annotated[
         str, typer.Option("--host", metavar="HOST", help="Its host, if it is new.", autocompletion=complete.hosts)
     ] = "",
@@ -156,7 +160,30 @@ def attach(
         typer.Option("--virtual-address", metavar="0x…", help="Where it sees the function; by default, a free place."),
     ] = "0",
     main_memory: Annotated[
-        int, typer.Option("--main-memory-bytes", metavar="BYTES", help="Its main memory, if it is new.")
+        int,
+        typer.Option(
+            "--main-memory-bytes",
+            metavar="BYTES",
+            help="Its main memory, if it is new; how far a guest's may reach, by default 512 MiB.",
+        ),
+    ] = 0,
+    guest: Annotated[
+        str,
+        typer.Option(
+            "--guest",
+            metavar="SOCKET",
+            help="Offer the function to a virtual machine at this path on the driver's host.",
+        ),
+    ] = "",
+    longest_hold: Annotated[
+        int,
+        typer.Option(
+            "--longest-hold-ms", metavar="MS", help="For how long a migration may hold the guest; by default 2000."
+        ),
+    ] = 0,
+    message_timeout: Annotated[
+        int,
+        typer.Option("--message-timeout-ms", metavar="MS", help="QEMU's x-msg-timeout; by default 5000, as QEMU's."),
     ] = 0,
     coordinator: CoordinatorOption = None,
     etcd: EtcdOption = None,
@@ -164,8 +191,16 @@ def attach(
 ) -> None:
     """Attach a driver to a function. Asking again succeeds.
 
+    \b
     Example: vfleet attach vf1 --driver d1 --host h1
+    Example: vfleet attach vf1 --guest /run/vfleet/vf1.sock --host h1
     """
+    if driver is None and not guest:
+        raise invalid_field("--driver", "", "a driver, unless there is --guest")
+    if not guest and (longest_hold or message_timeout):
+        raise invalid_field("--guest", "", "a socket, for --longest-hold-ms and --message-timeout-ms")
+    name = driver or f"guest-{function}"
+    asked = Guest(socket=guest, longest_hold_ms=longest_hold, message_timeout_ms=message_timeout) if guest else None
     try:
         address = int(virtual_address, 0)
     except ValueError:
@@ -174,7 +209,7 @@ def attach(
     async def command() -> None:
         async with fleet_client(coordinator, etcd) as fleet:
             entry = await fleet.attach_driver(
-                function, driver, host=host, virtual_address=address, main_memory_bytes=main_memory
+                function, name, host=host, virtual_address=address, main_memory_bytes=main_memory, guest=asked
             )
         _show(entry, output, lambda: describe.print_entries([entry]))
 

@@ -154,15 +154,20 @@ _FUNCTIONS = _Listing[Function](
     message=lambda functions: FleetServiceListFunctionsResponse(functions=functions),
 )
 _DRIVERS = _Listing[Driver](
-    columns=("DRIVER", "HOST", "FUNCTIONS"),
-    row=lambda driver: (driver.name, driver.host, ", ".join(entry.function for entry in driver.entries)),
+    columns=("DRIVER", "HOST", "FUNCTIONS", "GUEST"),
+    row=lambda driver: (
+        driver.name,
+        driver.host,
+        ", ".join(entry.function for entry in driver.entries),
+        coloured(describe.guest_word(driver)),
+    ),
     more=("MAIN MEMORY", "VIRTUAL ADDRESSES"),
     more_cells=lambda driver: (
         size(driver.main_memory_bytes),
         ", ".join(hex64(entry.virtual_address) for entry in driver.entries),
     ),
     name=lambda driver: driver.name,
-    states=lambda _: set(),
+    states=lambda driver: {describe.guest_word(driver)} - {""},
     hosts=lambda driver: {driver.host},
     message=lambda drivers: FleetServiceListDriversResponse(drivers=drivers),
 )

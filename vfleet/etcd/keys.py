@@ -14,6 +14,7 @@
 | slots/HOST/DEVICE/VF_INDEX | Slot |
 | drivers/DRIVER | Driver |
 | entries/HOST/DRIVER/FUNCTION | TableEntry; HOST is the driver's |
+| guests/HOST/DRIVER | name of the GuestState of a driver in a virtual machine; its host alone writes it |
 | migrations/MIGRATION | Migration; deleted some time after it is over |
 | queue/MIGRATION | QueuedMigration |
 | owners/MIGRATION | name of the coordinator that runs it, under its lease |
@@ -33,6 +34,7 @@ LOCKS = f"{PREFIX}locks/"
 SLOTS = f"{PREFIX}slots/"
 DRIVERS = f"{PREFIX}drivers/"
 ENTRIES = f"{PREFIX}entries/"
+GUESTS = f"{PREFIX}guests/"
 MIGRATIONS = f"{PREFIX}migrations/"
 QUEUE = f"{PREFIX}queue/"
 OWNERS = f"{PREFIX}owners/"
@@ -96,6 +98,16 @@ def entries_prefix(host: str) -> str:
 def entry_key(host: str, driver: str, function: str) -> str:
     """Key of a table entry; `host` is the driver's."""
     return f"{ENTRIES}{host}/{driver}/{function}"
+
+
+def guests_prefix(host: str) -> str:
+    """Prefix of what has become of all guests of a host."""
+    return f"{GUESTS}{host}/"
+
+
+def guest_key(host: str, driver: str) -> str:
+    """Key of what has become of a driver's guest; `host` is the driver's."""
+    return f"{GUESTS}{host}/{driver}"
 
 
 def migration_key(migration: str) -> str:

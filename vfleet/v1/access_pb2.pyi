@@ -29,9 +29,15 @@ class _AccessKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AccessKind
     """A read: waits for data."""
     ACCESS_KIND_WRITE: _AccessKind.ValueType  # 2
     """A posted write: acknowledged, without data."""
+    ACCESS_KIND_RESET: _AccessKind.ValueType  # 3
+    """A function-level reset, at its place among the driver's accesses. Answered as a fence."""
+    ACCESS_KIND_FENCE: _AccessKind.ValueType  # 4
+    """Changes nothing. Answered with the sequence (8 bytes, little-endian) of the last DMA write that the function had sent
+    by then; 0 if it masters no bus.
+    """
 
 class AccessKind(_AccessKind, metaclass=_AccessKindEnumTypeWrapper):
-    """Read or write."""
+    """What an access does."""
 
 ACCESS_KIND_UNSPECIFIED: AccessKind.ValueType  # 0
 """Not set."""
@@ -39,6 +45,12 @@ ACCESS_KIND_READ: AccessKind.ValueType  # 1
 """A read: waits for data."""
 ACCESS_KIND_WRITE: AccessKind.ValueType  # 2
 """A posted write: acknowledged, without data."""
+ACCESS_KIND_RESET: AccessKind.ValueType  # 3
+"""A function-level reset, at its place among the driver's accesses. Answered as a fence."""
+ACCESS_KIND_FENCE: AccessKind.ValueType  # 4
+"""Changes nothing. Answered with the sequence (8 bytes, little-endian) of the last DMA write that the function had sent
+by then; 0 if it masters no bus.
+"""
 Global___AccessKind: _TypeAlias = AccessKind  # noqa: Y015
 
 class _AccessStatus:
@@ -116,13 +128,13 @@ class Access(_message.Message):
     sequence: _builtins.int
     """Its place in the order of the driver's accesses to the function, from 1."""
     kind: Global___AccessKind.ValueType
-    """Read or write."""
+    """What it does."""
     address: _builtins.int
-    """Fabric address, aligned to the length."""
+    """Fabric address, aligned to the length. Of a reset or a fence: the function's base."""
     length_bytes: _builtins.int
-    """Bytes: a power of two from 1 to 4096."""
+    """Bytes: a power of two from 1 to 4096; 8 of a reset or a fence."""
     data: _builtins.bytes
-    """What a write writes, length_bytes long; empty for a read."""
+    """What a write writes, length_bytes long; else empty."""
     def __init__(
         self,
         *,

@@ -120,6 +120,7 @@ class DriverState(_message.Message):
     LAST_SEQUENCES_FIELD_NUMBER: _builtins.int
     UNANSWERED_FIELD_NUMBER: _builtins.int
     TRANSLATION_FAULTS_FIELD_NUMBER: _builtins.int
+    GUEST_STATE_FIELD_NUMBER: _builtins.int
     driver: _builtins.str
     """The driver."""
     main_memory_bytes: _builtins.int
@@ -130,6 +131,8 @@ class DriverState(_message.Message):
     """Fabric address of its main memory, in the window of the host's root complex."""
     translation_faults: _builtins.int
     """Translation faults so far."""
+    guest_state: _types_pb2.GuestState.ValueType
+    """What has become of the virtual machine whose driver it is."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TableEntry]:
         """Its table, sorted by virtual address."""
@@ -153,10 +156,11 @@ class DriverState(_message.Message):
         last_sequences: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         unanswered: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         translation_faults: _builtins.int = ...,
+        guest_state: _types_pb2.GuestState.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "entries", b"entries", "last_sequences", b"last_sequences", "main_memory_base", b"main_memory_base", "main_memory_bytes", b"main_memory_bytes", "main_memory_virtual_address", b"main_memory_virtual_address", "translation_faults", b"translation_faults", "unanswered", b"unanswered"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "entries", b"entries", "guest_state", b"guest_state", "last_sequences", b"last_sequences", "main_memory_base", b"main_memory_base", "main_memory_bytes", b"main_memory_bytes", "main_memory_virtual_address", b"main_memory_virtual_address", "translation_faults", b"translation_faults", "unanswered", b"unanswered"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -171,6 +175,7 @@ class CreateDriverRequest(_message.Message):
     DRIVER_FIELD_NUMBER: _builtins.int
     MAIN_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    GUEST_FIELD_NUMBER: _builtins.int
     driver: _builtins.str
     """The driver."""
     main_memory_bytes: _builtins.int
@@ -179,16 +184,21 @@ class CreateDriverRequest(_message.Message):
     """Revision of etcd that made the driver's record. A host that knows etcd's entries up to then, and not the driver,
     knows that it has been deleted since.
     """
+    @_builtins.property
+    def guest(self) -> _types_pb2.Guest:
+        """The virtual machine whose driver it is; not set for any other driver."""
+
     def __init__(
         self,
         *,
         driver: _builtins.str = ...,
         main_memory_bytes: _builtins.int = ...,
         revision: _builtins.int = ...,
+        guest: _types_pb2.Guest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "main_memory_bytes", b"main_memory_bytes", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "guest", b"guest", "main_memory_bytes", b"main_memory_bytes", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from vfleet.v1 import access_pb2 as vfleet_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evfleet/v1/fabric_service.proto\x12\tvfleet.v1\x1a\x16vfleet/v1/access.proto\"\xb0\x01\n\x0f\x45xchangeRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x04 \x01(\x04\x12#\n\x08\x61\x63\x63\x65sses\x18\x05 \x03(\x0b\x32\x11.vfleet.v1.Access\x12#\n\x07session\x18\x06 \x01(\x0b\x32\x12.vfleet.v1.Session\"\xd1\x01\n\x10\x45xchangeResponse\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\"\n\x07\x61nswers\x18\x04 \x03(\x0b\x32\x11.vfleet.v1.Answer\x12#\n\x07refusal\x18\x05 \x01(\x0e\x32\x12.vfleet.v1.Refusal\x12\x19\n\x11\x65xpected_sequence\x18\x06 \x01(\x04\x12#\n\x07session\x18\x07 \x01(\x0b\x32\x12.vfleet.v1.Session\"\x92\x01\n\x12GetSequenceRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12#\n\x07session\x18\x04 \x01(\x0b\x32\x12.vfleet.v1.Session\x12!\n\x03\x64ma\x18\x05 \x01(\x0b\x32\x14.vfleet.v1.DmaWindow\",\n\x13GetSequenceResponse\x12\x15\n\rlast_sequence\x18\x01 \x01(\x04\"\x9e\x01\n\x13\x46orgetDriverRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12#\n\x07session\x18\x04 \x01(\x0b\x32\x12.vfleet.v1.Session\x12,\n\nattachment\x18\x05 \x01(\x0b\x32\x18.vfleet.v1.DmaAttachment\"\x16\n\x14\x46orgetDriverResponse\"L\n\rDmaAttachment\x12\x18\n\x10\x66leet_generation\x18\x01 \x01(\x04\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x0f\n\x07session\x18\x03 \x01(\x04\"]\n\tDmaWindow\x12,\n\nattachment\x18\x01 \x01(\x0b\x32\x18.vfleet.v1.DmaAttachment\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x06\x12\x14\n\x0clength_bytes\x18\x03 \x01(\x04\")\n\x08\x44maWrite\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x06\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"0\n\x07\x44maRead\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x06\x12\x14\n\x0clength_bytes\x18\x02 \x01(\r\"\x85\x02\n\x12\x45xchangeDmaRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12,\n\nattachment\x18\x04 \x01(\x0b\x32\x18.vfleet.v1.DmaAttachment\x12\x16\n\x0e\x66irst_sequence\x18\x05 \x01(\x04\x12#\n\x06writes\x18\x06 \x03(\x0b\x32\x13.vfleet.v1.DmaWrite\x12!\n\x05reads\x18\x07 \x03(\x0b\x32\x12.vfleet.v1.DmaRead\x12\x13\n\x0bread_number\x18\x08 \x01(\x04\x12\x16\n\x0e\x61\x66ter_sequence\x18\t \x01(\x04\"\xdb\x01\n\x13\x45xchangeDmaResponse\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12,\n\nattachment\x18\x04 \x01(\x0b\x32\x18.vfleet.v1.DmaAttachment\x12\x15\n\rlast_sequence\x18\x05 \x01(\x04\x12&\n\x07refusal\x18\x06 \x01(\x0e\x32\x15.vfleet.v1.DmaRefusal\x12\x13\n\x0bread_number\x18\x07 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x08 \x03(\x0c\".\n\x0cNetworkFrame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x83\x01\n\x14\x44\x65liverFramesRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\x06\x12\x0e\n\x06sender\x18\x04 \x01(\x06\x12\'\n\x06\x66rames\x18\x05 \x03(\x0b\x32\x17.vfleet.v1.NetworkFrame\"P\n\x15\x44\x65liverFramesResponse\x12\r\n\x05taken\x18\x01 \x01(\r\x12(\n\x07refusal\x18\x02 \x01(\x0e\x32\x17.vfleet.v1.FrameRefusal*\x85\x01\n\x07Refusal\x12\x17\n\x13REFUSAL_UNSPECIFIED\x10\x00\x12\x17\n\x13REFUSAL_NOT_SERVING\x10\x01\x12\x18\n\x14REFUSAL_SEQUENCE_GAP\x10\x02\x12\x19\n\x15REFUSAL_STALE_SESSION\x10\x03\x12\x13\n\x0fREFUSAL_NOT_YET\x10\x04*\x87\x01\n\nDmaRefusal\x12\x1b\n\x17\x44MA_REFUSAL_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44MA_REFUSAL_NOT_ATTACHED\x10\x01\x12 \n\x1c\x44MA_REFUSAL_WRONG_GENERATION\x10\x02\x12\x1c\n\x18\x44MA_REFUSAL_SEQUENCE_GAP\x10\x03*g\n\x0c\x46rameRefusal\x12\x1d\n\x19\x46RAME_REFUSAL_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x46RAME_REFUSAL_NOT_SERVING\x10\x01\x12\x19\n\x15\x46RAME_REFUSAL_NO_ROOM\x10\x02\x32\x9d\x03\n\rFabricService\x12G\n\x08\x45xchange\x12\x1a.vfleet.v1.ExchangeRequest\x1a\x1b.vfleet.v1.ExchangeResponse(\x01\x30\x01\x12L\n\x0bGetSequence\x12\x1d.vfleet.v1.GetSequenceRequest\x1a\x1e.vfleet.v1.GetSequenceResponse\x12O\n\x0c\x46orgetDriver\x12\x1e.vfleet.v1.ForgetDriverRequest\x1a\x1f.vfleet.v1.ForgetDriverResponse\x12P\n\x0b\x45xchangeDma\x12\x1d.vfleet.v1.ExchangeDmaRequest\x1a\x1e.vfleet.v1.ExchangeDmaResponse(\x01\x30\x01\x12R\n\rDeliverFrames\x12\x1f.vfleet.v1.DeliverFramesRequest\x1a .vfleet.v1.DeliverFramesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evfleet/v1/fabric_service.proto\x12\tvfleet.v1\x1a\x16vfleet/v1/access.proto\"\xb0\x01\n\x0f\x45xchangeRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x04 \x01(\x04\x12#\n\x08\x61\x63\x63\x65sses\x18\x05 \x03(\x0b\x32\x11.vfleet.v1.Access\x12#\n\x07session\x18\x06 \x01(\x0b\x32\x12.vfleet.v1.Session\"\xd1\x01\n\x10\x45xchangeResponse\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\"\n\x07\x61nswers\x18\x04 \x03(\x0b\x32\x11.vfleet.v1.Answer\x12#\n\x07refusal\x18\x05 \x01(\x0e\x32\x12.vfleet.v1.Refusal\x12\x19\n\x11\x65xpected_sequence\x18\x06 \x01(\x04\x12#\n\x07session\x18\x07 \x01(\x0b\x32\x12.vfleet.v1.Session\"\x92\x01\n\x12GetSequenceRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12#\n\x07session\x18\x04 \x01(\x0b\x32\x12.vfleet.v1.Session\x12!\n\x03\x64ma\x18\x05 \x01(\x0b\x32\x14.vfleet.v1.DmaWindow\",\n\x13GetSequenceResponse\x12\x15\n\rlast_sequence\x18\x01 \x01(\x04\"\x9e\x01\n\x13\x46orgetDriverRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12#\n\x07session\x18\x04 \x01(\x0b\x32\x12.vfleet.v1.Session\x12,\n\nattachment\x18\x05 \x01(\x0b\x32\x18.vfleet.v1.DmaAttachment\"\x16\n\x14\x46orgetDriverResponse\"L\n\rDmaAttachment\x12\x18\n\x10\x66leet_generation\x18\x01 \x01(\x04\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x0f\n\x07session\x18\x03 \x01(\x04\"p\n\tDmaWindow\x12,\n\nattachment\x18\x01 \x01(\x0b\x32\x18.vfleet.v1.DmaAttachment\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x06\x12\x14\n\x0clength_bytes\x18\x03 \x01(\x04\x12\x11\n\tfrom_zero\x18\x04 \x01(\x08\")\n\x08\x44maWrite\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x06\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"0\n\x07\x44maRead\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x06\x12\x14\n\x0clength_bytes\x18\x02 \x01(\r\"\x85\x02\n\x12\x45xchangeDmaRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12,\n\nattachment\x18\x04 \x01(\x0b\x32\x18.vfleet.v1.DmaAttachment\x12\x16\n\x0e\x66irst_sequence\x18\x05 \x01(\x04\x12#\n\x06writes\x18\x06 \x03(\x0b\x32\x13.vfleet.v1.DmaWrite\x12!\n\x05reads\x18\x07 \x03(\x0b\x32\x12.vfleet.v1.DmaRead\x12\x13\n\x0bread_number\x18\x08 \x01(\x04\x12\x16\n\x0e\x61\x66ter_sequence\x18\t \x01(\x04\"\xdb\x01\n\x13\x45xchangeDmaResponse\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12,\n\nattachment\x18\x04 \x01(\x0b\x32\x18.vfleet.v1.DmaAttachment\x12\x15\n\rlast_sequence\x18\x05 \x01(\x04\x12&\n\x07refusal\x18\x06 \x01(\x0e\x32\x15.vfleet.v1.DmaRefusal\x12\x13\n\x0bread_number\x18\x07 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x08 \x03(\x0c\".\n\x0cNetworkFrame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x83\x01\n\x14\x44\x65liverFramesRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\x06\x12\x0e\n\x06sender\x18\x04 \x01(\x06\x12\'\n\x06\x66rames\x18\x05 \x03(\x0b\x32\x17.vfleet.v1.NetworkFrame\"P\n\x15\x44\x65liverFramesResponse\x12\r\n\x05taken\x18\x01 \x01(\r\x12(\n\x07refusal\x18\x02 \x01(\x0e\x32\x17.vfleet.v1.FrameRefusal*\x85\x01\n\x07Refusal\x12\x17\n\x13REFUSAL_UNSPECIFIED\x10\x00\x12\x17\n\x13REFUSAL_NOT_SERVING\x10\x01\x12\x18\n\x14REFUSAL_SEQUENCE_GAP\x10\x02\x12\x19\n\x15REFUSAL_STALE_SESSION\x10\x03\x12\x13\n\x0fREFUSAL_NOT_YET\x10\x04*\x87\x01\n\nDmaRefusal\x12\x1b\n\x17\x44MA_REFUSAL_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44MA_REFUSAL_NOT_ATTACHED\x10\x01\x12 \n\x1c\x44MA_REFUSAL_WRONG_GENERATION\x10\x02\x12\x1c\n\x18\x44MA_REFUSAL_SEQUENCE_GAP\x10\x03*g\n\x0c\x46rameRefusal\x12\x1d\n\x19\x46RAME_REFUSAL_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x46RAME_REFUSAL_NOT_SERVING\x10\x01\x12\x19\n\x15\x46RAME_REFUSAL_NO_ROOM\x10\x02\x32\x9d\x03\n\rFabricService\x12G\n\x08\x45xchange\x12\x1a.vfleet.v1.ExchangeRequest\x1a\x1b.vfleet.v1.ExchangeResponse(\x01\x30\x01\x12L\n\x0bGetSequence\x12\x1d.vfleet.v1.GetSequenceRequest\x1a\x1e.vfleet.v1.GetSequenceResponse\x12O\n\x0c\x46orgetDriver\x12\x1e.vfleet.v1.ForgetDriverRequest\x1a\x1f.vfleet.v1.ForgetDriverResponse\x12P\n\x0b\x45xchangeDma\x12\x1d.vfleet.v1.ExchangeDmaRequest\x1a\x1e.vfleet.v1.ExchangeDmaResponse(\x01\x30\x01\x12R\n\rDeliverFrames\x12\x1f.vfleet.v1.DeliverFramesRequest\x1a .vfleet.v1.DeliverFramesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vfleet.v1.fabric_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REFUSAL']._serialized_start=1857
-  _globals['_REFUSAL']._serialized_end=1990
-  _globals['_DMAREFUSAL']._serialized_start=1993
-  _globals['_DMAREFUSAL']._serialized_end=2128
-  _globals['_FRAMEREFUSAL']._serialized_start=2130
-  _globals['_FRAMEREFUSAL']._serialized_end=2233
+  _globals['_REFUSAL']._serialized_start=1876
+  _globals['_REFUSAL']._serialized_end=2009
+  _globals['_DMAREFUSAL']._serialized_start=2012
+  _globals['_DMAREFUSAL']._serialized_end=2147
+  _globals['_FRAMEREFUSAL']._serialized_start=2149
+  _globals['_FRAMEREFUSAL']._serialized_end=2252
   _globals['_EXCHANGEREQUEST']._serialized_start=70
   _globals['_EXCHANGEREQUEST']._serialized_end=246
   _globals['_EXCHANGERESPONSE']._serialized_start=249
@@ -53,21 +53,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DMAATTACHMENT']._serialized_start=840
   _globals['_DMAATTACHMENT']._serialized_end=916
   _globals['_DMAWINDOW']._serialized_start=918
-  _globals['_DMAWINDOW']._serialized_end=1011
-  _globals['_DMAWRITE']._serialized_start=1013
-  _globals['_DMAWRITE']._serialized_end=1054
-  _globals['_DMAREAD']._serialized_start=1056
-  _globals['_DMAREAD']._serialized_end=1104
-  _globals['_EXCHANGEDMAREQUEST']._serialized_start=1107
-  _globals['_EXCHANGEDMAREQUEST']._serialized_end=1368
-  _globals['_EXCHANGEDMARESPONSE']._serialized_start=1371
-  _globals['_EXCHANGEDMARESPONSE']._serialized_end=1590
-  _globals['_NETWORKFRAME']._serialized_start=1592
-  _globals['_NETWORKFRAME']._serialized_end=1638
-  _globals['_DELIVERFRAMESREQUEST']._serialized_start=1641
-  _globals['_DELIVERFRAMESREQUEST']._serialized_end=1772
-  _globals['_DELIVERFRAMESRESPONSE']._serialized_start=1774
-  _globals['_DELIVERFRAMESRESPONSE']._serialized_end=1854
-  _globals['_FABRICSERVICE']._serialized_start=2236
-  _globals['_FABRICSERVICE']._serialized_end=2649
+  _globals['_DMAWINDOW']._serialized_end=1030
+  _globals['_DMAWRITE']._serialized_start=1032
+  _globals['_DMAWRITE']._serialized_end=1073
+  _globals['_DMAREAD']._serialized_start=1075
+  _globals['_DMAREAD']._serialized_end=1123
+  _globals['_EXCHANGEDMAREQUEST']._serialized_start=1126
+  _globals['_EXCHANGEDMAREQUEST']._serialized_end=1387
+  _globals['_EXCHANGEDMARESPONSE']._serialized_start=1390
+  _globals['_EXCHANGEDMARESPONSE']._serialized_end=1609
+  _globals['_NETWORKFRAME']._serialized_start=1611
+  _globals['_NETWORKFRAME']._serialized_end=1657
+  _globals['_DELIVERFRAMESREQUEST']._serialized_start=1660
+  _globals['_DELIVERFRAMESREQUEST']._serialized_end=1791
+  _globals['_DELIVERFRAMESRESPONSE']._serialized_start=1793
+  _globals['_DELIVERFRAMESRESPONSE']._serialized_end=1873
+  _globals['_FABRICSERVICE']._serialized_start=2255
+  _globals['_FABRICSERVICE']._serialized_end=2668
 # @@protoc_insertion_point(module_scope)

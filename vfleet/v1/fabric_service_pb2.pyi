@@ -364,10 +364,13 @@ class DmaWindow(_message.Message):
     ATTACHMENT_FIELD_NUMBER: _builtins.int
     BASE_FIELD_NUMBER: _builtins.int
     LENGTH_BYTES_FIELD_NUMBER: _builtins.int
+    FROM_ZERO_FIELD_NUMBER: _builtins.int
     base: _builtins.int
     """Fabric address of the main memory."""
     length_bytes: _builtins.int
     """Size of the main memory: a multiple of 4096."""
+    from_zero: _builtins.bool
+    """Whether the driver sees its main memory from address 0 on, as a virtual machine does; else it is at 1 << 32."""
     @_builtins.property
     def attachment(self) -> Global___DmaAttachment:
         """The attachment that it holds for. The function's sequences begin anew with each."""
@@ -378,10 +381,11 @@ class DmaWindow(_message.Message):
         attachment: Global___DmaAttachment | None = ...,
         base: _builtins.int = ...,
         length_bytes: _builtins.int = ...,
+        from_zero: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "base", b"base", "length_bytes", b"length_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "base", b"base", "from_zero", b"from_zero", "length_bytes", b"length_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,17 +27,17 @@ from vfleet.v1 import records_pb2 as vfleet_dot_v1_dot_records__pb2
 from vfleet.v1 import types_pb2 as vfleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dvfleet/v1/fleet_service.proto\x12\tvfleet.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17vfleet/v1/records.proto\x1a\x15vfleet/v1/types.proto\"9\n\x10ListHostsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"L\n\x11ListHostsResponse\x12\x1e\n\x05hosts\x18\x01 \x03(\x0b\x32\x0f.vfleet.v1.Host\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\";\n\x12ListDevicesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"k\n\tDeviceUse\x12!\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x11.vfleet.v1.Device\x12\x0f\n\x07segment\x18\x02 \x01(\r\x12\x12\n\nused_slots\x18\x03 \x01(\r\x12\x16\n\x0ereserved_slots\x18\x04 \x01(\r\"U\n\x13ListDevicesResponse\x12%\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x14.vfleet.v1.DeviceUse\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"I\n FleetServiceListFunctionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"d\n!FleetServiceListFunctionsResponse\x12&\n\tfunctions\x18\x01 \x03(\x0b\x32\x13.vfleet.v1.Function\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"G\n\x1e\x46leetServiceListDriversRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"^\n\x1f\x46leetServiceListDriversResponse\x12\"\n\x07\x64rivers\x18\x01 \x03(\x0b\x32\x11.vfleet.v1.Driver\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"W\n!FleetServiceCreateFunctionRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x10\n\x08vf_index\x18\x03 \x01(\r\"K\n\"FleetServiceCreateFunctionResponse\x12%\n\x08\x66unction\x18\x01 \x01(\x0b\x32\x13.vfleet.v1.Function\")\n\x15\x44\x65leteFunctionRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\"\x18\n\x16\x44\x65leteFunctionResponse\"y\n\x13\x41ttachDriverRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x0e\n\x06\x64river\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x17\n\x0fvirtual_address\x18\x04 \x01(\x06\x12\x19\n\x11main_memory_bytes\x18\x05 \x01(\x04\"<\n\x14\x41ttachDriverResponse\x12$\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x15.vfleet.v1.TableEntry\"7\n\x13\x44\x65tachDriverRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x0e\n\x06\x64river\x18\x02 \x01(\t\"\x16\n\x14\x44\x65tachDriverResponse\"1\n\x1f\x46leetServiceDeleteDriverRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\"\"\n FleetServiceDeleteDriverResponse\"\xc2\x01\n\nDifference\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.vfleet.v1.DifferenceKind\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\x12\x0e\n\x06\x64river\x18\x04 \x01(\t\x12\x11\n\tmigration\x18\x05 \x01(\t\x12\x11\n\tetcd_says\x18\x06 \x01(\t\x12\x11\n\thost_says\x18\x07 \x01(\t\x12\x0e\n\x06remedy\x18\x08 \x01(\t\x12\x12\n\nrepairable\x18\t \x01(\x08\"#\n\x11\x43heckFleetRequest\x12\x0e\n\x06repair\x18\x01 \x01(\x08\"i\n\x12\x43heckFleetResponse\x12*\n\x0b\x64ifferences\x18\x01 \x03(\x0b\x32\x15.vfleet.v1.Difference\x12\'\n\x08repaired\x18\x02 \x03(\x0b\x32\x15.vfleet.v1.Difference\"\x17\n\x15\x42umpGenerationRequest\",\n\x16\x42umpGenerationResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"0\n\x11\x46orgetHostRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"E\n\x12\x46orgetHostResponse\x12\x16\n\x0elost_functions\x18\x01 \x03(\t\x12\x17\n\x0f\x64\x65leted_drivers\x18\x02 \x03(\t\">\n\rCordonRequest\x12\x1d\n\x04part\x18\x01 \x01(\x0b\x32\x0f.vfleet.v1.Part\x12\x0e\n\x06reason\x18\x02 \x01(\t\"3\n\x0e\x43ordonResponse\x12!\n\x06\x63ordon\x18\x01 \x01(\x0b\x32\x11.vfleet.v1.Cordon\"0\n\x0fUncordonRequest\x12\x1d\n\x04part\x18\x01 \x01(\x0b\x32\x0f.vfleet.v1.Part\"\x12\n\x10UncordonResponse\"\x88\x01\n\nFleetEvent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.vfleet.v1.EventKind\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0c\n\x04what\x18\x04 \x01(\t\x12\x10\n\x08revision\x18\x05 \x01(\x03\"<\n\x12WatchEventsRequest\x12\x16\n\x0e\x61\x66ter_revision\x18\x01 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"<\n\x13WatchEventsResponse\x12%\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x15.vfleet.v1.FleetEvent*\xa0\x07\n\x0e\x44ifferenceKind\x12\x1f\n\x1b\x44IFFERENCE_KIND_UNSPECIFIED\x10\x00\x12$\n DIFFERENCE_KIND_HOST_UNREACHABLE\x10\x01\x12#\n\x1f\x44IFFERENCE_KIND_ORPHAN_INSTANCE\x10\x02\x12$\n DIFFERENCE_KIND_MISSING_INSTANCE\x10\x03\x12&\n\"DIFFERENCE_KIND_FORGOTTEN_INSTANCE\x10\x04\x12$\n DIFFERENCE_KIND_STOPPED_INSTANCE\x10\x05\x12!\n\x1d\x44IFFERENCE_KIND_LOST_FUNCTION\x10\x06\x12\x1e\n\x1a\x44IFFERENCE_KIND_WRONG_BASE\x10\x07\x12)\n%DIFFERENCE_KIND_FUNCTION_WITHOUT_SLOT\x10\x08\x12)\n%DIFFERENCE_KIND_SLOT_WITHOUT_FUNCTION\x10\t\x12!\n\x1d\x44IFFERENCE_KIND_RESERVED_SLOT\x10\n\x12*\n&DIFFERENCE_KIND_LOCK_WITHOUT_MIGRATION\x10\x0b\x12+\n\'DIFFERENCE_KIND_OWNER_WITHOUT_MIGRATION\x10\x0c\x12+\n\'DIFFERENCE_KIND_MIGRATION_WITHOUT_OWNER\x10\r\x12\x18\n\x14\x44IFFERENCE_KIND_HOLD\x10\x0e\x12!\n\x1d\x44IFFERENCE_KIND_MISSING_ENTRY\x10\x0f\x12\x1f\n\x1b\x44IFFERENCE_KIND_EXTRA_ENTRY\x10\x10\x12\x1f\n\x1b\x44IFFERENCE_KIND_STALE_ENTRY\x10\x11\x12 \n\x1c\x44IFFERENCE_KIND_WRONG_OFFSET\x10\x12\x12$\n DIFFERENCE_KIND_WRONG_ATTACHMENT\x10\x13\x12*\n&DIFFERENCE_KIND_DRIVER_UNKNOWN_TO_HOST\x10\x14\x12+\n\'DIFFERENCE_KIND_DRIVER_UNKNOWN_TO_FLEET\x10\x15\x12\'\n#DIFFERENCE_KIND_UNFINISHED_FUNCTION\x10\x16\x12#\n\x1f\x44IFFERENCE_KIND_DETACHED_DRIVER\x10\x17*\xb8\x01\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45VENT_KIND_FUNCTION\x10\x01\x12\x18\n\x14\x45VENT_KIND_MIGRATION\x10\x02\x12\x13\n\x0f\x45VENT_KIND_HOST\x10\x03\x12\x15\n\x11\x45VENT_KIND_CORDON\x10\x04\x12\x1a\n\x16\x45VENT_KIND_COORDINATOR\x10\x05\x12\x14\n\x10\x45VENT_KIND_FLEET\x10\x06\x32\x88\n\n\x0c\x46leetService\x12\x46\n\tListHosts\x12\x1b.vfleet.v1.ListHostsRequest\x1a\x1c.vfleet.v1.ListHostsResponse\x12L\n\x0bListDevices\x12\x1d.vfleet.v1.ListDevicesRequest\x1a\x1e.vfleet.v1.ListDevicesResponse\x12j\n\rListFunctions\x12+.vfleet.v1.FleetServiceListFunctionsRequest\x1a,.vfleet.v1.FleetServiceListFunctionsResponse\x12\x64\n\x0bListDrivers\x12).vfleet.v1.FleetServiceListDriversRequest\x1a*.vfleet.v1.FleetServiceListDriversResponse\x12m\n\x0e\x43reateFunction\x12,.vfleet.v1.FleetServiceCreateFunctionRequest\x1a-.vfleet.v1.FleetServiceCreateFunctionResponse\x12U\n\x0e\x44\x65leteFunction\x12 .vfleet.v1.DeleteFunctionRequest\x1a!.vfleet.v1.DeleteFunctionResponse\x12O\n\x0c\x41ttachDriver\x12\x1e.vfleet.v1.AttachDriverRequest\x1a\x1f.vfleet.v1.AttachDriverResponse\x12O\n\x0c\x44\x65tachDriver\x12\x1e.vfleet.v1.DetachDriverRequest\x1a\x1f.vfleet.v1.DetachDriverResponse\x12g\n\x0c\x44\x65leteDriver\x12*.vfleet.v1.FleetServiceDeleteDriverRequest\x1a+.vfleet.v1.FleetServiceDeleteDriverResponse\x12I\n\nCheckFleet\x12\x1c.vfleet.v1.CheckFleetRequest\x1a\x1d.vfleet.v1.CheckFleetResponse\x12U\n\x0e\x42umpGeneration\x12 .vfleet.v1.BumpGenerationRequest\x1a!.vfleet.v1.BumpGenerationResponse\x12I\n\nForgetHost\x12\x1c.vfleet.v1.ForgetHostRequest\x1a\x1d.vfleet.v1.ForgetHostResponse\x12=\n\x06\x43ordon\x12\x18.vfleet.v1.CordonRequest\x1a\x19.vfleet.v1.CordonResponse\x12\x43\n\x08Uncordon\x12\x1a.vfleet.v1.UncordonRequest\x1a\x1b.vfleet.v1.UncordonResponse\x12N\n\x0bWatchEvents\x12\x1d.vfleet.v1.WatchEventsRequest\x1a\x1e.vfleet.v1.WatchEventsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dvfleet/v1/fleet_service.proto\x12\tvfleet.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17vfleet/v1/records.proto\x1a\x15vfleet/v1/types.proto\"9\n\x10ListHostsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"L\n\x11ListHostsResponse\x12\x1e\n\x05hosts\x18\x01 \x03(\x0b\x32\x0f.vfleet.v1.Host\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\";\n\x12ListDevicesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"k\n\tDeviceUse\x12!\n\x06\x64\x65vice\x18\x01 \x01(\x0b\x32\x11.vfleet.v1.Device\x12\x0f\n\x07segment\x18\x02 \x01(\r\x12\x12\n\nused_slots\x18\x03 \x01(\r\x12\x16\n\x0ereserved_slots\x18\x04 \x01(\r\"U\n\x13ListDevicesResponse\x12%\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x14.vfleet.v1.DeviceUse\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"I\n FleetServiceListFunctionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"d\n!FleetServiceListFunctionsResponse\x12&\n\tfunctions\x18\x01 \x03(\x0b\x32\x13.vfleet.v1.Function\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"G\n\x1e\x46leetServiceListDriversRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"^\n\x1f\x46leetServiceListDriversResponse\x12\"\n\x07\x64rivers\x18\x01 \x03(\x0b\x32\x11.vfleet.v1.Driver\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"W\n!FleetServiceCreateFunctionRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x10\n\x08vf_index\x18\x03 \x01(\r\"K\n\"FleetServiceCreateFunctionResponse\x12%\n\x08\x66unction\x18\x01 \x01(\x0b\x32\x13.vfleet.v1.Function\")\n\x15\x44\x65leteFunctionRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\"\x18\n\x16\x44\x65leteFunctionResponse\"\x9a\x01\n\x13\x41ttachDriverRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x0e\n\x06\x64river\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x17\n\x0fvirtual_address\x18\x04 \x01(\x06\x12\x19\n\x11main_memory_bytes\x18\x05 \x01(\x04\x12\x1f\n\x05guest\x18\x06 \x01(\x0b\x32\x10.vfleet.v1.Guest\"<\n\x14\x41ttachDriverResponse\x12$\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x15.vfleet.v1.TableEntry\"7\n\x13\x44\x65tachDriverRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x0e\n\x06\x64river\x18\x02 \x01(\t\"\x16\n\x14\x44\x65tachDriverResponse\"1\n\x1f\x46leetServiceDeleteDriverRequest\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\"\"\n FleetServiceDeleteDriverResponse\"\xc2\x01\n\nDifference\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.vfleet.v1.DifferenceKind\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\x12\x0e\n\x06\x64river\x18\x04 \x01(\t\x12\x11\n\tmigration\x18\x05 \x01(\t\x12\x11\n\tetcd_says\x18\x06 \x01(\t\x12\x11\n\thost_says\x18\x07 \x01(\t\x12\x0e\n\x06remedy\x18\x08 \x01(\t\x12\x12\n\nrepairable\x18\t \x01(\x08\"#\n\x11\x43heckFleetRequest\x12\x0e\n\x06repair\x18\x01 \x01(\x08\"i\n\x12\x43heckFleetResponse\x12*\n\x0b\x64ifferences\x18\x01 \x03(\x0b\x32\x15.vfleet.v1.Difference\x12\'\n\x08repaired\x18\x02 \x03(\x0b\x32\x15.vfleet.v1.Difference\"\x17\n\x15\x42umpGenerationRequest\",\n\x16\x42umpGenerationResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"0\n\x11\x46orgetHostRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"E\n\x12\x46orgetHostResponse\x12\x16\n\x0elost_functions\x18\x01 \x03(\t\x12\x17\n\x0f\x64\x65leted_drivers\x18\x02 \x03(\t\">\n\rCordonRequest\x12\x1d\n\x04part\x18\x01 \x01(\x0b\x32\x0f.vfleet.v1.Part\x12\x0e\n\x06reason\x18\x02 \x01(\t\"3\n\x0e\x43ordonResponse\x12!\n\x06\x63ordon\x18\x01 \x01(\x0b\x32\x11.vfleet.v1.Cordon\"0\n\x0fUncordonRequest\x12\x1d\n\x04part\x18\x01 \x01(\x0b\x32\x0f.vfleet.v1.Part\"\x12\n\x10UncordonResponse\"\x88\x01\n\nFleetEvent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.vfleet.v1.EventKind\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0c\n\x04what\x18\x04 \x01(\t\x12\x10\n\x08revision\x18\x05 \x01(\x03\"<\n\x12WatchEventsRequest\x12\x16\n\x0e\x61\x66ter_revision\x18\x01 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"<\n\x13WatchEventsResponse\x12%\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x15.vfleet.v1.FleetEvent*\xa0\x07\n\x0e\x44ifferenceKind\x12\x1f\n\x1b\x44IFFERENCE_KIND_UNSPECIFIED\x10\x00\x12$\n DIFFERENCE_KIND_HOST_UNREACHABLE\x10\x01\x12#\n\x1f\x44IFFERENCE_KIND_ORPHAN_INSTANCE\x10\x02\x12$\n DIFFERENCE_KIND_MISSING_INSTANCE\x10\x03\x12&\n\"DIFFERENCE_KIND_FORGOTTEN_INSTANCE\x10\x04\x12$\n DIFFERENCE_KIND_STOPPED_INSTANCE\x10\x05\x12!\n\x1d\x44IFFERENCE_KIND_LOST_FUNCTION\x10\x06\x12\x1e\n\x1a\x44IFFERENCE_KIND_WRONG_BASE\x10\x07\x12)\n%DIFFERENCE_KIND_FUNCTION_WITHOUT_SLOT\x10\x08\x12)\n%DIFFERENCE_KIND_SLOT_WITHOUT_FUNCTION\x10\t\x12!\n\x1d\x44IFFERENCE_KIND_RESERVED_SLOT\x10\n\x12*\n&DIFFERENCE_KIND_LOCK_WITHOUT_MIGRATION\x10\x0b\x12+\n\'DIFFERENCE_KIND_OWNER_WITHOUT_MIGRATION\x10\x0c\x12+\n\'DIFFERENCE_KIND_MIGRATION_WITHOUT_OWNER\x10\r\x12\x18\n\x14\x44IFFERENCE_KIND_HOLD\x10\x0e\x12!\n\x1d\x44IFFERENCE_KIND_MISSING_ENTRY\x10\x0f\x12\x1f\n\x1b\x44IFFERENCE_KIND_EXTRA_ENTRY\x10\x10\x12\x1f\n\x1b\x44IFFERENCE_KIND_STALE_ENTRY\x10\x11\x12 \n\x1c\x44IFFERENCE_KIND_WRONG_OFFSET\x10\x12\x12$\n DIFFERENCE_KIND_WRONG_ATTACHMENT\x10\x13\x12*\n&DIFFERENCE_KIND_DRIVER_UNKNOWN_TO_HOST\x10\x14\x12+\n\'DIFFERENCE_KIND_DRIVER_UNKNOWN_TO_FLEET\x10\x15\x12\'\n#DIFFERENCE_KIND_UNFINISHED_FUNCTION\x10\x16\x12#\n\x1f\x44IFFERENCE_KIND_DETACHED_DRIVER\x10\x17*\xb8\x01\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45VENT_KIND_FUNCTION\x10\x01\x12\x18\n\x14\x45VENT_KIND_MIGRATION\x10\x02\x12\x13\n\x0f\x45VENT_KIND_HOST\x10\x03\x12\x15\n\x11\x45VENT_KIND_CORDON\x10\x04\x12\x1a\n\x16\x45VENT_KIND_COORDINATOR\x10\x05\x12\x14\n\x10\x45VENT_KIND_FLEET\x10\x06\x32\x88\n\n\x0c\x46leetService\x12\x46\n\tListHosts\x12\x1b.vfleet.v1.ListHostsRequest\x1a\x1c.vfleet.v1.ListHostsResponse\x12L\n\x0bListDevices\x12\x1d.vfleet.v1.ListDevicesRequest\x1a\x1e.vfleet.v1.ListDevicesResponse\x12j\n\rListFunctions\x12+.vfleet.v1.FleetServiceListFunctionsRequest\x1a,.vfleet.v1.FleetServiceListFunctionsResponse\x12\x64\n\x0bListDrivers\x12).vfleet.v1.FleetServiceListDriversRequest\x1a*.vfleet.v1.FleetServiceListDriversResponse\x12m\n\x0e\x43reateFunction\x12,.vfleet.v1.FleetServiceCreateFunctionRequest\x1a-.vfleet.v1.FleetServiceCreateFunctionResponse\x12U\n\x0e\x44\x65leteFunction\x12 .vfleet.v1.DeleteFunctionRequest\x1a!.vfleet.v1.DeleteFunctionResponse\x12O\n\x0c\x41ttachDriver\x12\x1e.vfleet.v1.AttachDriverRequest\x1a\x1f.vfleet.v1.AttachDriverResponse\x12O\n\x0c\x44\x65tachDriver\x12\x1e.vfleet.v1.DetachDriverRequest\x1a\x1f.vfleet.v1.DetachDriverResponse\x12g\n\x0c\x44\x65leteDriver\x12*.vfleet.v1.FleetServiceDeleteDriverRequest\x1a+.vfleet.v1.FleetServiceDeleteDriverResponse\x12I\n\nCheckFleet\x12\x1c.vfleet.v1.CheckFleetRequest\x1a\x1d.vfleet.v1.CheckFleetResponse\x12U\n\x0e\x42umpGeneration\x12 .vfleet.v1.BumpGenerationRequest\x1a!.vfleet.v1.BumpGenerationResponse\x12I\n\nForgetHost\x12\x1c.vfleet.v1.ForgetHostRequest\x1a\x1d.vfleet.v1.ForgetHostResponse\x12=\n\x06\x43ordon\x12\x18.vfleet.v1.CordonRequest\x1a\x19.vfleet.v1.CordonResponse\x12\x43\n\x08Uncordon\x12\x1a.vfleet.v1.UncordonRequest\x1a\x1b.vfleet.v1.UncordonResponse\x12N\n\x0bWatchEvents\x12\x1d.vfleet.v1.WatchEventsRequest\x1a\x1e.vfleet.v1.WatchEventsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vfleet.v1.fleet_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DIFFERENCEKIND']._serialized_start=2437
-  _globals['_DIFFERENCEKIND']._serialized_end=3365
-  _globals['_EVENTKIND']._serialized_start=3368
-  _globals['_EVENTKIND']._serialized_end=3552
+  _globals['_DIFFERENCEKIND']._serialized_start=2471
+  _globals['_DIFFERENCEKIND']._serialized_end=3399
+  _globals['_EVENTKIND']._serialized_start=3402
+  _globals['_EVENTKIND']._serialized_end=3586
   _globals['_LISTHOSTSREQUEST']._serialized_start=125
   _globals['_LISTHOSTSREQUEST']._serialized_end=182
   _globals['_LISTHOSTSRESPONSE']._serialized_start=184
@@ -64,46 +64,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETEFUNCTIONREQUEST']._serialized_end=1072
   _globals['_DELETEFUNCTIONRESPONSE']._serialized_start=1074
   _globals['_DELETEFUNCTIONRESPONSE']._serialized_end=1098
-  _globals['_ATTACHDRIVERREQUEST']._serialized_start=1100
-  _globals['_ATTACHDRIVERREQUEST']._serialized_end=1221
-  _globals['_ATTACHDRIVERRESPONSE']._serialized_start=1223
-  _globals['_ATTACHDRIVERRESPONSE']._serialized_end=1283
-  _globals['_DETACHDRIVERREQUEST']._serialized_start=1285
-  _globals['_DETACHDRIVERREQUEST']._serialized_end=1340
-  _globals['_DETACHDRIVERRESPONSE']._serialized_start=1342
-  _globals['_DETACHDRIVERRESPONSE']._serialized_end=1364
-  _globals['_FLEETSERVICEDELETEDRIVERREQUEST']._serialized_start=1366
-  _globals['_FLEETSERVICEDELETEDRIVERREQUEST']._serialized_end=1415
-  _globals['_FLEETSERVICEDELETEDRIVERRESPONSE']._serialized_start=1417
-  _globals['_FLEETSERVICEDELETEDRIVERRESPONSE']._serialized_end=1451
-  _globals['_DIFFERENCE']._serialized_start=1454
-  _globals['_DIFFERENCE']._serialized_end=1648
-  _globals['_CHECKFLEETREQUEST']._serialized_start=1650
-  _globals['_CHECKFLEETREQUEST']._serialized_end=1685
-  _globals['_CHECKFLEETRESPONSE']._serialized_start=1687
-  _globals['_CHECKFLEETRESPONSE']._serialized_end=1792
-  _globals['_BUMPGENERATIONREQUEST']._serialized_start=1794
-  _globals['_BUMPGENERATIONREQUEST']._serialized_end=1817
-  _globals['_BUMPGENERATIONRESPONSE']._serialized_start=1819
-  _globals['_BUMPGENERATIONRESPONSE']._serialized_end=1863
-  _globals['_FORGETHOSTREQUEST']._serialized_start=1865
-  _globals['_FORGETHOSTREQUEST']._serialized_end=1913
-  _globals['_FORGETHOSTRESPONSE']._serialized_start=1915
-  _globals['_FORGETHOSTRESPONSE']._serialized_end=1984
-  _globals['_CORDONREQUEST']._serialized_start=1986
-  _globals['_CORDONREQUEST']._serialized_end=2048
-  _globals['_CORDONRESPONSE']._serialized_start=2050
-  _globals['_CORDONRESPONSE']._serialized_end=2101
-  _globals['_UNCORDONREQUEST']._serialized_start=2103
-  _globals['_UNCORDONREQUEST']._serialized_end=2151
-  _globals['_UNCORDONRESPONSE']._serialized_start=2153
-  _globals['_UNCORDONRESPONSE']._serialized_end=2171
-  _globals['_FLEETEVENT']._serialized_start=2174
-  _globals['_FLEETEVENT']._serialized_end=2310
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=2312
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=2372
-  _globals['_WATCHEVENTSRESPONSE']._serialized_start=2374
-  _globals['_WATCHEVENTSRESPONSE']._serialized_end=2434
-  _globals['_FLEETSERVICE']._serialized_start=3555
-  _globals['_FLEETSERVICE']._serialized_end=4843
+  _globals['_ATTACHDRIVERREQUEST']._serialized_start=1101
+  _globals['_ATTACHDRIVERREQUEST']._serialized_end=1255
+  _globals['_ATTACHDRIVERRESPONSE']._serialized_start=1257
+  _globals['_ATTACHDRIVERRESPONSE']._serialized_end=1317
+  _globals['_DETACHDRIVERREQUEST']._serialized_start=1319
+  _globals['_DETACHDRIVERREQUEST']._serialized_end=1374
+  _globals['_DETACHDRIVERRESPONSE']._serialized_start=1376
+  _globals['_DETACHDRIVERRESPONSE']._serialized_end=1398
+  _globals['_FLEETSERVICEDELETEDRIVERREQUEST']._serialized_start=1400
+  _globals['_FLEETSERVICEDELETEDRIVERREQUEST']._serialized_end=1449
+  _globals['_FLEETSERVICEDELETEDRIVERRESPONSE']._serialized_start=1451
+  _globals['_FLEETSERVICEDELETEDRIVERRESPONSE']._serialized_end=1485
+  _globals['_DIFFERENCE']._serialized_start=1488
+  _globals['_DIFFERENCE']._serialized_end=1682
+  _globals['_CHECKFLEETREQUEST']._serialized_start=1684
+  _globals['_CHECKFLEETREQUEST']._serialized_end=1719
+  _globals['_CHECKFLEETRESPONSE']._serialized_start=1721
+  _globals['_CHECKFLEETRESPONSE']._serialized_end=1826
+  _globals['_BUMPGENERATIONREQUEST']._serialized_start=1828
+  _globals['_BUMPGENERATIONREQUEST']._serialized_end=1851
+  _globals['_BUMPGENERATIONRESPONSE']._serialized_start=1853
+  _globals['_BUMPGENERATIONRESPONSE']._serialized_end=1897
+  _globals['_FORGETHOSTREQUEST']._serialized_start=1899
+  _globals['_FORGETHOSTREQUEST']._serialized_end=1947
+  _globals['_FORGETHOSTRESPONSE']._serialized_start=1949
+  _globals['_FORGETHOSTRESPONSE']._serialized_end=2018
+  _globals['_CORDONREQUEST']._serialized_start=2020
+  _globals['_CORDONREQUEST']._serialized_end=2082
+  _globals['_CORDONRESPONSE']._serialized_start=2084
+  _globals['_CORDONRESPONSE']._serialized_end=2135
+  _globals['_UNCORDONREQUEST']._serialized_start=2137
+  _globals['_UNCORDONREQUEST']._serialized_end=2185
+  _globals['_UNCORDONRESPONSE']._serialized_start=2187
+  _globals['_UNCORDONRESPONSE']._serialized_end=2205
+  _globals['_FLEETEVENT']._serialized_start=2208
+  _globals['_FLEETEVENT']._serialized_end=2344
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=2346
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=2406
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=2408
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=2468
+  _globals['_FLEETSERVICE']._serialized_start=3589
+  _globals['_FLEETSERVICE']._serialized_end=4877
 # @@protoc_insertion_point(module_scope)

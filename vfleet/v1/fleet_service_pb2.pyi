@@ -530,6 +530,7 @@ class AttachDriverRequest(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     VIRTUAL_ADDRESS_FIELD_NUMBER: _builtins.int
     MAIN_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    GUEST_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     """The function."""
     driver: _builtins.str
@@ -539,7 +540,13 @@ class AttachDriverRequest(_message.Message):
     virtual_address: _builtins.int
     """Where in the driver's virtual address space, a multiple of 4096; 0 for the first place that is free."""
     main_memory_bytes: _builtins.int
-    """Size of the driver's main memory if it is made now: a multiple of 4096, at most 1 GiB."""
+    """Size of the driver's main memory if it is made now: a multiple of 4096, at most 1 GiB. Of a guest: how far its memory
+    may reach, by default 512 MiB.
+    """
+    @_builtins.property
+    def guest(self) -> _types_pb2.Guest:
+        """The virtual machine whose driver it is: socket, and times if they are not the defaults (0)."""
+
     def __init__(
         self,
         *,
@@ -548,10 +555,11 @@ class AttachDriverRequest(_message.Message):
         host: _builtins.str = ...,
         virtual_address: _builtins.int = ...,
         main_memory_bytes: _builtins.int = ...,
+        guest: _types_pb2.Guest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "function", b"function", "host", b"host", "main_memory_bytes", b"main_memory_bytes", "virtual_address", b"virtual_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "function", b"function", "guest", b"guest", "host", b"host", "main_memory_bytes", b"main_memory_bytes", "virtual_address", b"virtual_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

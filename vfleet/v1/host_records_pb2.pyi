@@ -213,6 +213,7 @@ class DriverRecord(_message.Message):
     MAIN_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     MAIN_MEMORY_OFFSET_FIELD_NUMBER: _builtins.int
     FILE_FIELD_NUMBER: _builtins.int
+    GUEST_FIELD_NUMBER: _builtins.int
     driver: _builtins.str
     """The driver."""
     main_memory_bytes: _builtins.int
@@ -220,7 +221,11 @@ class DriverRecord(_message.Message):
     main_memory_offset: _builtins.int
     """Where its main memory begins in the window of the root complex."""
     file: _builtins.str
-    """Name of the file that is its main memory; empty for none."""
+    """Name of the file that is its main memory; empty for none, and for a guest's."""
+    @_builtins.property
+    def guest(self) -> _types_pb2.Guest:
+        """The virtual machine whose driver it is; not set for any other driver."""
+
     def __init__(
         self,
         *,
@@ -228,14 +233,45 @@ class DriverRecord(_message.Message):
         main_memory_bytes: _builtins.int = ...,
         main_memory_offset: _builtins.int = ...,
         file: _builtins.str = ...,
+        guest: _types_pb2.Guest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "file", b"file", "main_memory_bytes", b"main_memory_bytes", "main_memory_offset", b"main_memory_offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "file", b"file", "guest", b"guest", "main_memory_bytes", b"main_memory_bytes", "main_memory_offset", b"main_memory_offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DriverRecord: _TypeAlias = DriverRecord  # noqa: Y015
+
+@_typing.final
+class GuestRecord(_message.Message):
+    """What is remembered of a guest, by its driver."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOCKET_FIELD_NUMBER: _builtins.int
+    CONNECTED_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    socket: _builtins.str
+    """The socket whose holder was started. It ends in order only when told to."""
+    connected: _builtins.bool
+    """Whether a VMM was connected when it was last heard of."""
+    lost: _builtins.bool
+    """Whether the holder ended while a VMM was connected."""
+    def __init__(
+        self,
+        *,
+        socket: _builtins.str = ...,
+        connected: _builtins.bool = ...,
+        lost: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "lost", b"lost", "socket", b"socket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GuestRecord: _TypeAlias = GuestRecord  # noqa: Y015
 
 @_typing.final
 class WorkloadRecord(_message.Message):

@@ -543,6 +543,8 @@ class Driver(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     MAIN_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
+    GUEST_FIELD_NUMBER: _builtins.int
+    GUEST_STATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The driver's name."""
     schema_version: _builtins.int
@@ -551,9 +553,15 @@ class Driver(_message.Message):
     """The host that it runs on, for life."""
     main_memory_bytes: _builtins.int
     """Size of its main memory, which is in its host's root complex window. A multiple of 4096; 0 for none."""
+    guest_state: _types_pb2.GuestState.ValueType
+    """What has become of that. Not stored here: its host writes it to a key of its own."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TableEntry]:
         """Its entries for functions. Not stored here: each is a key of its own, entries/HOST/DRIVER/FUNCTION."""
+
+    @_builtins.property
+    def guest(self) -> _types_pb2.Guest:
+        """The virtual machine whose driver it is, with one function; not set for any other driver."""
 
     def __init__(
         self,
@@ -563,10 +571,12 @@ class Driver(_message.Message):
         host: _builtins.str = ...,
         main_memory_bytes: _builtins.int = ...,
         entries: _abc.Iterable[_types_pb2.TableEntry] | None = ...,
+        guest: _types_pb2.Guest | None = ...,
+        guest_state: _types_pb2.GuestState.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "host", b"host", "main_memory_bytes", b"main_memory_bytes", "name", b"name", "schema_version", b"schema_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "guest", b"guest", "guest_state", b"guest_state", "host", b"host", "main_memory_bytes", b"main_memory_bytes", "name", b"name", "schema_version", b"schema_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

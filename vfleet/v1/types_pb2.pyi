@@ -3,8 +3,10 @@
 isort:skip_file
 Things that several services and the stored records speak of."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -108,6 +110,34 @@ DECISION_COMMITTED: Decision.ValueType  # 1
 DECISION_ABORTED: Decision.ValueType  # 2
 """The migration's ABORT is in etcd."""
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
+
+class _GuestState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GuestStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GuestState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GUEST_STATE_UNSPECIFIED: _GuestState.ValueType  # 0
+    """Not set: no guest, or not known yet."""
+    GUEST_STATE_WAITING: _GuestState.ValueType  # 1
+    """Its socket waits for a VMM."""
+    GUEST_STATE_CONNECTED: _GuestState.ValueType  # 2
+    """A VMM is connected."""
+    GUEST_STATE_LOST: _GuestState.ValueType  # 3
+    """The socket's holder ended while a VMM was connected, for which the device is dead. Detach and attach anew."""
+
+class GuestState(_GuestState, metaclass=_GuestStateEnumTypeWrapper):
+    """What has become of a guest."""
+
+GUEST_STATE_UNSPECIFIED: GuestState.ValueType  # 0
+"""Not set: no guest, or not known yet."""
+GUEST_STATE_WAITING: GuestState.ValueType  # 1
+"""Its socket waits for a VMM."""
+GUEST_STATE_CONNECTED: GuestState.ValueType  # 2
+"""A VMM is connected."""
+GUEST_STATE_LOST: GuestState.ValueType  # 3
+"""The socket's holder ended while a VMM was connected, for which the device is dead. Detach and attach anew."""
+Global___GuestState: _TypeAlias = GuestState  # noqa: Y015
 
 class _ErrorReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -396,3 +426,49 @@ class TableEntry(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TableEntry: _TypeAlias = TableEntry  # noqa: Y015
+
+@_typing.final
+class Guest(_message.Message):
+    """A virtual machine whose driver it is: a VMM finds one function behind a UNIX socket, by the vfio-user protocol."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOCKET_FIELD_NUMBER: _builtins.int
+    LONGEST_HOLD_MS_FIELD_NUMBER: _builtins.int
+    MESSAGE_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    BARS_FIELD_NUMBER: _builtins.int
+    MANUFACTURER_FIELD_NUMBER: _builtins.int
+    socket: _builtins.str
+    """Path of the socket on the driver's host."""
+    longest_hold_ms: _builtins.int
+    """For how long a migration may hold the driver, in milliseconds."""
+    message_timeout_ms: _builtins.int
+    """After how long without an answer the VMM gives the device up (QEMU's x-msg-timeout), in milliseconds."""
+    model: _builtins.str
+    """The function's model. The VMM sees its BARs, as far as the model shows them."""
+    @_builtins.property
+    def bars(self) -> _containers.RepeatedCompositeFieldContainer[Global___Bar]:
+        """The function's BARs."""
+
+    @_builtins.property
+    def manufacturer(self) -> Global___Manufacturer:
+        """What the function's configuration space says of who made it, unless the model stands for a certain one."""
+
+    def __init__(
+        self,
+        *,
+        socket: _builtins.str = ...,
+        longest_hold_ms: _builtins.int = ...,
+        message_timeout_ms: _builtins.int = ...,
+        model: _builtins.str = ...,
+        bars: _abc.Iterable[Global___Bar] | None = ...,
+        manufacturer: Global___Manufacturer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manufacturer", b"manufacturer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bars", b"bars", "longest_hold_ms", b"longest_hold_ms", "manufacturer", b"manufacturer", "message_timeout_ms", b"message_timeout_ms", "model", b"model", "socket", b"socket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Guest: _TypeAlias = Guest  # noqa: Y015

@@ -1,0 +1,248 @@
+"""One guest: the accesses that its VMM's messages become, in order, until the holder is told that they are done.
+
+holder ──► messages ──► device ──► accesses, numbered ──► the driver's queue
+   ◄── done up to a message, and the sequence that follows its last access's: where the next hostd goes on
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from hostd.dma_receiver import DmaReceiver
+from hostd.driver import Driver
+from hostd.guest import holder
+from hostd.guest.device import Answered, GuestDevice
+from hostd.guest.holder_link import Frame, HolderLink
+from hostd.guest.memory import GuestMemory
+from hostd.guest.vfio_user import Message
+from hostd.models.pci import pci_function
+from hostd.sequencer import Result
+from hostd.waiting import Waiting
+from vfleet.errors import Reason, VfleetError
+from vfleet.v1.access_pb2 import ACCESS_STATUS_UNSUPPORTED_REQUEST, AccessKind
+from vfleet.v1.types_pb2 import GUEST_STATE_CONNECTED, GUEST_STATE_WAITING, GuestState
+
+MAX_IN_PROGRESS = 1024
+"""Messages without an answer, past which no more are taken from the holder."""
+
+_CONNECTED_KEY = b"connected"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Progress:
+    """A message that is being carried out: the sequence of its last access, and how many have no answer yet."""
+
+    number: int
+    sequence: int
+    pending: int = 1
+
+
+class LiveGuest:
+    """A guest whose holder is connected, as one driver's device behind one link. It is its device's port."""
+
+    def __init__(
+        self, driver: Driver, function: str, link: HolderLink, changed: Callable[[GuestState.ValueType], None]
+    ) -> None:
+        """`changed` is told when a VMM comes or goes."""
+        assert driver.guest_memory is not None  # noqa: S101  # it is a guest's
+        guest = driver.record.guest
+        self._driver = driver
+        self._function = function
+        self._virtual_address = driver.table.by_function[function].virtual_address
+        self._link = link
+        self._changed = changed
+        self._memory: GuestMemory = driver.guest_memory
+        self._device = GuestDevice(
+            guest, pci_function(guest.model), self._memory, driver.record.main_memory_bytes, self
+        )
+        self._receiver: DmaReceiver = driver.receivers[function]
+        self._told = self._receiver.interrupted
+        self._receiver.interrupted = self._interrupted
+        self._in_progress: deque[Progress] = deque()
+        self._at_hand = Progress(0, 0)
+        self._sequence = 0
+        self._queued_before = 0
+        self._resets = 0
+        self._is_telling = False
+        self._has_room = asyncio.Event()
+        self._waiting: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Take over from the predecessor, and carry out what comes. Raise HolderGoneError."""
+        await self._driver.queue(self._function).synchronized()
+        while True:
+            for frame in await self._link.receive():
+                try:
+                    self._take(frame)
+                finally:
+                    frame.close()
+            self._tell()
+            while len(self._in_progress) > MAX_IN_PROGRESS:
+                self._has_room.clear()
+                await self._has_room.wait()
+
+    def reset(self) -> None:
+        """Reset the function of a guest that is lost, so that it does no DMA any more."""
+        self._at_hand = Progress(0, 0)
+        self._device.gone()
+
+    def end(self) -> None:
+        """Let go of guest memory and eventfds; the holder has its own."""
+        for task in self._waiting:
+            task.cancel()
+        self._receiver.interrupted = self._told
+        self._receiver.is_cut_off = False
+        self._memory.is_present = False
+        self._memory.clear()
+        self._device.interrupts.clear()
+
+    # As the device's port
+
+    def access(
+        self, kind: AccessKind.ValueType, offset: int, length: int, data: bytes, answered: Answered | None
+    ) -> None:
+        """Put an access into the driver's queue, with the sequence that follows."""
+        progress = self._at_hand
+        self._sequence += 1
+        progress.pending += 1
+        access = Waiting(kind, self._virtual_address + offset, length, data, self._sequence, may_ask_again=True)
+        try:
+            self._submit(access)
+        except VfleetError as error:
+            access.finish(error)
+        progress.sequence = self._sequence
+        if access.outcome is not None:
+            self._settle(progress, answered, access.outcome)
+        else:
+            access.answer.add_done_callback(partial(self._answered, progress, answered))
+
+    def reply(self, message: bytes, after_write: int = 0) -> None:
+        """Answer the message at hand, once the DMA write with this sequence has taken effect."""
+        progress = self._at_hand
+        if after_write <= self._receiver.last:
+            self._link.answer(progress.number, message)
+            return
+        progress.pending += 1
+        task = asyncio.create_task(self._reply_later(progress, message, after_write))
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
+
+    def cut_off(self) -> None:
+        """Let no DMA reach the guest until the reset that is asked for next has been done."""
+        self._resets += 1
+        self._receiver.is_cut_off = True
+
+    def reset_done(self, last_write: int) -> None:
+        """Let DMA reach the guest again, but none up to a sequence."""
+        self._resets -= 1
+        self._receiver.skip_to(last_write)
+        self._receiver.is_cut_off = self._resets > 0
+
+    def keep(self, key: bytes, data: bytes, descriptor: int = -1) -> None:
+        """Let the holder keep something for the next hostd."""
+        self._link.keep(key, data, descriptor)
+
+    def drop(self, key: bytes) -> None:
+        """Let the holder keep it no longer."""
+        self._link.drop(key)
+
+    # From the holder
+
+    def _take(self, frame: Frame) -> None:
+        match frame.kind:
+            case holder.HELLO:
+                self._greet(frame)
+                return
+            case holder.KEPT:
+                descriptor = frame.descriptors.pop() if frame.descriptors else None
+                if frame.key == _CONNECTED_KEY:
+                    self._changed(GUEST_STATE_CONNECTED)
+                else:
+                    self._device.restore(frame.key, frame.data, descriptor)
+                return
+            case holder.READY:
+                self._device.interrupts.raise_all()
+            case _:
+                self._carry_out(frame)
+        # What the predecessor had been told, a reset perhaps, comes before any DMA.
+        if frame.number >= self._queued_before:
+            self._memory.is_present = True
+
+    def _greet(self, frame: Frame) -> None:
+        self._sequence = frame.position - 1
+        self._queued_before = int.from_bytes(frame.data, "little")
+        if not frame.position:
+            # A new holder: where its first message's accesses begin has to be known before there are any.
+            self._sequence = self._driver.queue(self._function).last_sequence
+            self._link.done(0, self._sequence + 1)
+        if frame.number == self._queued_before:
+            self._queued_before = 0
+        self._changed(GUEST_STATE_WAITING)
+
+    def _carry_out(self, frame: Frame) -> None:
+        progress = self._at_hand = Progress(frame.number, self._sequence)
+        self._in_progress.append(progress)
+        if frame.kind == holder.CONNECTED:
+            self.keep(_CONNECTED_KEY, b"")
+            self._device.connected()
+            self._changed(GUEST_STATE_CONNECTED)
+        elif frame.kind == holder.GONE:
+            self.drop(_CONNECTED_KEY)
+            self._device.gone()
+            self._changed(GUEST_STATE_WAITING)
+        else:
+            self._device.handle(Message.parse(frame.data), frame.descriptors)
+        self._finish(progress)
+
+    def _submit(self, access: Waiting) -> None:
+        queue = self._driver.queue(self._function)
+        try:
+            queue.submit(access)
+        except VfleetError as error:
+            if error.reason is not Reason.SEQUENCE_GAP:
+                raise
+            # Accesses that the holder knows of have been undone with the function's state: it was restored.
+            _log.error("driver %s goes on from another sequence: %s", self._driver.name, error.message)
+            self._sequence = access.sequence = queue.last_sequence + 1
+            queue.submit(access)
+
+    def _answered(self, progress: Progress, answered: Answered | None, answer: "asyncio.Future[Result]") -> None:
+        self._settle(progress, answered, answer.exception() or answer.result())
+
+    def _settle(self, progress: Progress, answered: Answered | None, outcome: Result | BaseException) -> None:
+        if answered is not None:
+            self._at_hand = progress
+            # Of a function that is lost or detached: as of one that isn't there.
+            answered(outcome if isinstance(outcome, tuple) else (ACCESS_STATUS_UNSUPPORTED_REQUEST, b""))
+        self._finish(progress)
+
+    async def _reply_later(self, progress: Progress, message: bytes, after_write: int) -> None:
+        await self._receiver.reached(after_write)
+        self._link.answer(progress.number, message)
+        self._finish(progress)
+
+    def _finish(self, progress: Progress) -> None:
+        progress.pending -= 1
+        if not progress.pending and not self._is_telling:
+            self._is_telling = True
+            asyncio.get_running_loop().call_soon(self._tell)
+
+    def _tell(self) -> None:
+        """Tell the holder how far all is done."""
+        self._is_telling = False
+        done = None
+        while self._in_progress and not self._in_progress[0].pending:
+            done = self._in_progress.popleft()
+        if done is not None:
+            self._link.done(done.number, done.sequence + 1)
+            self._has_room.set()
+
+    def _interrupted(self, vector: int, count: int) -> None:
+        if self._told is not None:
+            self._told(vector, count)
+        self._device.interrupts.raise_(vector)

@@ -1,0 +1,205 @@
+"""All guests of a host: each has a holder, which is started when the driver is attached and ends when it is detached.
+
+                       VMM comes            holder ends
+    [ WAITING ] ─────────────────► [ CONNECTED ] ──────► [ LOST ]      until it is detached
+         ▲  └─ holder ends: another ─┘ VMM goes  │
+         └───────────────────────────────────────┘
+
+What has become of a guest is in etcd, in a key that only this host writes.
+"""
+
+import asyncio
+import contextlib
+import logging
+from pathlib import Path
+
+from hostd.driver import Driver
+from hostd.drivers import Drivers
+from hostd.guest import holder_link
+from hostd.guest.guest import LiveGuest
+from hostd.guest.holder_link import HolderGoneError, HolderLink
+from hostd.ledger import Ledger
+from vfleet.clock import Clock
+from vfleet.errors import VfleetError
+from vfleet.etcd.keys import guest_key, guests_prefix
+from vfleet.etcd.store import Delete, Put, Store, Transaction
+from vfleet.v1.host_records_pb2 import GuestRecord
+from vfleet.v1.types_pb2 import (
+    GUEST_STATE_CONNECTED,
+    GUEST_STATE_LOST,
+    GuestState,
+)
+
+ANSWER_MARGIN_MS = 500
+"""How long before the VMM gives up the holder answers by itself."""
+RETRY_S = 1.0
+QUIT_TIMEOUT_S = 5.0
+
+_KIND = "guest"
+_log = logging.getLogger(__name__)
+
+
+class Guests:
+    """The guests of a host, with holders whose files are in `directory`."""
+
+    def __init__(
+        self, host: str, drivers: Drivers, ledger: Ledger, store: Store, clock: Clock, directory: Path
+    ) -> None:
+        self._host = host
+        self._drivers = drivers
+        self._ledger = ledger
+        self._store = store
+        self._clock = clock
+        self._directory = directory
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._must_tell = asyncio.Event()
+
+    async def run(self) -> None:
+        """Keep a holder for each guest that is attached, and none for others, for ever."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._tell_always())
+                while True:
+                    self._drivers.attachments_changed.clear()
+                    await self._follow(group)
+                    await self._drivers.attachments_changed.wait()
+        finally:
+            self._tasks.clear()
+
+    async def _follow(self, group: asyncio.TaskGroup) -> None:
+        attached = {driver.name: driver for driver in self._drivers.all() if _function_of(driver)}
+        for name, record in self._ledger.items(_KIND, GuestRecord):
+            if name not in attached:
+                await self._end(name, record)
+        for name, driver in attached.items():
+            if name not in self._tasks:
+                self._tasks[name] = group.create_task(self._keep(driver), name=f"guest {name}")
+
+    async def _end(self, name: str, record: GuestRecord) -> None:
+        """End the holder of a driver that is attached no more."""
+        task = self._tasks.pop(name, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        link = holder_link.connect(self._directory, name)
+        if link is not None:
+            link.quit()
+            await _ended(link)
+        holder_link.forget(self._directory, name, record.socket)
+        self._ledger.delete(_KIND, name)
+        self._must_tell.set()
+
+    async def _keep(self, driver: Driver) -> None:
+        """Serve a guest through its holder, for ever, or until its holder ends under a VMM."""
+        while True:
+            record = self._ledger.get(_KIND, driver.name, GuestRecord) or GuestRecord()
+            if record.lost:
+                self._set(driver, GUEST_STATE_LOST)
+                return
+            link = None
+            try:
+                link = await self._link(driver, record)
+                if link is None:
+                    self._lose(driver, None)
+                    return
+                await self._serve(driver, link)
+            except VfleetError as error:
+                _log.error("guest of driver %s: %s", driver.name, error)
+                await self._clock.sleep(RETRY_S)
+            except Exception:  # noqa: BLE001  # a defect harms this guest, neither others nor the host
+                _log.exception("guest of driver %s", driver.name)
+                await self._clock.sleep(RETRY_S)
+            finally:
+                if link is not None:
+                    link.close()
+
+    async def _link(self, driver: Driver, record: GuestRecord) -> HolderLink | None:
+        """Connect to the guest's holder, or start one. Return None if it has ended under a VMM."""
+        link = holder_link.connect(self._directory, driver.name)
+        if link is not None or record.connected:
+            return link
+        guest = driver.record.guest
+        within_ms = guest.message_timeout_ms - ANSWER_MARGIN_MS
+        # Noted first: a daemon that is killed in between has a holder that it must end.
+        self._ledger.put(_KIND, driver.name, GuestRecord(socket=guest.socket))
+        return await holder_link.start(self._directory, driver.name, guest.socket, within_ms, self._clock)
+
+    async def _serve(self, driver: Driver, link: HolderLink) -> None:
+        live = LiveGuest(driver, _function_of(driver), link, lambda state: self._set(driver, state))
+        try:
+            await live.run()
+        except HolderGoneError:
+            record = self._ledger.get(_KIND, driver.name, GuestRecord)
+            if record is not None and record.connected:
+                self._lose(driver, live)
+            with contextlib.suppress(OSError, ValueError):
+                holder_link.reap(int((self._directory / f"{driver.name}.pid").read_text()))
+        finally:
+            live.end()
+
+    def _lose(self, driver: Driver, live: LiveGuest | None) -> None:
+        """Say that a guest's device is dead: its VMM never connects again."""
+        _log.error(
+            "the holder of driver %s has ended under its VMM: the device is dead; detach and attach anew", driver.name
+        )
+        if live is not None:
+            live.reset()
+        self._set(driver, GUEST_STATE_LOST)
+
+    def _set(self, driver: Driver, state: GuestState.ValueType) -> None:
+        if driver.guest_state != state:
+            driver.guest_state = state
+            record = GuestRecord(
+                socket=driver.record.guest.socket,
+                connected=state == GUEST_STATE_CONNECTED,
+                lost=state == GUEST_STATE_LOST,
+            )
+            self._ledger.put(_KIND, driver.name, record)
+            self._must_tell.set()
+
+    async def _tell_always(self) -> None:
+        """Write to etcd what has become of the guests, whenever that changes."""
+        told: dict[str, GuestState.ValueType] | None = None
+        while True:
+            self._must_tell.clear()
+            try:
+                if told is None:
+                    items = (await self._store.list(guests_prefix(self._host))).items
+                    told = {item.key.rpartition("/")[2]: GuestState.GUEST_STATE_UNSPECIFIED for item in items}
+                await self._tell(told)
+            except VfleetError as error:
+                _log.warning("what has become of the guests could not be told: %s", error)
+                await self._clock.sleep(RETRY_S)
+            else:
+                await self._must_tell.wait()
+
+    async def _tell(self, told: dict[str, GuestState.ValueType]) -> None:
+        states = {name: driver.guest_state for name in self._tasks if (driver := self._drivers.find(name)) is not None}
+        for name, state in states.items():
+            if state and told.get(name) != state:
+                put = Put(guest_key(self._host, name), GuestState.Name(state).encode())
+                await self._store.commit(Transaction((), (put,)))
+                told[name] = state
+        for name in [name for name in told if name not in states]:
+            await self._store.commit(Transaction((), (Delete(guest_key(self._host, name)),)))
+            del told[name]
+
+
+def _function_of(driver: Driver) -> str:
+    """Return the function that a guest's driver is attached to; empty for another driver, or none."""
+    if driver.guest_memory is None:
+        return ""
+    return next((function for function in driver.table.by_function if function), "")
+
+
+async def _ended(link: HolderLink) -> None:
+    """Wait for a holder to end that was told to."""
+    try:
+        async with asyncio.timeout(QUIT_TIMEOUT_S):
+            while True:
+                for frame in await link.receive():
+                    frame.close()
+    except (HolderGoneError, TimeoutError):
+        return
+    finally:
+        link.close()

@@ -1,0 +1,220 @@
+"""hostd's end of the connection to a holder (hostd/guest/holder.py): frames with descriptors, and its process."""
+
+import array
+import asyncio
+import os
+import socket
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from hostd.guest import holder
+from hostd.guest.holder import FRAME, MAX_FRAME_BYTES
+from vfleet.clock import Clock
+from vfleet.errors import Reason, VfleetError
+
+START_TIMEOUT_S = 10.0
+_ASK_AGAIN_S = 0.02
+_FRAMES_AT_ONCE = 32
+_MAX_DESCRIPTORS = 16
+
+
+class HolderGoneError(Exception):
+    """The holder has ended."""
+
+
+@dataclass(slots=True)
+class Frame:
+    """A frame from the holder. Its descriptors belong to whoever takes it."""
+
+    kind: int
+    number: int
+    position: int
+    key: bytes
+    data: bytes
+    descriptors: list[int]
+
+    def close(self) -> None:
+        """Close the descriptors that nobody has taken."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self.descriptors.clear()
+
+
+class HolderLink:
+    """A connection to a holder. Frames are to be taken with `receive`; what is sent waits in order if it has to."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._outbox: deque[tuple[bytes, int]] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._readable = asyncio.Event()
+        self._is_reading = False
+
+    async def receive(self) -> list[Frame]:
+        """Wait for frames, and return those that are there, up to 32. Raise HolderGoneError."""
+        while not (frames := self._take()):
+            self._readable.clear()
+            if not self._is_reading:
+                self._loop.add_reader(self._socket, self._readable.set)
+                self._is_reading = True
+            await self._readable.wait()
+        return frames
+
+    def answer(self, number: int, message: bytes) -> None:
+        """Answer a message of the VMM."""
+        self._send(FRAME.pack(holder.ANSWER, 0, number, 0) + message)
+
+    def done(self, number: int, position: int) -> None:
+        """Say that all messages up to a number are done; a successor is given the position."""
+        self._send(FRAME.pack(holder.DONE, 0, number, position))
+
+    def keep(self, key: bytes, data: bytes, descriptor: int = -1) -> None:
+        """Let the holder keep something for whoever comes after this hostd. The descriptor stays the caller's."""
+        self._send(FRAME.pack(holder.KEEP, len(key), 0, 0) + key + data, descriptor)
+
+    def drop(self, key: bytes) -> None:
+        """Let the holder keep something no longer."""
+        self._send(FRAME.pack(holder.DROP, len(key), 0, 0) + key)
+
+    def quit(self) -> None:
+        """Let the holder end."""
+        self._send(FRAME.pack(holder.QUIT, 0, 0, 0))
+
+    def close(self) -> None:
+        """Leave the holder to whoever comes next."""
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+            for _, descriptor in self._outbox:
+                _close(descriptor)
+            self._outbox.clear()
+            self._socket.close()
+
+    def _take(self) -> list[Frame]:
+        frames: list[Frame] = []
+        while len(frames) < _FRAMES_AT_ONCE:
+            try:
+                data, ancillary, _, _ = self._socket.recvmsg(
+                    MAX_FRAME_BYTES, socket.CMSG_SPACE(4 * _MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                break
+            except OSError:
+                data, ancillary = b"", []
+            if not data:
+                if frames:
+                    break
+                raise HolderGoneError
+            kind, key_bytes, number, position = FRAME.unpack_from(data)
+            start = FRAME.size + key_bytes
+            descriptors = array.array("i")
+            for _, _, rights in ancillary:
+                descriptors.frombytes(rights)
+            frames.append(Frame(kind, number, position, data[FRAME.size : start], data[start:], list(descriptors)))
+        return frames
+
+    def _send(self, frame: bytes, descriptor: int = -1) -> None:
+        if self._outbox or not self._try_to_send(frame, descriptor):
+            self._outbox.append((frame, os.dup(descriptor) if descriptor >= 0 else -1))
+            self._loop.add_writer(self._socket, self._flush)
+
+    def _try_to_send(self, frame: bytes, descriptor: int) -> bool:
+        rights = array.array("i", [descriptor] if descriptor >= 0 else [])
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
+        try:
+            self._socket.sendmsg([frame], ancillary)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # it has ended: `receive` says so
+        return True
+
+    def _flush(self) -> None:
+        while self._outbox and self._try_to_send(*self._outbox[0]):
+            _close(self._outbox.popleft()[1])
+        if not self._outbox:
+            self._loop.remove_writer(self._socket)
+
+
+def connect(directory: Path, name: str) -> HolderLink | None:
+    """Connect to the holder of this name; None if there is none."""
+    directory.mkdir(parents=True, exist_ok=True)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # By way of the directory's descriptor, since an address of a socket has no more than 107 bytes.
+    at = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    try:
+        connection.connect(f"/proc/self/fd/{at}/{_control(name)}")
+    except (ConnectionRefusedError, FileNotFoundError):
+        connection.close()
+        return None
+    finally:
+        os.close(at)
+    connection.settimeout(0)
+    return HolderLink(connection)
+
+
+async def start(directory: Path, name: str, path: str, answer_within_ms: int, clock: Clock) -> HolderLink:
+    """Start a holder for the socket at `path`, and connect to it. Raise HOST_UNAVAILABLE if it doesn't start.
+
+    It outlives this process. Its process ID is in the directory, for whoever wants to see that none is left.
+    """
+    pid = _spawn(directory, name, path, answer_within_ms)
+    give_up_s = clock.monotonic() + START_TIMEOUT_S
+    while (link := connect(directory, name)) is None:
+        if reap(pid) or clock.monotonic() >= give_up_s:
+            said = _last_line(directory / f"{name}.log")
+            raise VfleetError(Reason.HOST_UNAVAILABLE, f"the holder of {path} doesn't start: {said}")
+        await clock.sleep(_ASK_AGAIN_S)
+    return link
+
+
+def reap(pid: int) -> bool:
+    """Return whether a child of this process has ended. Of another process it isn't known."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return False
+
+
+def forget(directory: Path, name: str, path: str) -> None:
+    """Delete what was left by a holder that has ended: its socket too, if it was killed."""
+    Path(path).unlink(missing_ok=True)
+    for suffix in ("log", "pid", "control"):
+        (directory / f"{name}.{suffix}").unlink(missing_ok=True)
+
+
+def _spawn(directory: Path, name: str, path: str, answer_within_ms: int) -> int:
+    directory.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, holder.__file__, "--directory", str(directory), "--control", _control(name)]
+    command += ["--socket", path, "--answer-within-ms", str(answer_within_ms)]
+    log = str(directory / f"{name}.log")
+    # Without a parent's hand on it, as it outlives this process: it has a session of its own, and nobody waits for it.
+    pid = os.posix_spawn(
+        sys.executable,
+        command,
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+    )
+    (directory / f"{name}.pid").write_text(str(pid))
+    return pid
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it says nothing"
+
+
+def _control(name: str) -> str:
+    return f"{name}.control"
+
+
+def _close(descriptor: int) -> None:
+    if descriptor >= 0:
+        os.close(descriptor)

@@ -1,0 +1,147 @@
+"""A guest's memory: the pieces of it that its VMM has given us to map, by the guest's physical address.
+
+A piece comes as a descriptor that can't shrink (a sealed memfd): whoever mapped another could be killed by a VMM that
+truncates it. Pieces without a descriptor are known, and can't be reached.
+"""
+
+import fcntl
+import mmap
+import os
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from vfleet.address import PAGE_BYTES
+from vfleet.errors import invalid_field
+
+MAX_PIECES = 256
+_TAIL_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A range of the guest's memory. `mapped` is None if it can't be reached."""
+
+    start: int
+    length: int
+    mapped: mmap.mmap | None
+    is_writable: bool
+
+    @property
+    def end(self) -> int:
+        """The address after its last byte."""
+        return self.start + self.length
+
+
+class GuestMemory:
+    """The pieces, without overlap. `is_present` is set once all that the VMM has given before are there."""
+
+    def __init__(self) -> None:
+        self.is_present = False
+        self._pieces: list[Piece] = []
+        self._starts: list[int] = []
+
+    def add(
+        self, start: int, length: int, descriptor: int | None, offset: int, limit: int, *, is_writable: bool
+    ) -> None:
+        """Map a piece; the same once more changes nothing. `limit` is how far main memory may reach.
+
+        Raise INVALID_FIELD for one that isn't whole pages, overlaps another, lies beyond the limit, or can't be mapped;
+        and for more than 256.
+        """
+        if not length or (start | length | offset) % PAGE_BYTES:
+            raise invalid_field("region", f"{start:#x}+{length:#x} at {offset:#x}", f"multiples of {PAGE_BYTES}")
+        if self._is_known(start, length):
+            return
+        at = bisect_right(self._starts, start)
+        if (at and self._pieces[at - 1].end > start) or (at < len(self._starts) and self._starts[at] < start + length):
+            raise invalid_field("region", f"{start:#x}+{length:#x}", "one that overlaps no other")
+        if len(self._pieces) >= MAX_PIECES:
+            raise invalid_field("region", f"{start:#x}+{length:#x}", f"at most {MAX_PIECES} regions")
+        mapped = None
+        if descriptor is not None:
+            if start + length > limit:
+                expected = f"guest memory up to {limit:#x}: attach with more --main-memory-bytes"
+                raise invalid_field("region", f"{start:#x}+{length:#x}", expected)
+            mapped = _map(descriptor, length, offset, is_writable=is_writable)
+        self._pieces.insert(at, Piece(start, length, mapped, is_writable))
+        self._starts.insert(at, start)
+
+    def remove(self, start: int, length: int) -> list[tuple[int, int]]:
+        """Unmap all pieces within a range, and return their (start, length).
+
+        Raise INVALID_FIELD for a range that ends inside a piece.
+        """
+        gone = [piece for piece in self._pieces if piece.start < start + length and start < piece.end]
+        if any(piece.start < start or piece.end > start + length for piece in gone):
+            raise invalid_field("region", f"{start:#x}+{length:#x}", "whole regions, as they were mapped")
+        for piece in gone:
+            self._pieces.remove(piece)
+            self._starts.remove(piece.start)
+            if piece.mapped is not None:
+                piece.mapped.close()
+        return [(piece.start, piece.length) for piece in gone]
+
+    def clear(self) -> list[tuple[int, int]]:
+        """Unmap all, and return their (start, length)."""
+        return self.remove(0, 1 << 64)
+
+    def read(self, offset: int, length: int) -> bytes | None:
+        """Return bytes of the guest's memory; None if they don't all lie in pieces that can be reached."""
+        found: list[bytes] = []
+        while length:
+            piece = self._find(offset)
+            if piece is None or piece.mapped is None:
+                return None
+            at = offset - piece.start
+            part = piece.mapped[at : at + min(length, piece.length - at)]
+            found.append(part)
+            offset, length = offset + len(part), length - len(part)
+        return b"".join(found)
+
+    def write(self, offset: int, data: bytes) -> bool:
+        """Put bytes into the guest's memory, the last four of them last.
+
+        The guest polls what comes last (the phase of a completion, an index), and must find there what came before.
+        Nothing is written, and False returned, if they don't all lie in pieces that can be written.
+        """
+        parts: list[tuple[mmap.mmap, int, bytes]] = []
+        while data:
+            piece = self._find(offset)
+            if piece is None or piece.mapped is None or not piece.is_writable:
+                return False
+            at = offset - piece.start
+            part, data = data[: piece.length - at], data[piece.length - at :]
+            offset += len(part)
+            parts.append((piece.mapped, at, part))
+        for mapped, at, part in parts:
+            if len(part) > _TAIL_BYTES:
+                mapped[at : at + len(part) - _TAIL_BYTES] = part[:-_TAIL_BYTES]
+                at, part = at + len(part) - _TAIL_BYTES, part[-_TAIL_BYTES:]
+            mapped[at : at + len(part)] = part
+        return True
+
+    def _is_known(self, start: int, length: int) -> bool:
+        piece = self._find(start)
+        return piece is not None and (piece.start, piece.length) == (start, length)
+
+    def _find(self, address: int) -> Piece | None:
+        at = bisect_right(self._starts, address) - 1
+        if at < 0:
+            return None
+        piece = self._pieces[at]
+        return piece if address < piece.end else None
+
+
+def _map(descriptor: int, length: int, offset: int, *, is_writable: bool) -> mmap.mmap:
+    try:
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    if not seals & fcntl.F_SEAL_SHRINK or offset + length > os.fstat(descriptor).st_size:
+        expected = "within a memfd that can't shrink (QEMU: -object memory-backend-memfd,share=on)"
+        raise invalid_field("region", f"{length:#x} bytes at {offset:#x} of its descriptor", expected)
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
+    try:
+        return mmap.mmap(descriptor, length, flags=mmap.MAP_SHARED, prot=protection, offset=offset)
+    except (OSError, ValueError) as error:
+        raise invalid_field("region", f"{length:#x} bytes at {offset:#x}", f"what can be mapped ({error})") from None

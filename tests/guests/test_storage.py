@@ -1,0 +1,59 @@
+"""A Linux guest with a file system on a function that goes around the fleet: its driver notices nothing."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from support.guest import VirtualMachine, attach_guest, dmesg_of, virtual_machine
+from support.local_cluster import Cluster, assert_nothing_left, running
+
+from vfleet.v1.records_pb2 import Phase
+
+pytestmark = pytest.mark.timeout(600)
+
+TOPOLOGY = Path(__file__).with_name("fleet.yaml")
+HOMES = ("h2/nvme0", "h3/nvme0", "h1/nvme0")
+MOVES = 20
+OPERATIONS = 10_000
+DEVICE = "/dev/nvme0n1"
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+    async with running(tmp_path, topology=TOPOLOGY) as cluster:
+        yield cluster
+
+
+async def operations(machine: VirtualMachine) -> int:
+    report, runs = await machine.report("storage")
+    assert runs, report
+    return int(str(report.get("operations", 0)))
+
+
+async def until_operations(machine: VirtualMachine, number: int) -> None:
+    while await operations(machine) < number:
+        pass
+
+
+async def test_a_file_system_goes_around_the_fleet(cluster: Cluster, tmp_path: Path):
+    await cluster.fleet.create_function("vf1", "h1/nvme0")
+    socket = await attach_guest(cluster, "vf1", "g1", "h1", tmp_path)
+    async with virtual_machine(tmp_path / "vm", [socket]) as machine:
+        before = await machine.run("lspci -vvnn")
+        await machine.start("storage", "python3", "/storage.py", DEVICE, "4")
+        for number in range(MOVES):
+            done = await operations(machine)
+            await until_operations(machine, max(done + 100, OPERATIONS * number // MOVES))
+            migration = await cluster.move(f"m{number}", {"vf1": HOMES[number % len(HOMES)]})
+            assert migration.phase == Phase.PHASE_DONE, migration.abort_reason
+        await until_operations(machine, OPERATIONS)
+        await machine.run("touch /tmp/stop")
+        while (answer := await machine.report("storage"))[1]:
+            pass
+        report, _ = answer
+        assert (report["mismatches"], report["errors"], report["is_over"]) == (0, 0, True), report
+        assert int(str(report["device_ios"])) >= int(str(report["operations"])) >= OPERATIONS, report
+        assert await machine.run("lspci -vvnn") == before
+        assert await dmesg_of(machine, "nvme|ext4|jbd2|blk|pci|aer|hotplug") == []
+    await cluster.fleet.detach_driver("vf1", "g1")
+    await assert_nothing_left(cluster)

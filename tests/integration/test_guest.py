@@ -1,0 +1,301 @@
+"""A driver in a virtual machine, whose VMM is the test itself: attached, moved, restarted behind, lost, detached."""
+
+import asyncio
+import os
+import select
+import signal
+import struct
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from support.guest import attach_guest
+from support.local_cluster import Cluster, assert_nothing_left, eventually, refusal, running
+from support.vmm import CONFIGURATION, DEVICE_INFO, INTERRUPT_INFO, REGION_INFO, RESET, SharedMemory, Vmm
+
+from vfleet.driver import DriverClient
+from vfleet.errors import Reason
+from vfleet.v1.records_pb2 import Phase
+from vfleet.v1.types_pb2 import GUEST_STATE_CONNECTED, GUEST_STATE_LOST, GUEST_STATE_WAITING, Guest, GuestState
+
+TOPOLOGY = Path(__file__).parents[1] / "guests" / "fleet.yaml"
+MEMORY_BYTES = 4 << 20
+PAGE = 4096
+ASQ, ACQ, AQA, CC, CSTS, VS = 0x28, 0x30, 0x24, 0x14, 0x1C, 0x08
+SUBMISSIONS, COMPLETIONS, BUFFER = 0x10000, 0x20000, 0x30000
+ENABLE = 0x00460001
+IDENTIFY = 6
+
+
+class Driver:
+    """As much of an NVMe driver as it takes to ask the controller what it is: one command at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.memory = SharedMemory(MEMORY_BYTES)
+        self.eventfd = os.eventfd(0)
+        self.tail = 0
+        self.vmm = Vmm(path)
+
+    def close(self) -> None:
+        self.vmm.close()
+        self.memory.close()
+        os.close(self.eventfd)
+
+    def begin(self) -> None:
+        self.vmm.begin()
+        assert not self.vmm.map(self.memory, 0).error
+        assert not self.vmm.set_eventfds(0, (self.eventfd,)).error
+        self.enable()
+
+    def enable(self) -> None:
+        self.tail = 0
+        self.memory.content[COMPLETIONS : COMPLETIONS + PAGE] = bytes(PAGE)
+        for register, value in ((AQA, 15 << 16 | 15), (ASQ, SUBMISSIONS), (ACQ, COMPLETIONS), (CC, ENABLE)):
+            self.vmm.write(0, register, value.to_bytes(4, "little"))
+        assert self.status() == 1
+
+    def status(self) -> int:
+        return int.from_bytes(self.vmm.read(0, CSTS, 4), "little")
+
+    def submit(self) -> None:
+        """Ask the controller to identify itself; the doorbell is posted."""
+        command = struct.pack("<BBHI16xQQII", IDENTIFY, 0, self.tail, 0, BUFFER, 0, 1, 0).ljust(64, b"\0")
+        at = SUBMISSIONS + 64 * self.tail
+        self.memory.content[at : at + 64] = command
+        self.tail = (self.tail + 1) % 16
+        self.vmm.write(0, 0x1000, self.tail.to_bytes(4, "little"), posted=True)
+
+    def interrupted(self) -> None:
+        assert select.select([self.eventfd], [], [], 30)[0], "no interrupt came"
+        os.eventfd_read(self.eventfd)
+
+    def completed(self) -> None:
+        """Wait for the interrupt, and take the completion of the command that was submitted last."""
+        at = COMPLETIONS + 16 * ((self.tail - 1) % 16)
+        status = 0
+        while not status & 1:
+            # A hostd that takes over interrupts once more than it has to.
+            self.interrupted()
+            _, _, _, _, identifier, status = struct.unpack("<IIHHHH", self.memory.content[at : at + 16])
+        assert (identifier, status >> 1) == ((self.tail - 1) % 16, 0)
+        self.vmm.write(0, 0x1004, self.tail.to_bytes(4, "little"), posted=True)
+        assert self.memory.content[BUFFER + 516 : BUFFER + 520] == (1).to_bytes(4, "little")  # namespaces
+        self.memory.content[BUFFER : BUFFER + PAGE] = bytes(PAGE)
+
+    def identify(self) -> None:
+        self.submit()
+        self.completed()
+
+
+async def do(work: Callable[[], object]) -> None:
+    """Let the driver work while the cluster does."""
+    async with asyncio.timeout(30):
+        await asyncio.to_thread(work)
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+    async with running(tmp_path, topology=TOPOLOGY) as cluster:
+        await cluster.fleet.create_function("vf1", "h1/nvme0")
+        yield cluster
+
+
+@pytest.fixture
+async def driver(cluster: Cluster, tmp_path: Path) -> AsyncIterator[Driver]:
+    found = Driver(await attach_guest(cluster, "vf1", "g1", "h1", tmp_path))
+    await do(found.begin)
+    yield found
+    found.close()
+
+
+async def until_state(cluster: Cluster, state: GuestState.ValueType) -> None:
+    """Wait until the fleet says what has become of the guest."""
+
+    async def is_said() -> bool:
+        return (await cluster.fleet.get_driver("g1")).guest_state == state
+
+    await eventually(is_said)
+
+
+def holder_of(tmp_path: Path, host: str = "h1") -> int:
+    return int((tmp_path / "cluster" / host / "guests" / "g1.pid").read_text())
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there that is no zombie."""
+    command = Path(f"/proc/{pid}/cmdline")
+    return command.exists() and bool(command.read_bytes())
+
+
+async def test_a_vmm_is_told_what_the_function_is(driver: Driver):
+    vmm = driver.vmm
+    _, flags, regions, kinds = struct.unpack("<IIII", vmm.ask(DEVICE_INFO, bytes(16)).body)
+    assert (flags, regions, kinds) == (3, 9, 5)
+    sizes = {}
+    for index in range(regions):
+        body = vmm.ask(REGION_INFO, struct.pack("<IIIIQQ", 32, 0, index, 0, 0, 0)).body
+        sizes[index] = struct.unpack("<IIIIQQ", body)[4]
+    assert {index: size for index, size in sizes.items() if size} == {0: 16 << 10, 7: PAGE}
+    interrupts = [
+        struct.unpack("<IIII", vmm.ask(INTERRUPT_INFO, struct.pack("<IIII", 16, 0, kind, 0)).body)[3]
+        for kind in range(kinds)
+    ]
+    assert interrupts == [0, 0, 9, 0, 0]
+    assert vmm.read(CONFIGURATION, 0, 4) == bytes.fromhex("f41ac510")
+    assert vmm.read(0, VS, 4) == (0x00010400).to_bytes(4, "little")
+
+
+async def test_commands_complete_wherever_the_function_lives(cluster: Cluster, driver: Driver):
+    for number, home in enumerate(("h2/nvme0", "h3/nvme0", "h1/nvme0")):
+        await do(driver.identify)
+        await do(driver.submit)
+        migration = await cluster.move(f"m{number}", {"vf1": home})
+        assert migration.phase == Phase.PHASE_DONE, migration.abort_reason
+        await do(driver.completed)
+        await do(driver.identify)
+    assert (await cluster.fleet.get_driver("g1")).guest_state == GUEST_STATE_CONNECTED
+
+
+@pytest.mark.parametrize("home", ["h1", "h2"])
+async def test_hostd_is_killed_behind_the_guest(cluster: Cluster, driver: Driver, home: str):
+    if home != "h1":
+        await cluster.move("m0", {"vf1": f"{home}/nvme0"})
+    for _ in range(3):
+        await do(driver.identify)
+        await cluster.local.hosts["h1"].kill()
+        # A posted write finds nobody, and waits.
+        await do(driver.submit)
+        await cluster.local.hosts["h1"].start()
+        await do(driver.completed)
+        await do(lambda: driver.vmm.read(CONFIGURATION, 0, 4))
+        assert driver.status() == 1
+    await until_state(cluster, GUEST_STATE_CONNECTED)
+
+
+async def test_what_was_written_to_configuration_space_outlives_hostd(cluster: Cluster, driver: Driver):
+    driver.vmm.write(CONFIGURATION, 0x04, b"\x06\x04")
+    await cluster.local.hosts["h1"].restart()
+    found: list[bytes] = []
+    await do(lambda: found.append(driver.vmm.read(CONFIGURATION, 0x04, 2)))
+    assert found == [b"\x06\x04"]
+
+
+@pytest.mark.parametrize("home", ["h1", "h2"])
+async def test_a_reset_ends_what_was_under_way(cluster: Cluster, driver: Driver, home: str):
+    if home != "h1":
+        await cluster.move("m0", {"vf1": f"{home}/nvme0"})
+    for reset in (
+        lambda: driver.vmm.write(CONFIGURATION, 0x48, b"\0\x80"),
+        lambda: driver.vmm.ask(RESET),
+        lambda: driver.vmm.write(0, CC, bytes(4)),
+    ):
+        await do(driver.submit)
+        await do(reset)
+        assert driver.status() == 0
+        # Nothing reaches the guest's memory any more once it has been told that the function is reset.
+        before = driver.memory.content[:]
+        await cluster.fleet.list_hosts()
+        assert driver.memory.content[:] == before
+        if select.select([driver.eventfd], [], [], 0)[0]:
+            os.eventfd_read(driver.eventfd)
+        await do(driver.enable)
+        await do(driver.identify)
+
+
+async def test_a_guest_that_was_powered_off_begins_anew(cluster: Cluster, driver: Driver, tmp_path: Path):
+    await do(driver.submit)
+    driver.vmm.close()
+    await until_state(cluster, GUEST_STATE_WAITING)
+    again = Driver(tmp_path / "g1.sock")
+    try:
+        await do(again.begin)
+        await do(again.identify)
+        await until_state(cluster, GUEST_STATE_CONNECTED)
+    finally:
+        again.close()
+
+
+async def test_a_holder_that_ends_under_its_vmm_is_lost_and_the_fleet_says_so(
+    cluster: Cluster, driver: Driver, tmp_path: Path
+):
+    await until_state(cluster, GUEST_STATE_CONNECTED)
+    os.kill(holder_of(tmp_path), signal.SIGKILL)
+    with pytest.raises((EOFError, ConnectionResetError, BrokenPipeError)):
+        await do(driver.status)
+    await until_state(cluster, GUEST_STATE_LOST)
+    await cluster.local.hosts["h1"].restart()
+    await until_state(cluster, GUEST_STATE_LOST)
+    # The function itself is well: attached anew it works.
+    await cluster.fleet.detach_driver("vf1", "g1")
+    await cluster.fleet.delete_driver("g1")
+    again = Driver(await attach_guest(cluster, "vf1", "g1", "h1", tmp_path))
+    try:
+        await do(again.begin)
+        await do(again.identify)
+    finally:
+        again.close()
+
+
+async def test_a_holder_that_ends_without_a_vmm_is_started_anew(cluster: Cluster, tmp_path: Path):
+    socket = await attach_guest(cluster, "vf1", "g1", "h1", tmp_path)
+    await until_state(cluster, GUEST_STATE_WAITING)
+    first = holder_of(tmp_path)
+    os.kill(first, signal.SIGKILL)
+
+    async def is_new() -> bool:
+        return holder_of(tmp_path) != first
+
+    await eventually(is_new)
+    found: list[Driver] = []
+    await do(lambda: found.append(Driver(socket)))
+    await do(found[0].begin)
+    found[0].close()
+
+
+async def test_detaching_ends_the_holder_and_leaves_nothing(cluster: Cluster, driver: Driver, tmp_path: Path):
+    pid = holder_of(tmp_path)
+    await cluster.fleet.detach_driver("vf1", "g1")
+
+    async def has_ended() -> bool:
+        return not runs(pid)
+
+    await eventually(has_ended)
+    assert not (tmp_path / "g1.sock").exists()
+    await cluster.fleet.delete_driver("g1")
+    await assert_nothing_left(cluster)
+
+
+async def test_its_accesses_come_from_the_virtual_machine_alone(cluster: Cluster, driver: Driver):
+    entry = (await cluster.fleet.get_driver("g1")).entries[0]
+    error = await refusal(DriverClient(cluster.hosts["h1"], "g1").read(entry.virtual_address, 4))
+    assert error.reason is Reason.IN_USE
+
+
+@pytest.mark.parametrize(
+    ("guest", "field"),
+    [
+        (Guest(socket="relative.sock"), "guest.socket"),
+        (Guest(socket="/" + "x" * 107), "guest.socket"),
+        (Guest(socket="/tmp/a.sock", longest_hold_ms=3000), "guest.message_timeout_ms"),
+        (Guest(socket="/tmp/a.sock", message_timeout_ms=4499), "guest.message_timeout_ms"),
+    ],
+)
+async def test_what_can_not_be_kept_is_refused(cluster: Cluster, guest: Guest, field: str):
+    error = await refusal(cluster.fleet.attach_driver("vf1", "g1", host="h1", guest=guest))
+    assert (error.reason, error.metadata.get("field", field)) == (Reason.INVALID_FIELD, field)
+    assert field in error.message
+
+
+async def test_a_migration_that_may_hold_a_guest_for_too_long_is_not_begun(cluster: Cluster, driver: Driver):
+    error = await refusal(cluster.begin("m1", {"vf1": "h2/nvme0"}, hold_timeout_ms=2001))
+    assert error.reason is Reason.INVALID_FIELD
+    assert "at most 2000" in error.message
+    assert (await cluster.move("m2", {"vf1": "h2/nvme0"}, hold_timeout_ms=2000)).phase == Phase.PHASE_DONE
+
+
+async def test_a_guests_driver_has_one_function(cluster: Cluster, driver: Driver, tmp_path: Path):
+    await cluster.fleet.create_function("vf2", "h1/nvme0")
+    own = Guest(socket=str(tmp_path / "g1.sock"))
+    assert (await refusal(cluster.fleet.attach_driver("vf2", "g1", guest=own))).reason is Reason.LIMIT_EXCEEDED
+    assert (await refusal(cluster.fleet.attach_driver("vf1", "g1"))).reason is Reason.ALREADY_EXISTS
+    await cluster.fleet.attach_driver("vf1", "g1", guest=own)

@@ -1,0 +1,214 @@
+"""The holder of a guest's socket: what it keeps for a hostd that comes anew, and what it answers when none does."""
+
+import asyncio
+import os
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from support.vmm import HEADER, REGION_READ, REGION_WRITE, RESET, VERSION, SharedMemory, Vmm
+
+from hostd.guest import holder, holder_link
+from hostd.guest.holder_link import Frame, HolderGoneError, HolderLink
+from vfleet.clock import SystemClock
+from vfleet.errors import VfleetError
+
+SOON_MS, LATE_MS = 50, 60_000
+
+
+class Bench:
+    """A holder, and hostds and VMMs of the test's own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.socket = folder / "vm.sock"
+        self.link: HolderLink
+        self.links: list[HolderLink] = []
+        self.vmms: list[Vmm] = []
+
+    async def start(self, answer_within_ms: int = LATE_MS) -> "Bench":
+        self.link = await holder_link.start(
+            self.folder / "guests", "g1", str(self.socket), answer_within_ms, SystemClock()
+        )
+        self.links.append(self.link)
+        return self
+
+    def connect(self) -> HolderLink:
+        self.link.close()
+        found = holder_link.connect(self.folder / "guests", "g1")
+        assert found is not None
+        self.link = found
+        self.links.append(found)
+        return found
+
+    async def vmm(self) -> Vmm:
+        self.vmms.append(await asyncio.to_thread(Vmm, self.socket))
+        return self.vmms[-1]
+
+    async def frames(self, until: int, count: int = 1) -> list[Frame]:
+        """Return the frames up to and with so many of a kind."""
+        found: list[Frame] = []
+        async with asyncio.timeout(30):
+            while sum(frame.kind == until for frame in found) < count:
+                found += await self.link.receive()
+        return found
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    found = Bench(tmp_path)
+    yield found
+    link = holder_link.connect(tmp_path / "guests", "g1")
+    if link is not None:
+        link.quit()
+        link.close()
+    for each in (*found.links, *found.vmms):
+        each.close()
+
+
+def command_of(frame: Frame) -> int:
+    return int(HEADER.unpack_from(frame.data)[1])
+
+
+def send_without_end(vmm: Vmm) -> None:
+    while True:
+        vmm.write(0, 0, bytes(4096), posted=True)
+
+
+async def test_a_hostd_that_comes_anew_gets_what_is_not_done(bench: Bench):
+    await bench.start()
+    vmm = await bench.vmm()
+    for number in range(5):
+        vmm.write(0, 8 * number, bytes(8), posted=True)
+    await bench.frames(holder.MESSAGE, 5)
+    bench.link.done(3, 77)  # that the VMM came, and two writes
+    bench.link.close()
+    vmm.write(0, 40, bytes(8), posted=True)
+    bench.connect()
+    frames = await bench.frames(holder.MESSAGE, 4)
+    assert [frame.kind for frame in frames] == [holder.HELLO, holder.READY] + [holder.MESSAGE] * 4
+    assert (frames[0].number, frames[0].position) == (3, 77)
+    assert [frame.number for frame in frames[2:]] == [4, 5, 6, 7]
+    assert [struct.unpack_from("<Q", frame.data, HEADER.size)[0] for frame in frames[2:]] == [16, 24, 32, 40]
+
+
+async def test_descriptors_that_are_kept_are_handed_over(bench: Bench):
+    await bench.start()
+    await bench.frames(holder.READY)
+    memory = SharedMemory(4096)
+    memory.content[:5] = b"hello"
+    bench.link.keep(b"a", b"one", memory.descriptor)
+    bench.link.keep(b"b", b"two")
+    bench.link.keep(b"c", b"three", memory.descriptor)
+    bench.link.keep(b"b", b"instead")
+    bench.link.drop(b"c")
+    memory.close()
+    bench.connect()
+    kept = [frame for frame in await bench.frames(holder.READY) if frame.kind == holder.KEPT]
+    assert {frame.key: frame.data for frame in kept} == {b"a": b"one", b"b": b"instead"}
+    descriptor = next(frame.descriptors[0] for frame in kept if frame.descriptors)
+    assert os.pread(descriptor, 5, 0) == b"hello"
+    for frame in kept:
+        frame.close()
+
+
+async def test_what_a_vmm_sends_with_a_message_comes_with_it_each_time(bench: Bench):
+    await bench.start()
+    vmm = await bench.vmm()
+    memory = SharedMemory(4096)
+    vmm.send(VERSION)
+    vmm.send(2, b"x" * 100, (memory.descriptor, memory.descriptor))
+    for _ in range(2):
+        first, second = [frame for frame in await bench.frames(holder.MESSAGE, 2) if frame.kind == holder.MESSAGE]
+        assert (len(first.descriptors), len(second.descriptors)) == (0, 2)
+        second.close()
+        bench.connect()
+    memory.close()
+
+
+async def test_a_read_that_nobody_answers_reads_all_ones(bench: Bench):
+    await bench.start(SOON_MS)
+    bench.link.close()
+    vmm = await bench.vmm()
+    assert await asyncio.to_thread(vmm.read, 0, 0x1C, 4) == b"\xff" * 4
+    await asyncio.to_thread(vmm.write, 0, 0x14, bytes(4))
+    assert (await asyncio.to_thread(vmm.try_to_ask, RESET)).error
+    # An answer that comes after that is nobody's.
+    bench.connect()
+    frames = await bench.frames(holder.MESSAGE, 3)
+    bench.link.answer(frames[-1].number, b"late")
+    assert await asyncio.to_thread(vmm.read, 0, 0, 8) == b"\xff" * 8
+
+
+async def test_an_answer_goes_to_its_question(bench: Bench):
+    await bench.start()
+    vmm = await bench.vmm()
+    first = vmm.send(REGION_READ, struct.pack("<QII", 0, 0, 4))
+    second = vmm.send(REGION_READ, struct.pack("<QII", 4, 0, 4))
+    asked = {HEADER.unpack_from(f.data)[0]: f.number for f in await bench.frames(holder.MESSAGE, 2) if f.data[8:]}
+    for identifier in (second, first):
+        bench.link.answer(asked[identifier], HEADER.pack(identifier, REGION_READ, HEADER.size, 1, 0))
+        assert (await asyncio.to_thread(vmm.receive)).identifier == identifier
+
+
+@pytest.mark.parametrize("length", [0, HEADER.size - 1, 1 << 16 | 1, 0xFFFFFFFF])
+async def test_a_vmm_that_can_not_be_understood_is_let_go(bench: Bench, length: int):
+    await bench.start()
+    vmm = await bench.vmm()
+    vmm.send_raw(HEADER.pack(1, REGION_WRITE, length, 0, 0))
+    with pytest.raises((EOFError, ConnectionResetError)):
+        await asyncio.to_thread(vmm.receive)
+    kinds = [frame.kind for frame in await bench.frames(holder.GONE)]
+    assert kinds == [holder.HELLO, holder.READY, holder.CONNECTED, holder.GONE]
+    await bench.vmm()
+    await bench.frames(holder.CONNECTED)
+
+
+async def test_a_device_has_one_vmm(bench: Bench):
+    await bench.start()
+    vmm = await bench.vmm()
+    await bench.frames(holder.CONNECTED)
+    other = await bench.vmm()
+    with pytest.raises((EOFError, ConnectionResetError)):
+        await asyncio.to_thread(other.receive)
+    vmm.send(VERSION)
+    await bench.frames(holder.MESSAGE)
+
+
+async def test_a_vmm_that_sends_without_end_waits(bench: Bench):
+    await bench.start()
+    bench.link.close()
+    vmm = await bench.vmm()
+    vmm.socket.settimeout(0.5)
+    with pytest.raises(TimeoutError):
+        send_without_end(vmm)
+    bench.connect()
+    frames = await bench.frames(holder.MESSAGE, holder.MAX_QUEUED - 1)
+    assert len([frame for frame in frames if frame.kind == holder.MESSAGE]) == holder.MAX_QUEUED - 1
+    # Once some are done there is room for others.
+    bench.link.done(frames[-1].number, 0)
+    await bench.frames(holder.MESSAGE)
+
+
+async def test_it_ends_when_told_to_and_leaves_no_socket(bench: Bench):
+    await bench.start()
+    bench.link.quit()
+    with pytest.raises(HolderGoneError):
+        await bench.frames(holder.GONE)
+    assert not bench.socket.exists()
+    assert holder_link.connect(bench.folder / "guests", "g1") is None
+
+
+async def test_a_socket_that_was_left_is_taken_and_one_in_use_is_not(bench: Bench, tmp_path: Path):
+    await bench.start()
+    other = Bench(tmp_path)
+    with pytest.raises(VfleetError, match="can't listen"):
+        await holder_link.start(other.folder / "others", "g2", str(bench.socket), LATE_MS, SystemClock())
+    os.kill(int((bench.folder / "guests" / "g1.pid").read_text()), 9)
+    with pytest.raises(HolderGoneError):
+        await bench.frames(holder.READY, 2)
+    assert bench.socket.exists()
+    await bench.start()
+    await bench.vmm()
+    await bench.frames(holder.CONNECTED)
