@@ -32,8 +32,8 @@ class VirtualMachine:
     def __init__(self, process: asyncio.subprocess.Process, console: Path) -> None:
         self.process = process
         self.console = console
-        self._reader: asyncio.StreamReader
-        self._writer: asyncio.StreamWriter
+        self._reader = asyncio.StreamReader()
+        self._writer: asyncio.StreamWriter | None = None
 
     async def connect(self, agent: Path) -> None:
         """Wait until the agent is there."""
@@ -56,8 +56,18 @@ class VirtualMachine:
                 if b'"ready"' in line:
                     return
 
+    async def end(self) -> None:
+        """Power it off, at once."""
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+        if self._writer is not None:
+            self._writer.close()
+            await asyncio.gather(self._writer.wait_closed(), return_exceptions=True)
+
     async def ask(self, **request: object) -> Mapping[str, object]:
         """Let the agent do something, and return its answer."""
+        assert self._writer is not None
         self._writer.write(json.dumps(request).encode() + b"\n")
         await self._writer.drain()
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
@@ -127,9 +137,7 @@ async def virtual_machine(
         await machine.connect(agent)
         yield machine
     finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+        await machine.end()
         initramfs.unlink()
 
 
