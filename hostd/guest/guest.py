@@ -207,7 +207,7 @@ class LiveGuest:
             if error.reason is not Reason.SEQUENCE_GAP:
                 raise
             # Accesses that the holder knows of have been undone with the function's state: it was restored.
-            _log.error("driver %s goes on from another sequence: %s", self._driver.name, error.message)
+            _log.error("the guest goes on from another sequence: %s", error.message)
             self._sequence = access.sequence = queue.last_sequence + 1
             queue.submit(access)
 

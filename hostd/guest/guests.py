@@ -23,6 +23,7 @@ from vfleet.clock import Clock
 from vfleet.errors import VfleetError
 from vfleet.etcd.keys import guest_key, guests_prefix
 from vfleet.etcd.store import Delete, Put, Store, Transaction
+from vfleet.log import bind
 from vfleet.v1.host_records_pb2 import GuestRecord
 from vfleet.v1.types_pb2 import (
     GUEST_STATE_CONNECTED,
@@ -91,6 +92,7 @@ class Guests:
 
     async def _keep(self, driver: Driver) -> None:
         """Serve a guest through its holder, for ever, or until its holder ends under a VMM."""
+        bind(driver=driver.name, function=_function_of(driver))
         while True:
             record = self._ledger.get(_KIND, driver.name, GuestRecord) or GuestRecord()
             if record.lost:
@@ -104,10 +106,10 @@ class Guests:
                     return
                 await self._serve(driver, link)
             except VfleetError as error:
-                _log.error("guest of driver %s: %s", driver.name, error)
+                _log.error("the guest is begun anew: %s", error)
                 await self._clock.sleep(RETRY_S)
             except Exception:  # noqa: BLE001  # a defect harms this guest, neither others nor the host
-                _log.exception("guest of driver %s", driver.name)
+                _log.exception("the guest is begun anew")
                 await self._clock.sleep(RETRY_S)
             finally:
                 if link is not None:
@@ -139,9 +141,7 @@ class Guests:
 
     def _lose(self, driver: Driver, live: LiveGuest | None) -> None:
         """Say that a guest's device is dead: its VMM never connects again."""
-        _log.error(
-            "the holder of driver %s has ended under its VMM: the device is dead; detach and attach anew", driver.name
-        )
+        _log.error("the holder has ended under its VMM: the device is dead; detach and attach anew")
         if live is not None:
             live.reset()
         self._set(driver, GUEST_STATE_LOST)
