@@ -11,11 +11,11 @@ GENERATE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I 
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench chaos kill-matrix promtool model simulate simulate-bugs mutation lint proto clean
+.PHONY: help demo test bench chaos kill-matrix guest-image guest-kill-matrix promtool model simulate simulate-bugs mutation lint proto clean
 .DELETE_ON_ERROR:
 
 help: ## Show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed ## Show functions move twice under a driver at work
 	$(BIN)/vfleet demo
@@ -33,6 +33,12 @@ kill-matrix: $(VENV)/installed-dev ## Kill and freeze everyone at every step of 
 	PYTHONPATH=tests $(BIN)/python -m fault.kill_matrix
 
 promtool: .cache/promtool ## Get promtool, which tests of alerts need, from Debian's package of Prometheus
+
+guest-image: ## Make what a guest is run with (QEMU, kernel, initramfs), of Debian packages, and print its folder
+	tests/guests/image.sh
+
+guest-kill-matrix: $(VENV)/installed-dev ## Kill everyone at every step of a move, under a Linux guest at work
+	$(BIN)/pytest tests/guests/test_kills.py --all-cells
 
 model: ## Search all states of the protocol's models, with Spin and a C compiler; take each rule away
 	nice -n 19 $(PYTHON) tests/model/check.py

@@ -13,6 +13,10 @@ import pytest
 LOCK = Path(tempfile.gettempdir()) / "vfleet-guests.lock"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-cells", action="store_true", help="run all cells of the guests' kill matrix")
+
+
 @pytest.fixture(autouse=True)
 async def alone() -> AsyncIterator[None]:
     """Wait for one's turn. Without Debian's tools there is no QEMU: not run, which is a failure where CI=true."""

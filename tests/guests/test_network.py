@@ -1,5 +1,6 @@
 """Two Linux guests with a TCP stream between them, while either's network function goes around the fleet."""
 
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -101,9 +102,9 @@ async def test_a_connection_lives_while_either_end_moves(
         for machine in machines:
             assert await dmesg_of(machine, "virtio|eth0|pci|net") == []
         with capsys.disabled():
-            print(
+            sys.stdout.write(
                 f"\n{MOVES} moves, {sum(sent):,} frames sent and received, {ends[0]['blocks']:,} blocks;"
-                f" longest gap of a 100 Hz ping {at_rest_ms:.0f} ms at rest, {moving_ms:.0f} ms with moves"
+                f" longest gap of a 100 Hz ping {at_rest_ms:.0f} ms at rest, {moving_ms:.0f} ms with moves\n"
             )
     for number in (1, 2):
         await cluster.fleet.detach_driver(f"vf{number}", f"g{number}")

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from support.guest import VirtualMachine, attach_guest, dmesg_of, virtual_machine
+from support.guest import VirtualMachine, attach_guest, dmesg_of, finish_storage, storage_operations, virtual_machine
 from support.local_cluster import Cluster, assert_nothing_left, running
 
 from vfleet.v1.records_pb2 import Phase
@@ -24,14 +24,8 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
         yield cluster
 
 
-async def operations(machine: VirtualMachine) -> int:
-    report, runs = await machine.report("storage")
-    assert runs, report
-    return int(str(report.get("operations", 0)))
-
-
 async def until_operations(machine: VirtualMachine, number: int) -> None:
-    while await operations(machine) < number:
+    while await storage_operations(machine) < number:
         pass
 
 
@@ -42,15 +36,12 @@ async def test_a_file_system_goes_around_the_fleet(cluster: Cluster, tmp_path: P
         before = await machine.run("lspci -vvnn")
         await machine.start("storage", "python3", "/storage.py", DEVICE, "4")
         for number in range(MOVES):
-            done = await operations(machine)
+            done = await storage_operations(machine)
             await until_operations(machine, max(done + 100, OPERATIONS * number // MOVES))
             migration = await cluster.move(f"m{number}", {"vf1": HOMES[number % len(HOMES)]})
             assert migration.phase == Phase.PHASE_DONE, migration.abort_reason
         await until_operations(machine, OPERATIONS)
-        await machine.run("touch /tmp/stop")
-        while (answer := await machine.report("storage"))[1]:
-            pass
-        report, _ = answer
+        report = await finish_storage(machine)
         assert (report["mismatches"], report["errors"], report["is_over"]) == (0, 0, True), report
         assert int(str(report["device_ios"])) >= int(str(report["operations"])) >= OPERATIONS, report
         assert await machine.run("lspci -vvnn") == before

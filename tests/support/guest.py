@@ -181,3 +181,18 @@ async def dmesg_of(machine: VirtualMachine, subjects: str) -> list[str]:
         f"dmesg | grep -iE '{subjects}' | grep -iE 'error|timeout|timed out|reset|abort|fail|down|remov|hung' || true"
     )
     return told.splitlines()
+
+
+async def storage_operations(machine: VirtualMachine) -> int:
+    """Return how many operations `storage.py` has done and verified, which runs."""
+    report, runs = await machine.report("storage")
+    assert runs, report
+    return int(str(report.get("operations", 0)))
+
+
+async def finish_storage(machine: VirtualMachine) -> dict[str, object]:
+    """Let `storage.py` end, check its file system, and report."""
+    await machine.run("touch /tmp/stop")
+    while (answer := await machine.report("storage"))[1]:
+        pass
+    return answer[0]

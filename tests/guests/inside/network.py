@@ -44,7 +44,7 @@ def serve():
     size = HEAD.size + len(content(0))
     while (block := take(connection, size)) is not None:
         number, checksum = HEAD.unpack_from(block)
-        if number != report["blocks"] or zlib.crc32(block[HEAD.size:]) != checksum:
+        if number != report["blocks"] or zlib.crc32(block[HEAD.size :]) != checksum:
             report["mismatches"] += 1
         report["blocks"] += 1
     report["ended"] = "the sender has closed it"
@@ -98,7 +98,10 @@ def send_pings(datagrams):
         time.sleep(PING_S)
 
 
-work = threading.Thread(target=serve if sys.argv[1] == "serve" else send, args=() if sys.argv[1] == "serve" else (sys.argv[2], float(sys.argv[3])))
+work = threading.Thread(
+    target=serve if sys.argv[1] == "serve" else send,
+    args=() if sys.argv[1] == "serve" else (sys.argv[2], float(sys.argv[3])),
+)
 work.start()
 while work.is_alive():
     time.sleep(0.1)

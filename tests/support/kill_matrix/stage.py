@@ -78,9 +78,11 @@ class Pattern:
 
 @dataclass
 class Stage:
+    """A cluster in which `device` of h1 and h2 is the function's home, by turns."""
+
     cluster: Cluster
     failpoints: Failpoints
-    pattern: Pattern
+    device: str = "nic0"
     count: int = 0
 
     async def run(self, cell: Cell) -> Outcome:
@@ -117,12 +119,34 @@ class Stage:
             return (await self.registrations()).keys() == names
 
         await eventually(all_registered)
-        await self.cluster.until_working()
+        await self.until_working()
         await assert_nothing_left(self.cluster)
+        await self.check_drivers()
+
+    async def until_working(self) -> None:
+        """Wait until the drivers have done something since."""
+        raise NotImplementedError
+
+    async def check_drivers(self) -> None:
+        """Check that no driver has seen anything wrong."""
+        raise NotImplementedError
+
+
+@dataclass
+class WorkloadStage(Stage):
+    """One with the built-in workloads, and a pattern in the rest of the function's memory."""
+
+    pattern: Pattern | None = None
+
+    async def until_working(self) -> None:
+        await self.cluster.until_working()
+
+    async def check_drivers(self) -> None:
         for workload in self.cluster.workloads:
             report = await self.cluster.report(*workload)
             assert {figure: getattr(report, figure) for figure in FIGURES} == dict.fromkeys(FIGURES, 0), report
             assert not report.failure
+        assert self.pattern is not None
         await self.pattern.check()
 
 
@@ -193,7 +217,7 @@ class Scene:
             prepare_timeout_ms=PREPARE_TIMEOUT_MS,
             mode=TransferMode.TRANSFER_MODE_POST_COPY if is_post_copy else TransferMode.TRANSFER_MODE_PRE_COPY,
         )
-        moves = [move_request("vf1", f"{self.target}/nic0")]
+        moves = [move_request("vf1", f"{self.target}/{self.stage.device}")]
         async with FleetClient(self.stage.cluster.local.coordinator_addresses, patience_s=CELL_TIMEOUT_S) as client:
             await when_possible(lambda: client.create_migration(moves, name=self.name, options=options))
 
@@ -329,4 +353,4 @@ async def staged(directory: Path, *, has_second: bool) -> AsyncIterator[Stage]:
             tuple(Random().randbytes(PAGE_BYTES) for _ in range(PATTERN_PAGES)),
         )
         await pattern.write()
-        yield Stage(cluster, failpoints, pattern)
+        yield WorkloadStage(cluster, failpoints, pattern=pattern)
