@@ -83,6 +83,13 @@ class VirtualMachine:
         assert answer["code"] == 0, answer
         return str(answer["output"])
 
+    async def reboot(self) -> None:
+        """Let it reboot, at once, and wait until it is up again."""
+        assert self._writer is not None
+        self._writer.write(json.dumps({"start": "reboot", "program": ["/usr/bin/busybox", "reboot", "-f"]}).encode())
+        self._writer.write(b"\n")
+        await self.until_ready()
+
     async def start(self, name: str, *program: str) -> None:
         """Start a program in the background."""
         await self.ask(start=name, program=program)
