@@ -5,7 +5,7 @@ functions hold also on the way: those that are to be together move together, and
 doesn't come to where that one still is.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 
@@ -22,7 +22,7 @@ Unit = frozenset[str]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Functions that move in one migration, once those of `after` have left."""
+    """Functions that move in one migration, once those of `after` have moved."""
 
     functions: tuple[str, ...]
     after: frozenset[str] = frozenset()
@@ -37,8 +37,10 @@ class DrainPlan:
     stuck: Mapping[str, VfleetError]
 
 
-def plan_drain(snapshot: Snapshot, functions: Iterable[str], constraints: Constraints) -> DrainPlan:
-    """Return how these functions leave, given that they and nothing else move.
+def plan_drain(
+    snapshot: Snapshot, functions: Iterable[str], constraints: Constraints, shunned: Collection[str] = ()
+) -> DrainPlan:
+    """Return how these functions leave, given that they and nothing else move. Hosts of `shunned` are a last resort.
 
     Raise IN_MIGRATION if a rule names another function and that is in a migration: where it will be isn't known yet.
     """
@@ -51,7 +53,7 @@ def plan_drain(snapshot: Snapshot, functions: Iterable[str], constraints: Constr
         except VfleetError as error:
             stuck[name] = error
     while movers:
-        question = _question(snapshot, movers, constraints)
+        question = _question(snapshot, movers, constraints, shunned)
         answer = _answer(question)
         if answer is not None:
             return DrainPlan(answer, _batches(question, answer), stuck)
@@ -61,15 +63,24 @@ def plan_drain(snapshot: Snapshot, functions: Iterable[str], constraints: Constr
     return DrainPlan({}, (), stuck)
 
 
-def _question(snapshot: Snapshot, movers: Sequence[str], constraints: Constraints) -> Question:
+def binding_rules(snapshot: Snapshot, movers: Collection[str], constraints: Constraints) -> list[GroupRule]:
+    """Return the rules about functions that say something of these, with those functions only that are somewhere."""
+    rules = []
+    for rule in constraints.groups:
+        bound = [name for name in rule.functions if _binds(snapshot, name)]
+        if len(bound) > 1 and any(name in movers for name in bound):
+            rules.append(GroupRule(functions=bound, boundary=rule.boundary, relation=rule.relation))
+    return rules
+
+
+def _question(
+    snapshot: Snapshot, movers: Sequence[str], constraints: Constraints, shunned: Collection[str] = ()
+) -> Question:
     asked = Constraints()
     asked.CopyFrom(constraints)
     del asked.groups[:]
-    for rule in constraints.groups:
-        bound = [name for name in rule.functions if _binds(snapshot, name)]
-        if len(bound) > 1 and not set(bound).isdisjoint(movers):
-            asked.groups.append(GroupRule(functions=bound, boundary=rule.boundary, relation=rule.relation))
-    return ask(snapshot, [MoveRequest(function=name) for name in movers], asked)
+    asked.groups.extend(binding_rules(snapshot, movers, constraints))
+    return ask(snapshot, [MoveRequest(function=name) for name in movers], asked, shunned)
 
 
 def _binds(snapshot: Snapshot, name: str) -> bool:

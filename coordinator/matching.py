@@ -24,6 +24,11 @@ class Matching:
         self._items: defaultdict[str, dict[str, None]] = defaultdict(dict)  # the same the other way, in order
         self.is_complete = all(self._settle(item) for item in options)
 
+    @property
+    def seats(self) -> Mapping[str, str]:
+        """The seats of the items that are not fixed."""
+        return self._seats
+
     @classmethod
     def without_seat(cls, options: Mapping[str, Sequence[str]], room: Mapping[str, int]) -> list[str]:
         """Return as few items as can be, in order, without which all others have a seat."""

@@ -127,7 +127,7 @@ class Run:
                         await self._journal.settle(self._commit)
             except VfleetError as error:
                 _log.warning("migration %s fails at %s: %s", self.record.name, self.state, error.message)
-                await self._abort(error.message, self.state.step, error.reason)
+                await self._abort(error.message, self.state.step, error.reason, error.metadata.get("host", ""))
         committed = self.record.phase in (Phase.PHASE_COMMITTED, Phase.PHASE_DONE)
         self._advance(Event.COMMITTED if committed else Event.ABORTED)
 
@@ -269,16 +269,16 @@ class Run:
             )
         return transaction.commit(self.record, self.attempt.revision, clock.time())
 
-    async def _abort(self, reason: str, step: Step.ValueType, cause: Reason | None = None) -> None:
+    async def _abort(self, reason: str, step: Step.ValueType, cause: Reason | None = None, host: str = "") -> None:
         if self.record.phase == Phase.PHASE_PREPARING:
             with failpoint.around("coordinator.abort"):
-                await self._journal.settle(lambda: self._abort_transaction(reason, step, cause))
+                await self._journal.settle(lambda: self._abort_transaction(reason, step, cause, host))
 
-    def _abort_transaction(self, reason: str, step: Step.ValueType, cause: Reason | None) -> Transaction:
-        journal = self._journal
-        return abort_transaction(
-            journal.record, journal.mod_revision, reason, step, self._context.clock.time(), journal.owned, cause
-        )
+    def _abort_transaction(
+        self, reason: str, step: Step.ValueType, cause: Reason | None, host: str = ""
+    ) -> Transaction:
+        journal, now = self._journal, self._context.clock.time()
+        return abort_transaction(journal.record, journal.mod_revision, reason, step, now, journal.owned, cause, host)
 
     # --- after COMMIT ---
 

@@ -4,7 +4,7 @@ The same snapshot and the same request give the same answer. A device that the r
 is refused only for what can't be, or what the request itself asks for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -57,16 +57,23 @@ class _Room(dict[str, int]):
 class Question:
     """Where functions are to go, given what is asked. Everything that is named exists.
 
-    `homes` are the devices of functions that rules about groups name and that don't move.
+    `homes` are the devices of functions that rules about groups name and that don't move. The hosts of `shunned` are
+    taken only if no others will do.
     """
 
     def __init__(
-        self, snapshot: Snapshot, movers: Sequence[Mover], constraints: Constraints, homes: Mapping[str, str]
+        self,
+        snapshot: Snapshot,
+        movers: Sequence[Mover],
+        constraints: Constraints,
+        homes: Mapping[str, str],
+        shunned: Collection[str] = (),
     ) -> None:
         self.snapshot = snapshot
         self.movers = {mover.function.name: mover for mover in movers}
         self.constraints = constraints
         self.homes = homes
+        self._shunned = shunned
         self.checks: list[RuleCheck] = checks(constraints.boundaries, len(constraints.groups))
         self.needs = {name: self._needs(mover) for name, mover in self.movers.items()}
 
@@ -103,7 +110,7 @@ class Question:
     def preferences(self) -> Preferences:
         """Return what is preferred, with nothing placed yet."""
         drivers = {name: _driver_hosts(self.snapshot, mover.function) for name, mover in self.movers.items()}
-        return Preferences(self.constraints.preferences, self.snapshot, drivers)
+        return Preferences(self.constraints.preferences, self.snapshot, drivers, self._shunned)
 
     def rejected(self, needs: Needs, site: Site) -> tuple[Rule, tuple[str, str]] | None:
         """Return the first constraint that a device fails at, for functions that need this, with the two values."""

@@ -61,8 +61,15 @@ def plan(
     return draft(snapshot, requests, answer, name=name, coordinator=coordinator, limits=limits)
 
 
-def ask(snapshot: Snapshot, requests: Sequence[MoveRequest], constraints: Constraints | None = None) -> Question:
+def ask(
+    snapshot: Snapshot,
+    requests: Sequence[MoveRequest],
+    constraints: Constraints | None = None,
+    shunned: Collection[str] = (),
+) -> Question:
     """Return the question for placement that `requests` are. Names in requests and constraints are well-formed.
+
+    The hosts of `shunned` are taken only if no others will do.
 
     Raise VfleetError: INVALID_FIELD (no moves, a function twice, a rule about functions none of which moves),
     NOT_FOUND, and what `movable` raises, also for functions that only rules name.
@@ -88,7 +95,7 @@ def ask(snapshot: Snapshot, requests: Sequence[MoveRequest], constraints: Constr
         for name in rule.functions:
             if name not in movers:
                 homes[name] = find_device(snapshot, movable(snapshot, name).device).name
-    return Question(snapshot, list(movers.values()), constraints or Constraints(), homes)
+    return Question(snapshot, list(movers.values()), constraints or Constraints(), homes, shunned)
 
 
 def check_named(snapshot: Snapshot, requests: Sequence[MoveRequest]) -> None:

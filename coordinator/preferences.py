@@ -6,7 +6,7 @@ up. A function's drivers' hosts, which are its own, are few, and looked at each 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 
 from coordinator.snapshot import Snapshot
@@ -25,18 +25,23 @@ Worth = tuple[float, ...]
 
 
 class Preferences:
-    """What is preferred, and what has been placed. `drivers` are the hosts of each function's drivers, with numbers."""
+    """What is preferred, and what has been placed. `drivers` are the hosts of each function's drivers, with numbers.
+
+    Whatever is preferred, the hosts of `shunned` come last.
+    """
 
     def __init__(
         self,
         preferences: Sequence[Preference.ValueType],
         snapshot: Snapshot,
         drivers: Mapping[str, Mapping[str, int]],
+        shunned: Collection[str] = (),
     ) -> None:
         self._preferences = tuple(preferences) or DEFAULT
         self._by_host = not _BY_HOST.isdisjoint(self._preferences)
         self._snapshot = snapshot
         self._drivers = drivers
+        self._shunned = shunned
         self._placed: Counter[str] = Counter()
         self._on_host: dict[str, int] = {}
 
@@ -64,7 +69,7 @@ class Preferences:
     def worth(self, device: str, drivers: Mapping[str, int]) -> Worth:
         """Return how a device does; less is better. `drivers` are the hosts of the function's drivers."""
         site = self._snapshot.sites[device]
-        worth: list[float] = []
+        worth: list[float] = [site.host in self._shunned] if self._shunned else []
         for preference in self._preferences:
             if preference == _DRIVER_HOST:
                 worth.append(-drivers.get(site.host, 0))

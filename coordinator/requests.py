@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
-from coordinator.drain import DEFAULT_PARALLEL, MAX_PARALLEL
+from coordinator.many_moves import DEFAULT_PARALLEL, MAX_PARALLEL
 from coordinator.migration import Options
 from coordinator.queueing import DEFAULT_DEADLINE_MS, MAX_DEADLINE_MS, MAX_PRIORITY
 from vfleet.errors import invalid_field
@@ -85,7 +85,7 @@ def checked_reason(reason: str) -> str:
 
 
 def checked_parallel(parallel: int) -> int:
-    """Return how many migrations a drain has at once, the default for 0. Raise INVALID_FIELD beyond the most."""
+    """Return how many migrations go on at once, the default for 0. Raise INVALID_FIELD beyond the most."""
     if parallel > MAX_PARALLEL:
         raise invalid_field("parallel", parallel, f"1 to {MAX_PARALLEL}, or 0 for {DEFAULT_PARALLEL}")
     return parallel or DEFAULT_PARALLEL

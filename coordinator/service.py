@@ -3,21 +3,17 @@
 # ruff: noqa: N802, ARG002  # methods are named and called as the protos say
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
 from typing import TypeVar
-
-import grpc
-from google.protobuf.message import Message
 
 from coordinator.context import Context
 from coordinator.cordon import cordon, uncordon
 from coordinator.dispatch import end_queued
 from coordinator.doctor import Doctor
-from coordinator.drain import Drain
 from coordinator.explanation import explain
 from coordinator.fleet import Fleet, bump_generation
 from coordinator.forget import forget_host
 from coordinator.guests import checked_guest
+from coordinator.many_moves_service import CurrentTerm, ManyMovesService, RpcContext, present
 from coordinator.migration import Run
 from coordinator.planner import ask, draft, plan
 from coordinator.queueing import as_migration
@@ -27,7 +23,6 @@ from coordinator.requests import (
     checked_moves,
     checked_options,
     checked_page_size,
-    checked_parallel,
     checked_priority,
     checked_reason,
     checked_revision,
@@ -35,7 +30,6 @@ from coordinator.requests import (
 )
 from coordinator.snapshot import Snapshot, Stored
 from coordinator.states import is_over
-from coordinator.term import Term
 from vfleet.address import PAGE_BYTES
 from vfleet.decision import abort_transaction, outcome
 from vfleet.errors import Reason, VfleetError, invalid_field, not_found
@@ -43,18 +37,14 @@ from vfleet.etcd.keys import migration_key, queue_key
 from vfleet.etcd.records import decode
 from vfleet.limits import MAX_MAIN_MEMORY_BYTES
 from vfleet.names import check_device_name, check_name
-from vfleet.parts import check_part, part_key
+from vfleet.parts import check_part
 from vfleet.rpc import MAX_MESSAGE_BYTES
 from vfleet.v1 import fleet_service_pb2 as fleet_pb
 from vfleet.v1 import migration_service_pb2 as migration_pb
 from vfleet.v1.fleet_service_pb2_grpc import FleetServiceServicer
-from vfleet.v1.migration_service_pb2_grpc import MigrationServiceServicer
 from vfleet.v1.placement_pb2 import Constraints
 from vfleet.v1.records_pb2 import Driver, Function, Host, Migration, Phase, Step
 from vfleet.v1.types_pb2 import Decision
-
-RpcContext = grpc.aio.ServicerContext[Message, Message]
-CurrentTerm = Callable[[], Term | None]
 
 # Records of migrations of large groups make a page shorter: it is to be one message.
 MAX_PAGE_BYTES = MAX_MESSAGE_BYTES // 2
@@ -62,12 +52,8 @@ MAX_PAGE_BYTES = MAX_MESSAGE_BYTES // 2
 ResultT = TypeVar("ResultT")
 
 
-class MigrationService(MigrationServiceServicer):
+class MigrationService(ManyMovesService):
     """Migrations. `term` returns the term of the moment, if there is one."""
-
-    def __init__(self, context: Context, term: CurrentTerm) -> None:
-        self._context = context
-        self._term = term
 
     async def PlanMigration(
         self, request: migration_pb.PlanMigrationRequest, context: RpcContext
@@ -95,7 +81,7 @@ class MigrationService(MigrationServiceServicer):
             priority=checked_priority(request.priority),
             deadline_ms=checked_deadline(request.deadline_ms),
         )
-        term = _present(self._term(), self._context)
+        term = present(self._term(), self._context)
         stored = await self._context.upheld(lambda: term.begin(wanted, options))
         return migration_pb.CreateMigrationResponse(migration=_shown(stored))
 
@@ -179,30 +165,6 @@ class MigrationService(MigrationServiceServicer):
             message = f"migration {name!r} is committed: too late to cancel"
             raise VfleetError(Reason.TOO_LATE, message, metadata={"migration": name})
         return migration_pb.CancelMigrationResponse(migration=_shown(stored))
-
-    async def Drain(
-        self, request: migration_pb.DrainRequest, context: RpcContext
-    ) -> AsyncIterator[migration_pb.DrainResponse]:
-        """Empty a part of the fleet while the caller listens."""
-        part, reason = check_part("part", request.part), checked_reason(request.reason)
-        parallel = checked_parallel(request.parallel)
-        constraints, options = checked_constraints(request.constraints), checked_options(request.options)
-        await self._context.be_current()
-        for name in (name for rule in constraints.groups for name in rule.functions):
-            if name not in self._context.snapshot.functions:
-                raise not_found("function", name)
-        if part_key(part) not in self._context.snapshot.cordons:
-            term = _present(self._term(), self._context)
-            await term.do(self._context.upheld(lambda: cordon(self._context, part, reason or "drain")))
-
-        async def begin(name: str, moves: Sequence[migration_pb.MoveRequest]) -> Stored[Migration]:
-            term = _present(self._term(), self._context)
-            wanted = migration_pb.CreateMigrationRequest(request_id=name, moves=moves)
-            return await self._context.upheld(lambda: term.begin(wanted, options, may_wait=False))
-
-        async with aclosing(Drain(self._context, begin, part, parallel, constraints).run()) as responses:
-            async for response in responses:
-                yield response
 
     async def _planned(
         self, moves: Sequence[migration_pb.MoveRequest], constraints: Constraints, *, explained: bool
@@ -379,7 +341,7 @@ class FleetService(FleetServiceServicer):
         """Compare etcd with every host, and repair if asked to."""
         if not request.repair:
             return fleet_pb.CheckFleetResponse(differences=await self._doctor.check())
-        left, repaired = await _present(self._term(), self._context).do(self._doctor.repair())
+        left, repaired = await present(self._term(), self._context).do(self._doctor.repair())
         return fleet_pb.CheckFleetResponse(differences=left, repaired=repaired)
 
     async def BumpGeneration(
@@ -391,7 +353,7 @@ class FleetService(FleetServiceServicer):
     async def ForgetHost(self, request: fleet_pb.ForgetHostRequest, context: RpcContext) -> fleet_pb.ForgetHostResponse:
         """Take a host out of the fleet."""
         host = check_name("host", request.host)
-        return await _present(self._term(), self._context).do(forget_host(self._context, host, force=request.force))
+        return await present(self._term(), self._context).do(forget_host(self._context, host, force=request.force))
 
     async def Cordon(self, request: fleet_pb.CordonRequest, context: RpcContext) -> fleet_pb.CordonResponse:
         """Keep functions from being made in a part of the fleet or moved there."""
@@ -422,7 +384,7 @@ class FleetService(FleetServiceServicer):
 
     async def _do(self, work: Callable[[], Awaitable[ResultT]]) -> ResultT:
         """Do a change of the fleet under the present term."""
-        return await _present(self._term(), self._context).do(self._context.upheld(work))
+        return await present(self._term(), self._context).do(self._context.upheld(work))
 
     def _function(self, name: str) -> Function:
         snapshot = self._context.snapshot
@@ -434,15 +396,6 @@ class FleetService(FleetServiceServicer):
         if name in snapshot.locks:
             function.migration = snapshot.locks[name].record
         return function
-
-
-def _present(term: Term | None, context: Context) -> Term:
-    if term is not None:
-        return term
-    if context.inventory.is_behind:
-        message = "etcd was restored from a backup: nothing is begun until it is said: vfleet fleet bump-generation"
-        raise VfleetError(Reason.ILLEGAL_STATE, message)
-    raise VfleetError(Reason.STORE_UNAVAILABLE, "the coordinator has no session with etcd at the moment")
 
 
 def _shown(stored: Stored[Migration]) -> Migration:

@@ -117,6 +117,16 @@ class Snapshot:
         """Return the slots of a device that are taken, by VF index."""
         return self._slots_by_device.get(device, {})
 
+    def still(self) -> "Snapshot":
+        """Return the fleet as it is now, to be read in another thread while this one moves on. Records are shared."""
+        kept = copy.copy(self)
+        for name, table in vars(self).items():
+            if isinstance(table, dict | set):
+                setattr(kept, name, table.copy())
+        kept._slots_by_device = {name: dict(table) for name, table in self._slots_by_device.items()}  # noqa: SLF001
+        kept._entries_by_driver = {name: dict(table) for name, table in self._entries_by_driver.items()}  # noqa: SLF001
+        return kept
+
     def once_begun(self, plans: Collection[Migration]) -> "Snapshot":
         """Return what the fleet will be once `plans` have begun: these active, functions locked, slots taken.
 

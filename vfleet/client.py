@@ -379,7 +379,7 @@ class FleetClient(_Client):
         parallel: int = 0,
         constraints: Constraints | None = None,
         options: migration_pb2.MigrationOptions | None = None,
-    ) -> AsyncGenerator[Mapping[str, migration_pb2.DrainedFunction], None]:
+    ) -> AsyncGenerator[Mapping[str, migration_pb2.MoveProgress], None]:
         """Cordon a part of the fleet and move everything there elsewhere; yield all that was there, as it changes.
 
         `parallel` migrations go on at once, 0 for 4. It ends when nothing more will move, or goes on at another
@@ -388,13 +388,49 @@ class FleetClient(_Client):
         request = migration_pb2.DrainRequest(
             part=part_of(kind, name), reason=reason, parallel=parallel, constraints=constraints, options=options
         )
-        functions: dict[str, migration_pb2.DrainedFunction] = {}
+        functions: dict[str, migration_pb2.MoveProgress] = {}
         stream = self.caller.stream(lambda channel: MigrationServiceStub(channel).Drain, request)
         async with aclosing(stream) as responses:
             async for response in responses:
                 if response.is_first:
                     for gone in functions.keys() - {each.function for each in response.functions}:
-                        functions[gone].state = migration_pb2.DRAIN_STATE_MOVED
+                        functions[gone].state = migration_pb2.MOVE_STATE_MOVED
+                functions.update({each.function: each for each in response.functions})
+                yield functions
+                if response.is_over:
+                    return
+
+    async def plan_rearrangement(
+        self,
+        goal: migration_pb2.RearrangementGoal.ValueType,
+        *,
+        tolerance_percent: int = 0,
+        constraints: Constraints | None = None,
+    ) -> migration_pb2.PlanRearrangementResponse:
+        """Return what would move to make loads even, or devices or hosts free, and what would come of it."""
+        request = migration_pb2.PlanRearrangementRequest(
+            goal=goal, tolerance_percent=tolerance_percent, constraints=constraints
+        )
+        return await self.caller.call(lambda channel: MigrationServiceStub(channel).PlanRearrangement, request)
+
+    async def rearrange(
+        self,
+        plan: migration_pb2.Rearrangement,
+        *,
+        parallel: int = 0,
+        constraints: Constraints | None = None,
+        options: migration_pb2.MigrationOptions | None = None,
+    ) -> AsyncGenerator[Mapping[str, migration_pb2.MoveProgress], None]:
+        """Do the moves of a plan that was made with the same constraints; yield all of its functions, as they change.
+
+        `parallel` migrations go on at once, 0 for 4. It ends when nothing more will move, or goes on at another
+        coordinator when one is gone. Who stops to listen stops it.
+        """
+        request = migration_pb2.RearrangeRequest(plan=plan, parallel=parallel, constraints=constraints, options=options)
+        functions: dict[str, migration_pb2.MoveProgress] = {}
+        stream = self.caller.stream(lambda channel: MigrationServiceStub(channel).Rearrange, request)
+        async with aclosing(stream) as responses:
+            async for response in responses:
                 functions.update({each.function: each for each in response.functions})
                 yield functions
                 if response.is_over:

@@ -36,12 +36,13 @@ def abort_transaction(
     now: float,
     owner: Compare | None,
     cause: Reason | None = None,
+    host: str = "",
 ) -> Transaction:
     """Return ABORT: the record, last written at `mod_revision` and undecided, becomes ABORTING.
 
-    `reason` is for people (shortened to 1000 characters), `cause` for programs, if anything failed; `now` is in seconds
-    since 1970. `owner` is what the one who aborts demands of the owner key: its own if it is the owner, absent if it is
-    a host, None for a cancel. Raise ILLEGAL_STATE if the record is decided.
+    `reason` is for people (shortened to 1000 characters), `cause` and the `host` that failed for programs, if anything
+    did; `now` is in seconds since 1970. `owner` is what the one who aborts demands of the owner key: its own if it is
+    the owner, absent if it is a host, None for a cancel. Raise ILLEGAL_STATE if the record is decided.
     """
     if record.phase != Phase.PHASE_PREPARING:
         raise VfleetError(
@@ -53,6 +54,7 @@ def abort_transaction(
     aborting.phase = Phase.PHASE_ABORTING
     aborting.abort_reason = reason[:MAX_ABORT_REASON_CHARACTERS]
     aborting.abort_step = step
+    aborting.abort_host = host
     if cause is not None:
         aborting.abort_cause = ErrorReason.Value(f"ERROR_REASON_{cause}")
     aborting.decide_time.FromNanoseconds(round(now * 1e9))

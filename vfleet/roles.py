@@ -32,8 +32,8 @@ _ROWS: Mapping[str, Mapping[frozenset[Role], str]] = {
         "Uncordon",
     },
     "vfleet.v1.MigrationService": {
-        _SEE: "PlanMigration GetMigration ListMigrations WatchMigration",
-        _ACT: "CreateMigration CancelMigration Drain",
+        _SEE: "PlanMigration PlanRearrangement GetMigration ListMigrations WatchMigration",
+        _ACT: "CreateMigration CancelMigration Drain Rearrange",
     },
     "vfleet.v1.FunctionService": {
         _BOTH: "GetFunction ListFunctions",

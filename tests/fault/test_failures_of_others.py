@@ -26,7 +26,7 @@ from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
 from vfleet.v1.function_service_pb2 import CreateFunctionRequest, DestroyFunctionRequest, FunctionInstance
 from vfleet.v1.function_service_pb2_grpc import FunctionServiceStub
-from vfleet.v1.migration_service_pb2 import DrainedFunction, DrainState
+from vfleet.v1.migration_service_pb2 import MoveProgress, MoveState
 from vfleet.v1.records_pb2 import Migration, Phase
 from vfleet.v1.types_pb2 import DECISION_ABORTED, DECISION_COMMITTED, Decision, DeviceState
 
@@ -410,11 +410,11 @@ async def test_a_late_create_of_a_function_that_has_moved_on_makes_no_ghost(clus
 
 async def drained(client: FleetClient, kind: str, name: str) -> dict[str, str]:
     """Drain a part of the fleet and return how it ended for each function."""
-    functions: Mapping[str, DrainedFunction] = {}
+    functions: Mapping[str, MoveProgress] = {}
     async with aclosing(client.drain(kind, name)) as pictures:
         async for picture in pictures:
             functions = picture
-    return {name: DrainState.Name(each.state).removeprefix("DRAIN_STATE_") for name, each in functions.items()}
+    return {name: MoveState.Name(each.state).removeprefix("MOVE_STATE_") for name, each in functions.items()}
 
 
 async def test_sriov_network_operator_429_a_drain_that_fails_is_taken_back_by_uncordon(cluster: Cluster) -> None:

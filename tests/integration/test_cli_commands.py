@@ -3,6 +3,7 @@
 
 import asyncio
 import inspect
+import io
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,7 +15,20 @@ import typer
 import yaml
 
 from vfleet.address import table_offset
-from vfleet.cli import cluster, contexts, drain, fleet, get, history, migration, operations, plan, top, workload
+from vfleet.cli import (
+    cluster,
+    contexts,
+    drain,
+    fleet,
+    get,
+    history,
+    migration,
+    operations,
+    plan,
+    rearrange,
+    top,
+    workload,
+)
 from vfleet.cli.main import app, run
 from vfleet.client import move_request
 from vfleet.errors import Reason, VfleetError, invalid_field, not_found
@@ -25,7 +39,7 @@ from vfleet.v1 import fleet_service_pb2 as fleet_pb2
 from vfleet.v1 import migration_service_pb2 as migration_pb2
 from vfleet.v1.driver_service_pb2_grpc import DriverServiceServicer, add_DriverServiceServicer_to_server
 from vfleet.v1.fleet_service_pb2_grpc import FleetServiceServicer, add_FleetServiceServicer_to_server
-from vfleet.v1.migration_service_pb2 import DrainedFunction, DrainState
+from vfleet.v1.migration_service_pb2 import MoveProgress, MoveState
 from vfleet.v1.migration_service_pb2_grpc import MigrationServiceServicer, add_MigrationServiceServicer_to_server
 from vfleet.v1.placement_pb2 import (
     Boundary,
@@ -81,6 +95,9 @@ FUNCTION = Function(
     drivers=["d1"],
     model="checker",
 )
+
+
+CHANGE = migration_pb2.DeviceChange(device="h1/nic0", total_vfs=32, used_before=24, used_after=16)
 
 
 def device(host: str, name: str) -> fleet_pb2.DeviceUse:
@@ -159,6 +176,8 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
     outcome: Phase.ValueType = Phase.PHASE_DONE
     explanation: Explanation | None = None
     is_stuck: bool = False
+    is_partial: bool = False
+    moves: list[str] = field(default_factory=lambda: ["vf1", "vf2"])
     functions: list[Function] = field(default_factory=lambda: [FUNCTION])
     migrations: list[str] = field(default_factory=lambda: ["m-1"])
     cause: ErrorReason.ValueType = ErrorReason.ERROR_REASON_UNREACHABLE
@@ -235,16 +254,38 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
     async def Drain(self, request, context):
         self.seen(request)
         names = ["vf1", "vf2", "vf3"]
-        waiting = [DrainedFunction(function=name, state=DrainState.DRAIN_STATE_WAITING) for name in names]
+        waiting = [MoveProgress(function=name, state=MoveState.MOVE_STATE_WAITING) for name in names]
         yield migration_pb2.DrainResponse(functions=waiting, is_first=True)
-        moved = DrainedFunction(function="vf2", state=DrainState.DRAIN_STATE_MOVED, device="h2/nic0", migration="m-1")
+        moved = MoveProgress(function="vf2", state=MoveState.MOVE_STATE_MOVED, device="h2/nic0", migration="m-1")
         moved.held.FromMilliseconds(12)
         yield migration_pb2.DrainResponse(functions=[moved])
         # As if another coordinator went on: of vf1 it knows nothing any more.
         yield migration_pb2.DrainResponse(functions=waiting[2:], is_first=True)
-        state = DrainState.DRAIN_STATE_STUCK if self.is_stuck else DrainState.DRAIN_STATE_MOVED
-        last = DrainedFunction(function="vf3", state=state, why="no device is like it" if self.is_stuck else "")
+        state = MoveState.MOVE_STATE_STUCK if self.is_stuck else MoveState.MOVE_STATE_MOVED
+        last = MoveProgress(function="vf3", state=state, why="no device is like it" if self.is_stuck else "")
         yield migration_pb2.DrainResponse(functions=[last], is_over=True)
+
+    async def PlanRearrangement(self, request, context):
+        self.seen(request)
+        plan = migration_pb2.Rearrangement(goal=request.goal, changes=[CHANGE] if self.moves else [])
+        for name in self.moves:
+            plan.moves.add(function=name, source_device="h1/nic0", target_device="h2/nic0", why="it is the fullest")
+        return migration_pb2.PlanRearrangementResponse(
+            plan=plan,
+            before=migration_pb2.FleetFigures(highest_load=0.75, devices_in_use=1),
+            after=migration_pb2.FleetFigures(highest_load=0.5, devices_in_use=2),
+            stuck=[migration_pb2.StuckFunction(function="vf9", why="function 'vf9' is in migration 'm-1'")],
+            is_partial=self.is_partial,
+        )
+
+    async def Rearrange(self, request, context):
+        self.seen(request)
+        moving = [MoveProgress(function=m.function, state=MoveState.MOVE_STATE_MOVING) for m in request.plan.moves]
+        yield migration_pb2.RearrangeResponse(functions=moving, is_first=True)
+        state = MoveState.MOVE_STATE_STUCK if self.is_stuck else MoveState.MOVE_STATE_MOVED
+        for each in moving:
+            each.state, each.device, each.why = state, "h2/nic0", "it was moved" if self.is_stuck else ""
+        yield migration_pb2.RearrangeResponse(functions=moving, is_over=True)
 
     async def WatchEvents(self, request, context):
         self.seen(request)
@@ -600,6 +641,69 @@ async def test_a_drain_shows_how_far_the_whole_is(vfleet: Vfleet, fake: Fake) ->
     assert len(request.constraints.groups) == 1
 
 
+async def test_a_plan_of_many_moves_is_shown_before_it_is_done(vfleet: Vfleet, fake: Fake) -> None:
+    result = await vfleet("rebalance", "--tolerance", "5", "--within-hosts", "--parallel", "2", "--yes")
+    assert result.code == 0
+    assert re.search(r"vf1 +h1/nic0 +h2/nic0 +it is the fullest\n", result.out)
+    assert re.search(r"h1/nic0 +32 +24 +16\n", result.out)
+    assert re.search(r"highest load of a device +75% +50%\n", result.out)
+    assert re.search(r"vf9 +function 'vf9' is in migration 'm-1'\n", result.out)
+    assert re.search(r"vf1 +moved +h2/nic0", result.out)
+    assert result.out.endswith("2 moved, 0 stuck\n")
+    planned, done = fake.requests
+    assert (planned.goal, planned.tolerance_percent) == (migration_pb2.REARRANGEMENT_GOAL_EVEN, 5)
+    assert [each.function for each in done.plan.moves] == ["vf1", "vf2"]
+    assert (done.plan.goal, list(done.plan.changes), done.parallel) == (planned.goal, [CHANGE], 2)
+    same_host = BoundaryRule(boundary=Boundary.BOUNDARY_HOST, relation=Relation.RELATION_SAME)
+    assert list(done.constraints.boundaries) == list(planned.constraints.boundaries) == [same_host]
+
+
+@pytest.mark.parametrize(
+    ("free", "goal"), [("devices", "REARRANGEMENT_GOAL_FREE_DEVICES"), ("hosts", "REARRANGEMENT_GOAL_FREE_HOSTS")]
+)
+async def test_a_dry_run_moves_nothing(vfleet: Vfleet, fake: Fake, free: str, goal: str) -> None:
+    result = await vfleet("defragment", "--free", free, "--dry-run", "-o", "json")
+    assert json.loads(result.out)["plan"]["goal"] == goal
+    assert [type(request) for request in fake.requests] == [migration_pb2.PlanRearrangementRequest]
+
+
+@pytest.mark.parametrize(("answer", "requests"), [("y\n", 2), ("n\n", 1), ("\n", 1)])
+async def test_at_a_terminal_somebody_is_asked(
+    vfleet: Vfleet, fake: Fake, monkeypatch: pytest.MonkeyPatch, answer: str, requests: int
+) -> None:
+    terminal = io.StringIO(answer)
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdin", terminal)
+    result = await vfleet("defragment")
+    assert result.code == 0
+    assert "Move 2 functions? [y/N]" in result.err
+    assert ("nothing is moved" in result.out) is (requests == 1)
+    assert len(fake.requests) == requests
+
+
+async def test_with_nothing_to_do_nobody_is_asked(vfleet: Vfleet, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.moves.clear()
+    result = await vfleet("rebalance", "--yes")
+    assert (result.code, len(fake.requests)) == (0, 1)
+    assert result.out.endswith("nothing to do\n")
+    assert json.loads((await vfleet("rebalance", "--yes", "-o", "json")).out)["functions"] == []
+
+
+async def test_a_plan_that_is_not_all_says_so(vfleet: Vfleet, fake: Fake) -> None:
+    fake.is_partial = True
+    assert "there is more to do when it is done" in (await vfleet("rebalance", "--dry-run")).out
+
+
+async def test_what_could_not_be_rearranged_is_named(vfleet: Vfleet, fake: Fake) -> None:
+    fake.is_stuck = True
+    result = await vfleet("defragment", "--yes")
+    assert result.code == 1
+    assert result.out.endswith("0 moved, 2 stuck\n")
+    assert result.err.endswith("vfleet: can't move vf1, vf2\n")
+    functions = json.loads((await vfleet("defragment", "--yes", "-o", "json")).out)["functions"]
+    assert [each["why"] for each in functions] == ["it was moved"] * 2
+
+
 async def test_a_drain_that_leaves_something_names_it_and_fails(vfleet: Vfleet, fake: Fake) -> None:
     fake.is_stuck = True
     result = await vfleet("drain", "device", "h1/nic0")
@@ -607,7 +711,7 @@ async def test_a_drain_that_leaves_something_names_it_and_fails(vfleet: Vfleet, 
     assert re.search(r"vf3 +stuck +no device is like it\n", result.out)
     assert result.err.endswith("vfleet: can't move vf3\n")
     functions = json.loads((await vfleet("drain", "device", "h1/nic0", "-o", "json")).out)["functions"]
-    assert {each["function"]: each["state"].removeprefix("DRAIN_STATE_") for each in functions} == {
+    assert {each["function"]: each["state"].removeprefix("MOVE_STATE_") for each in functions} == {
         "vf1": "MOVED",
         "vf2": "MOVED",
         "vf3": "STUCK",
@@ -816,6 +920,22 @@ async def test_settings_that_can_not_be_changed_by_line_stay(vfleet: Vfleet, set
     assert settings.read_text().startswith("{contexts")
 
 
+STATES = [
+    *(("migrations", name.removeprefix("PHASE_").lower()) for name, number in Phase.items() if number),
+    *(
+        ("functions", name.removeprefix("FUNCTION_STATUS_").lower())
+        for name, number in FunctionStatus.items()
+        if number
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "state"), STATES)
+async def test_whatever_state_there_is_can_be_asked_for(vfleet: Vfleet, kind: str, state: str) -> None:
+    assert (await vfleet("get", kind, "--state", state)).code == 0
+    assert state in (await vfleet("get", "--help")).out
+
+
 @pytest.mark.parametrize(
     ("words", "names"),
     [
@@ -871,6 +991,10 @@ async def test_names_are_completed_from_the_cluster(
         ["cordon", "shelf", "h1/a"],
         ["uncordon", "host", "h1/nic0"],
         ["uncordon", "device", "nic0"],
+        ["rebalance"],  # without a terminal, so without anybody to ask
+        ["rebalance", "-o", "json"],
+        ["rebalance", "--tolerance", "101", "--dry-run"],
+        ["defragment", "--free", "racks", "--dry-run"],
         ["migrate", "vf1=h2"],
         ["migrate", "vf1=h2/nic0:x"],
         ["migrate", "vf1=h2/nic0:-1"],
@@ -988,7 +1112,20 @@ async def test_workload_report_is_the_drivers_own_view(vfleet: Vfleet) -> None:
 
 
 def examples() -> Iterator[str]:
-    for module in (cluster, contexts, drain, fleet, get, history, migration, operations, plan, top, workload):
+    for module in (
+        cluster,
+        contexts,
+        drain,
+        fleet,
+        get,
+        history,
+        migration,
+        operations,
+        plan,
+        rearrange,
+        top,
+        workload,
+    ):
         for _, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__:
                 yield from re.findall(r"Example: (vfleet .*)", function.__doc__ or "")

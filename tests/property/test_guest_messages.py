@@ -2,6 +2,7 @@
 
 import os
 import struct
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,7 +106,7 @@ messages = st.builds(
 def test_any_messages_are_answered_once_and_harm_nothing(model: str, said: list[tuple[Message, int]]):
     world = World(model)
     world.device.connected()
-    opened = set(os.listdir("/proc/self/fd"))
+    opened = set(Path("/proc/self/fd").iterdir())
     for message, count in said:
         before = world.replies
         descriptors = [os.memfd_create("guest", os.MFD_ALLOW_SEALING) for _ in range(count)]
@@ -118,4 +119,4 @@ def test_any_messages_are_answered_once_and_harm_nothing(model: str, said: list[
         assert world.cuts == 0
     world.device.gone()
     assert world.kept <= {b"configuration"}
-    assert set(os.listdir("/proc/self/fd")) <= opened
+    assert set(Path("/proc/self/fd").iterdir()) <= opened

@@ -14,13 +14,15 @@ from coordinator import transaction
 from coordinator.context import Context
 from coordinator.drain import Drain
 from coordinator.inventory import Inventory
+from coordinator.many_moves import ManyMoves
 from coordinator.planner import parts_of_targets, plan
+from coordinator.rearranging import Rearranging
 from coordinator.snapshot import Stored
 from vfleet.decision import abort_transaction
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
 from vfleet.parts import part_key, part_of
-from vfleet.v1.migration_service_pb2 import DrainedFunction, DrainState, MoveRequest
+from vfleet.v1.migration_service_pb2 import MoveProgress, MoveRequest, MoveState, Rearrangement
 from vfleet.v1.placement_pb2 import Constraints
 from vfleet.v1.records_pb2 import Cordon, Function, Migration, Phase, Step, StepDuration
 
@@ -42,7 +44,7 @@ class DrainRig:
         self.context = Context("c1", store, self.inventory, None, self.clock, Random(7))
         self.refusals: list[VfleetError] = []
         self.begun: list[tuple[float, dict[str, str]]] = []
-        self.told: dict[str, DrainedFunction] = {}
+        self.told: dict[str, MoveProgress] = {}
         self.look()
 
     def look(self) -> None:
@@ -68,10 +70,15 @@ class DrainRig:
         part = part_of(kind, name)
         self.fleet.put(keys.cordon_key(part_key(part)), Cordon(part=part))
         self.look()
-        drain = Drain(self.context, self.begin, part, parallel, constraints or Constraints())
+        return await self.follow(Drain(self.context, self.begin, part, parallel, constraints or Constraints()))
 
+    async def rearrange(self, plan: Rearrangement, parallel: int = 2) -> asyncio.Task[None]:
+        """Do the moves of a plan, until something else has to happen."""
+        return await self.follow(Rearranging(self.context, self.begin, plan, parallel))
+
+    async def follow(self, moves: ManyMoves) -> asyncio.Task[None]:
         async def follow() -> None:
-            async with aclosing(drain.run()) as responses:
+            async with aclosing(moves.run()) as responses:
                 async for response in responses:
                     self.told.update({each.function: each for each in response.functions})
 
@@ -86,7 +93,7 @@ class DrainRig:
 
     def states(self) -> dict[str, str]:
         """How far the drain says that it is with each function."""
-        return {name: DrainState.Name(each.state).removeprefix("DRAIN_STATE_") for name, each in self.told.items()}
+        return {name: MoveState.Name(each.state).removeprefix("MOVE_STATE_") for name, each in self.told.items()}
 
     def home(self, function: str) -> str:
         return self.inventory.snapshot.functions[function].record.device
@@ -102,11 +109,11 @@ class DrainRig:
             self._finish(name, *steps)
         await settle()
 
-    async def fail(self, function: str, cause: Reason | None, reason: str = "h2 is gone") -> None:
-        """Let the migration of a function abort."""
+    async def fail(self, function: str, cause: Reason | None, reason: str = "h2 is gone", host: str = "") -> None:
+        """Let the migration of a function abort, by what a host has done or left undone."""
         name = self.moving[function]
         stored = self.inventory.snapshot.migrations[name]
-        abort = abort_transaction(stored.record, stored.mod_revision, reason, Step.STEP_HOLD, 0, None, cause)
+        abort = abort_transaction(stored.record, stored.mod_revision, reason, Step.STEP_HOLD, 0, None, cause, host)
         assert self.fleet.commit(abort)
         self._finish(name)
         await settle()

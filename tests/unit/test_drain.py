@@ -12,6 +12,7 @@ from coordinator.retries import MAX_TRIES
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
 from vfleet.v1.placement_pb2 import Boundary, Constraints, GroupRule, Relation
+from vfleet.v1.records_pb2 import Cordon
 
 HOST = Boundary.BOUNDARY_HOST
 SAME, DIFFERENT = Relation.RELATION_SAME, Relation.RELATION_DIFFERENT
@@ -116,6 +117,36 @@ async def test_what_fails_for_good_is_not_tried_again(rig: DrainRig, cause: Reas
     await rig.until_over(task)
     assert rig.states() == {"vf1": "MOVED", "vf2": "STUCK", "vf3": "MOVED", "vf4": "MOVED"}
     assert [batch for _, batch in rig.begun if "vf2" in batch] == [{"vf2": rig.begun[1][1]["vf2"]}]
+
+
+async def test_a_target_that_has_failed_is_the_last_to_be_tried_again(rig: DrainRig):
+    """By the function that it failed for, and by those that were to go there next."""
+    task = await rig.start("device", "h1/nic0", parallel=1)
+    ((function, migration),) = rig.moving.items()
+    failed = rig.inventory.snapshot.migrations[migration].record.moves[0].target.device
+    await rig.fail(function, Reason.UNREACHABLE, host=failed.partition("/")[0])
+    await rig.until_over(task)
+    assert set(rig.states().values()) == {"MOVED"}
+    homes = {rig.home(name) for name in rig.told}
+    assert homes
+    assert failed not in homes
+
+
+async def test_a_target_that_has_failed_is_tried_again_if_there_is_no_other(rig: DrainRig):
+    rig.fleet.put(keys.cordon_key("h3"), Cordon())
+    rig.fleet.put(keys.cordon_key("h1"), Cordon())
+    task = await rig.start("device", "h1/nic1", parallel=1)
+    await rig.fail("vf4", Reason.UNREACHABLE, host="h2")
+    await rig.until_over(task)
+    assert rig.home("vf4") == "h2/nic0"
+
+
+@pytest.mark.parametrize(("cause", "host"), [(Reason.UNREACHABLE, "h1"), (None, ""), (Reason.LIMIT_EXCEEDED, "")])
+async def test_a_target_is_not_avoided_for_what_others_did(rig: DrainRig, cause: Reason | None, host: str):
+    task = await rig.start("device", "h1/nic1", parallel=1)
+    await rig.fail("vf4", cause, host=host)
+    await rig.until_over(task)
+    assert [batch["vf4"] for _, batch in rig.begun] == ["h2/nic0"] * 2
 
 
 async def test_a_refused_begin_is_planned_anew(rig: DrainRig):

@@ -1,27 +1,20 @@
 """The command that empties a part of the fleet: drain."""
 
 import asyncio
-from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vfleet.cli import constraints as asked
 from vfleet.cli.constraints import Rule
+from vfleet.cli.many_moves import Functions, MovesProgress, fail_if_stuck, print_moves, stuck
 from vfleet.cli.operations import NameArgument, PartArgument, ReasonOption
-from vfleet.cli.output import Output, OutputOption, console, enum_word, milliseconds, print_message, print_table
-from vfleet.cli.session import FAILED, CoordinatorOption, EtcdOption, fleet_client, run
+from vfleet.cli.output import Output, OutputOption, print_message
+from vfleet.cli.session import CoordinatorOption, EtcdOption, fleet_client, run
 from vfleet.v1.migration_service_pb2 import (
-    DRAIN_STATE_MOVED,
-    DRAIN_STATE_STUCK,
-    DrainedFunction,
     DrainResponse,
-    DrainState,
 )
-
-Functions = Mapping[str, DrainedFunction]
 
 
 def drain(
@@ -61,7 +54,7 @@ def drain(
 
     async def command() -> Functions:
         functions: Functions = {}
-        with _Progress(f"{kind} {name}") as progress:
+        with MovesProgress(f"{kind} {name}") as progress:
             async with fleet_client(coordinator, etcd) as fleet:
                 found = fleet.drain(kind, name, reason=reason, parallel=parallel, constraints=wanted)
                 try:
@@ -74,77 +67,10 @@ def drain(
         return functions
 
     functions = run(command())
-    stuck = [each for each in functions.values() if each.state == DRAIN_STATE_STUCK]
     if output is not Output.TABLE:
         print_message(DrainResponse(functions=functions.values(), is_over=True), output)
     else:
-        _print(functions)
-        typer.echo(f"{kind} {name}: {len(functions) - len(stuck)} moved, {len(stuck)} stuck; it stays cordoned")
-    if stuck:
-        typer.echo(f"vfleet: can't move {', '.join(each.function for each in stuck)}", err=True)
-        raise typer.Exit(FAILED)
-
-
-class _Progress:
-    """One bar for the whole on a terminal; elsewhere a line for each function that moved or is stuck."""
-
-    def __init__(self, what: str) -> None:
-        self._out = console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            console=self._out,
-            transient=True,
-            disable=not self._out.is_terminal,
-        )
-        self._task = self._bar.add_task(what, total=None, text="")
-        self._told: set[str] = set()
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, functions: Functions) -> None:
-        """Show how far all of them are."""
-        counts = dict.fromkeys(DrainState.values(), 0)
-        for each in functions.values():
-            counts[each.state] += 1
-            if each.state in (DRAIN_STATE_MOVED, DRAIN_STATE_STUCK) and each.function not in self._told:
-                self._told.add(each.function)
-                if not self._out.is_terminal:
-                    self._out.print(f"{len(self._told)}/{len(functions)} {_line(each)}")
-        text = ", ".join(f"{number} {_word(state)}" for state, number in counts.items() if number)
-        self._bar.update(self._task, total=len(functions), completed=counts[DRAIN_STATE_MOVED], text=text)
-
-
-def _print(functions: Functions) -> None:
-    print_table(
-        ("FUNCTION", "STATE", "DEVICE", "MIGRATION", "HELD", "WHY"),
-        (
-            (
-                f.function,
-                _word(f.state),
-                f.device,
-                f.migration,
-                milliseconds(f.held) if f.HasField("held") else "",
-                f.why,
-            )
-            for f in functions.values()
-        ),
-    )
-
-
-def _line(function: DrainedFunction) -> str:
-    if function.state == DRAIN_STATE_STUCK:
-        return f"{function.function} stays: {function.why}"
-    held = f", drivers held for {milliseconds(function.held)}" if function.HasField("held") else ""
-    return f"{function.function} moved{f' to {function.device}' if function.device else ''}{held}"
-
-
-def _word(state: DrainState.ValueType) -> str:
-    return enum_word(DrainState.Name(state), "DRAIN_STATE_")
+        print_moves(functions)
+        left = len(stuck(functions))
+        typer.echo(f"{kind} {name}: {len(functions) - left} moved, {left} stuck; it stays cordoned")
+    fail_if_stuck(functions)

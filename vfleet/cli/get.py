@@ -55,7 +55,7 @@ _STATES = {
     Kinds.DEVICES: ("free", "full"),
     Kinds.FUNCTIONS: ("creating", "active", "deleting", "lost", "migrating"),
     Kinds.DRIVERS: (),
-    Kinds.MIGRATIONS: ("active", "preparing", "committed", "aborting", "done", "aborted"),
+    Kinds.MIGRATIONS: ("active", "queued", "preparing", "committed", "aborting", "done", "aborted"),
 }
 
 
@@ -222,7 +222,8 @@ def get(
     """List hosts, devices, functions, drivers or migrations.
 
     States of hosts: registered, unregistered, cordoned. Of devices: free, full. Of functions: creating, active,
-    deleting, lost, migrating. Of migrations: active, preparing, committed, aborting, done, aborted.
+    deleting, lost, migrating. Of migrations: active, queued, preparing, committed,
+    aborting, done, aborted.
 
     \b
     Example: vfleet get functions -o json
@@ -247,7 +248,7 @@ def get(
                 case Kinds.DRIVERS:
                     _DRIVERS.show(await fleet.list_drivers(), output, host, state)
                 case Kinds.MIGRATIONS:
-                    active_only = active or state in ("active", "preparing", "committed", "aborting")
+                    active_only = active or state in ("active", "queued", "preparing", "committed", "aborting")
                     _MIGRATIONS.show(await fleet.list_migrations(active_only=active_only), output, host, state)
 
     run(command())

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from typer.core import TyperGroup
 
-NAME_COLUMNS = 9
+NAME_COLUMNS = 11
 OTHER = "Other"
 
 

@@ -26,6 +26,7 @@ from vfleet.cli import (
     migration,
     operations,
     plan,
+    rearrange,
     top,
     workload,
 )
@@ -77,7 +78,7 @@ def _options(
     chosen.set(Chosen(context, tls, etcd_tls, insecure))
 
 
-# The panels of the help. What is said of a command there has 27 characters at most.
+# The panels of the help. What is said of a command there has 25 characters at most.
 _CLUSTER, _SEE, _MAKE, _MOVE, _HOSTS = "Cluster", "See", "Make and end", "Move", "Hosts and upkeep"
 
 app.command("demo", short_help="Functions move under load", rich_help_panel=_CLUSTER)(demo.demo)
@@ -88,6 +89,7 @@ app.command("get", short_help="List what there is", rich_help_panel=_SEE)(get.ge
 app.command("describe", short_help="Show one thing in full", rich_help_panel=_SEE)(fleet.describe_command)
 app.command("history", short_help="Where a function has been", rich_help_panel=_SEE)(history.history)
 app.command("events", short_help="What has changed", rich_help_panel=_SEE)(history.events)
+app.command("doctor", short_help="Compare etcd with hosts", rich_help_panel=_SEE)(operations.doctor)
 app.command("top", short_help="Watch the whole fleet", rich_help_panel=_SEE)(top.top)
 app.add_typer(fleet.create_app, name="create", help="Make a function", rich_help_panel=_MAKE)
 app.add_typer(fleet.delete_app, name="delete", help="End a function or driver", rich_help_panel=_MAKE)
@@ -95,14 +97,15 @@ app.command("attach", short_help="Attach a driver", rich_help_panel=_MAKE)(fleet
 app.command("detach", short_help="Detach a driver", rich_help_panel=_MAKE)(fleet.detach)
 app.add_typer(workload.app, name="workload", help="A driver at work", rich_help_panel=_MAKE)
 app.command("plan", short_help="Where to, and why", rich_help_panel=_MOVE)(plan.plan)
-app.command("migrate", short_help="Move functions, all or none", rich_help_panel=_MOVE)(migration.migrate)
+app.command("migrate", short_help="Move some, all or none", rich_help_panel=_MOVE)(migration.migrate)
 app.command("watch", short_help="Follow a migration", rich_help_panel=_MOVE)(migration.watch)
 app.command("cancel", short_help="Abort a migration", rich_help_panel=_MOVE)(migration.cancel)
 app.command("cordon", short_help="Keep functions away", rich_help_panel=_HOSTS)(operations.cordon)
 app.command("uncordon", short_help="Put it back in use", rich_help_panel=_HOSTS)(operations.uncordon)
 app.command("drain", short_help="Move everything away", rich_help_panel=_HOSTS)(drain.drain)
-app.command("doctor", short_help="Compare etcd with all hosts", rich_help_panel=_HOSTS)(operations.doctor)
-app.add_typer(operations.fleet_app, name="fleet", help="After a loss: etcd, a host", rich_help_panel=_HOSTS)
+app.command("rebalance", short_help="Make loads even", rich_help_panel=_HOSTS)(rearrange.rebalance)
+app.command("defragment", short_help="Make whole devices free", rich_help_panel=_HOSTS)(rearrange.defragment)
+app.add_typer(operations.fleet_app, name="fleet", help="After a loss: etcd, host", rich_help_panel=_HOSTS)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -24,7 +24,7 @@ PIPE_WIDTH = 400  # columns, where there is no terminal to fit: enough not to br
 
 _STYLES = {
     **dict.fromkeys(("active", "done", "yes"), "green"),
-    **dict.fromkeys(("creating", "deleting", "preparing", "committed", "aborting"), "yellow"),
+    **dict.fromkeys(("creating", "deleting", "queued", "preparing", "committed", "aborting"), "yellow"),
     **dict.fromkeys(("lost", "aborted", "no"), "red"),
 }
 

@@ -48,37 +48,71 @@ LIMIT_POLICY_FORCE: LimitPolicy.ValueType  # 2
 """It goes on."""
 Global___LimitPolicy: _TypeAlias = LimitPolicy  # noqa: Y015
 
-class _DrainState:
+class _MoveState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _DrainStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DrainState.ValueType], _builtins.type):
+class _MoveStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MoveState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    DRAIN_STATE_UNSPECIFIED: _DrainState.ValueType  # 0
+    MOVE_STATE_UNSPECIFIED: _MoveState.ValueType  # 0
     """Not set."""
-    DRAIN_STATE_WAITING: _DrainState.ValueType  # 1
+    MOVE_STATE_WAITING: _MoveState.ValueType  # 1
     """It has its turn later, or again after a pause."""
-    DRAIN_STATE_MOVING: _DrainState.ValueType  # 2
-    """It is in a migration: the drain's, or another that was under way."""
-    DRAIN_STATE_MOVED: _DrainState.ValueType  # 3
-    """It has its home elsewhere, or was deleted."""
-    DRAIN_STATE_STUCK: _DrainState.ValueType  # 4
+    MOVE_STATE_MOVING: _MoveState.ValueType  # 2
+    """It is in a migration: one of these, or another that was under way."""
+    MOVE_STATE_MOVED: _MoveState.ValueType  # 3
+    """It is where it was to go; in a drain that is anywhere else, and one that was deleted counts as well."""
+    MOVE_STATE_STUCK: _MoveState.ValueType  # 4
     """It stays: there is no device for it, or all tries have failed."""
 
-class DrainState(_DrainState, metaclass=_DrainStateEnumTypeWrapper):
-    """How far a drain is with one function."""
+class MoveState(_MoveState, metaclass=_MoveStateEnumTypeWrapper):
+    """How far a drain or a rearrangement is with one function."""
 
-DRAIN_STATE_UNSPECIFIED: DrainState.ValueType  # 0
+MOVE_STATE_UNSPECIFIED: MoveState.ValueType  # 0
 """Not set."""
-DRAIN_STATE_WAITING: DrainState.ValueType  # 1
+MOVE_STATE_WAITING: MoveState.ValueType  # 1
 """It has its turn later, or again after a pause."""
-DRAIN_STATE_MOVING: DrainState.ValueType  # 2
-"""It is in a migration: the drain's, or another that was under way."""
-DRAIN_STATE_MOVED: DrainState.ValueType  # 3
-"""It has its home elsewhere, or was deleted."""
-DRAIN_STATE_STUCK: DrainState.ValueType  # 4
+MOVE_STATE_MOVING: MoveState.ValueType  # 2
+"""It is in a migration: one of these, or another that was under way."""
+MOVE_STATE_MOVED: MoveState.ValueType  # 3
+"""It is where it was to go; in a drain that is anywhere else, and one that was deleted counts as well."""
+MOVE_STATE_STUCK: MoveState.ValueType  # 4
 """It stays: there is no device for it, or all tries have failed."""
-Global___DrainState: _TypeAlias = DrainState  # noqa: Y015
+Global___MoveState: _TypeAlias = MoveState  # noqa: Y015
+
+class _RearrangementGoal:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RearrangementGoalEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RearrangementGoal.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REARRANGEMENT_GOAL_UNSPECIFIED: _RearrangementGoal.ValueType  # 0
+    """Not set."""
+    REARRANGEMENT_GOAL_EVEN: _RearrangementGoal.ValueType  # 1
+    """Even loads. A device's load is the part of its slots that is in use. In the end no function could go to a device that
+    would then be less loaded, by more than the tolerance, than the one that it leaves is now, unless that would then be
+    less loaded than the other is now.
+    """
+    REARRANGEMENT_GOAL_FREE_DEVICES: _RearrangementGoal.ValueType  # 2
+    """Free devices: in the end none that has functions could be emptied into free slots of others that have some."""
+    REARRANGEMENT_GOAL_FREE_HOSTS: _RearrangementGoal.ValueType  # 3
+    """Free hosts: the same of hosts."""
+
+class RearrangementGoal(_RearrangementGoal, metaclass=_RearrangementGoalEnumTypeWrapper):
+    """What a rearrangement is for."""
+
+REARRANGEMENT_GOAL_UNSPECIFIED: RearrangementGoal.ValueType  # 0
+"""Not set."""
+REARRANGEMENT_GOAL_EVEN: RearrangementGoal.ValueType  # 1
+"""Even loads. A device's load is the part of its slots that is in use. In the end no function could go to a device that
+would then be less loaded, by more than the tolerance, than the one that it leaves is now, unless that would then be
+less loaded than the other is now.
+"""
+REARRANGEMENT_GOAL_FREE_DEVICES: RearrangementGoal.ValueType  # 2
+"""Free devices: in the end none that has functions could be emptied into free slots of others that have some."""
+REARRANGEMENT_GOAL_FREE_HOSTS: RearrangementGoal.ValueType  # 3
+"""Free hosts: the same of hosts."""
+Global___RearrangementGoal: _TypeAlias = RearrangementGoal  # noqa: Y015
 
 @_typing.final
 class MoveRequest(_message.Message):
@@ -668,8 +702,8 @@ class DrainRequest(_message.Message):
 Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
 
 @_typing.final
-class DrainedFunction(_message.Message):
-    """One function of a drain."""
+class MoveProgress(_message.Message):
+    """One function of a drain or a rearrangement."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -681,7 +715,7 @@ class DrainedFunction(_message.Message):
     HELD_FIELD_NUMBER: _builtins.int
     function: _builtins.str
     """The function."""
-    state: Global___DrainState.ValueType
+    state: Global___MoveState.ValueType
     """How far it is."""
     migration: _builtins.str
     """The migration that it is or was in, if any."""
@@ -697,7 +731,7 @@ class DrainedFunction(_message.Message):
         self,
         *,
         function: _builtins.str = ...,
-        state: Global___DrainState.ValueType = ...,
+        state: Global___MoveState.ValueType = ...,
         migration: _builtins.str = ...,
         device: _builtins.str = ...,
         why: _builtins.str = ...,
@@ -709,7 +743,7 @@ class DrainedFunction(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DrainedFunction: _TypeAlias = DrainedFunction  # noqa: Y015
+Global___MoveProgress: _TypeAlias = MoveProgress  # noqa: Y015
 
 @_typing.final
 class DrainResponse(_message.Message):
@@ -725,13 +759,13 @@ class DrainResponse(_message.Message):
     is_first: _builtins.bool
     """Whether it is the first response. If the caller was told of more functions by another coordinator, those have moved."""
     @_builtins.property
-    def functions(self) -> _containers.RepeatedCompositeFieldContainer[Global___DrainedFunction]:
+    def functions(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoveProgress]:
         """All functions that are there or on their way there, by name, if `is_first`; else those of which something changed."""
 
     def __init__(
         self,
         *,
-        functions: _abc.Iterable[Global___DrainedFunction] | None = ...,
+        functions: _abc.Iterable[Global___MoveProgress] | None = ...,
         is_over: _builtins.bool = ...,
         is_first: _builtins.bool = ...,
     ) -> None: ...
@@ -742,3 +776,327 @@ class DrainResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class PlanRearrangementRequest(_message.Message):
+    """Request of PlanRearrangement."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GOAL_FIELD_NUMBER: _builtins.int
+    TOLERANCE_PERCENT_FIELD_NUMBER: _builtins.int
+    CONSTRAINTS_FIELD_NUMBER: _builtins.int
+    goal: Global___RearrangementGoal.ValueType
+    """What for."""
+    tolerance_percent: _builtins.int
+    """For EVEN: by how much loads may differ, in percent of a device's slots, up to 100; 0 for 10. Else 0."""
+    @_builtins.property
+    def constraints(self) -> _placement_pb2.Constraints:
+        """What is asked of all targets. Boundaries may be SAME only: a function that has to leave where it just went would never
+        come to rest. Functions of a rule move one by one, each to where the rule then holds. Preferences are not looked at.
+        """
+
+    def __init__(
+        self,
+        *,
+        goal: Global___RearrangementGoal.ValueType = ...,
+        tolerance_percent: _builtins.int = ...,
+        constraints: _placement_pb2.Constraints | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints", "goal", b"goal", "tolerance_percent", b"tolerance_percent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanRearrangementRequest: _TypeAlias = PlanRearrangementRequest  # noqa: Y015
+
+@_typing.final
+class PlannedMove(_message.Message):
+    """One move of a rearrangement."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    SOURCE_DEVICE_FIELD_NUMBER: _builtins.int
+    TARGET_DEVICE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    """The function."""
+    source_device: _builtins.str
+    """Its home, as HOST/DEVICE."""
+    target_device: _builtins.str
+    """Where it is to go, as HOST/DEVICE."""
+    why: _builtins.str
+    """What it is good for, for people."""
+    @_builtins.property
+    def after(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Functions of the same plan that have to be at their targets first."""
+
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        source_device: _builtins.str = ...,
+        target_device: _builtins.str = ...,
+        after: _abc.Iterable[_builtins.str] | None = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "function", b"function", "source_device", b"source_device", "target_device", b"target_device", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedMove: _TypeAlias = PlannedMove  # noqa: Y015
+
+@_typing.final
+class DeviceChange(_message.Message):
+    """What a rearrangement makes of a device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    TOTAL_VFS_FIELD_NUMBER: _builtins.int
+    USED_BEFORE_FIELD_NUMBER: _builtins.int
+    USED_AFTER_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """The device, as HOST/DEVICE."""
+    total_vfs: _builtins.int
+    """Its slots."""
+    used_before: _builtins.int
+    """Of them in use, or reserved, when the plan was made."""
+    used_after: _builtins.int
+    """When all moves are done."""
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        total_vfs: _builtins.int = ...,
+        used_before: _builtins.int = ...,
+        used_after: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "total_vfs", b"total_vfs", "used_after", b"used_after", "used_before", b"used_before"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceChange: _TypeAlias = DeviceChange  # noqa: Y015
+
+@_typing.final
+class Rearrangement(_message.Message):
+    """The moves of a rearrangement, and what they make of the devices."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GOAL_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    goal: Global___RearrangementGoal.ValueType
+    """What for."""
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedMove]:
+        """The moves, in an order in which they can be done one after the other. Each function moves once."""
+
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceChange]:
+        """All devices that functions leave or come to, by name."""
+
+    def __init__(
+        self,
+        *,
+        goal: Global___RearrangementGoal.ValueType = ...,
+        moves: _abc.Iterable[Global___PlannedMove] | None = ...,
+        changes: _abc.Iterable[Global___DeviceChange] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "goal", b"goal", "moves", b"moves"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rearrangement: _TypeAlias = Rearrangement  # noqa: Y015
+
+@_typing.final
+class FleetFigures(_message.Message):
+    """A fleet in figures. Of devices only those count that are registered and not cordoned."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HIGHEST_LOAD_FIELD_NUMBER: _builtins.int
+    LOWEST_LOAD_FIELD_NUMBER: _builtins.int
+    DEVICES_IN_USE_FIELD_NUMBER: _builtins.int
+    HOSTS_IN_USE_FIELD_NUMBER: _builtins.int
+    LOCAL_ATTACHMENTS_FIELD_NUMBER: _builtins.int
+    highest_load: _builtins.float
+    """The load of the most loaded device, 0 to 1."""
+    lowest_load: _builtins.float
+    """The load of the least loaded device, 0 to 1."""
+    devices_in_use: _builtins.int
+    """Devices with functions."""
+    hosts_in_use: _builtins.int
+    """Hosts with functions."""
+    local_attachments: _builtins.int
+    """Attachments of drivers to functions that are on the driver's own host: their accesses need no network."""
+    def __init__(
+        self,
+        *,
+        highest_load: _builtins.float = ...,
+        lowest_load: _builtins.float = ...,
+        devices_in_use: _builtins.int = ...,
+        hosts_in_use: _builtins.int = ...,
+        local_attachments: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices_in_use", b"devices_in_use", "highest_load", b"highest_load", "hosts_in_use", b"hosts_in_use", "local_attachments", b"local_attachments", "lowest_load", b"lowest_load"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FleetFigures: _TypeAlias = FleetFigures  # noqa: Y015
+
+@_typing.final
+class StuckFunction(_message.Message):
+    """A function that can't take part in a rearrangement."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    """The function."""
+    why: _builtins.str
+    """Why, for people."""
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StuckFunction: _TypeAlias = StuckFunction  # noqa: Y015
+
+@_typing.final
+class PlanRearrangementResponse(_message.Message):
+    """Response of PlanRearrangement."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    STUCK_FIELD_NUMBER: _builtins.int
+    IS_PARTIAL_FIELD_NUMBER: _builtins.int
+    is_partial: _builtins.bool
+    """Whether there was more to do than one plan may have: when it is done, there is another."""
+    @_builtins.property
+    def plan(self) -> Global___Rearrangement:
+        """The plan. Without moves if there is nothing to do."""
+
+    @_builtins.property
+    def before(self) -> Global___FleetFigures:
+        """The fleet now."""
+
+    @_builtins.property
+    def after(self) -> Global___FleetFigures:
+        """The fleet when all moves are done."""
+
+    @_builtins.property
+    def stuck(self) -> _containers.RepeatedCompositeFieldContainer[Global___StuckFunction]:
+        """What can't move, by name."""
+
+    def __init__(
+        self,
+        *,
+        plan: Global___Rearrangement | None = ...,
+        before: Global___FleetFigures | None = ...,
+        after: Global___FleetFigures | None = ...,
+        stuck: _abc.Iterable[Global___StuckFunction] | None = ...,
+        is_partial: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "is_partial", b"is_partial", "plan", b"plan", "stuck", b"stuck"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanRearrangementResponse: _TypeAlias = PlanRearrangementResponse  # noqa: Y015
+
+@_typing.final
+class RearrangeRequest(_message.Message):
+    """Request of Rearrange."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    PARALLEL_FIELD_NUMBER: _builtins.int
+    CONSTRAINTS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    parallel: _builtins.int
+    """Migrations at once at most, up to 64; 0 for 4."""
+    @_builtins.property
+    def plan(self) -> Global___Rearrangement:
+        """The plan, as PlanRearrangement gave it, with at most 1,000 moves."""
+
+    @_builtins.property
+    def constraints(self) -> _placement_pb2.Constraints:
+        """As the plan was asked for with."""
+
+    @_builtins.property
+    def options(self) -> Global___MigrationOptions:
+        """How to migrate."""
+
+    def __init__(
+        self,
+        *,
+        plan: Global___Rearrangement | None = ...,
+        parallel: _builtins.int = ...,
+        constraints: _placement_pb2.Constraints | None = ...,
+        options: Global___MigrationOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints", "options", b"options", "plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["constraints", b"constraints", "options", b"options", "parallel", b"parallel", "plan", b"plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RearrangeRequest: _TypeAlias = RearrangeRequest  # noqa: Y015
+
+@_typing.final
+class RearrangeResponse(_message.Message):
+    """Response of Rearrange."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTIONS_FIELD_NUMBER: _builtins.int
+    IS_OVER_FIELD_NUMBER: _builtins.int
+    IS_FIRST_FIELD_NUMBER: _builtins.int
+    is_over: _builtins.bool
+    """Whether that was all: nothing more will move."""
+    is_first: _builtins.bool
+    """Whether it is the first response."""
+    @_builtins.property
+    def functions(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoveProgress]:
+        """All functions of the plan, if `is_first`; else those of which something changed."""
+
+    def __init__(
+        self,
+        *,
+        functions: _abc.Iterable[Global___MoveProgress] | None = ...,
+        is_over: _builtins.bool = ...,
+        is_first: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["functions", b"functions", "is_first", b"is_first", "is_over", b"is_over"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RearrangeResponse: _TypeAlias = RearrangeResponse  # noqa: Y015

@@ -70,6 +70,16 @@ class MigrationServiceStub:
                 request_serializer=vfleet_dot_v1_dot_migration__service__pb2.DrainRequest.SerializeToString,
                 response_deserializer=vfleet_dot_v1_dot_migration__service__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.PlanRearrangement = channel.unary_unary(
+                '/vfleet.v1.MigrationService/PlanRearrangement',
+                request_serializer=vfleet_dot_v1_dot_migration__service__pb2.PlanRearrangementRequest.SerializeToString,
+                response_deserializer=vfleet_dot_v1_dot_migration__service__pb2.PlanRearrangementResponse.FromString,
+                _registered_method=True)
+        self.Rearrange = channel.unary_stream(
+                '/vfleet.v1.MigrationService/Rearrange',
+                request_serializer=vfleet_dot_v1_dot_migration__service__pb2.RearrangeRequest.SerializeToString,
+                response_deserializer=vfleet_dot_v1_dot_migration__service__pb2.RearrangeResponse.FromString,
+                _registered_method=True)
 
 
 class MigrationServiceServicer:
@@ -130,6 +140,21 @@ class MigrationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PlanRearrangement(self, request, context):
+        """PlanRearrangement shows how functions would move to make loads even, or devices or hosts free, and does nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rearrange(self, request, context):
+        """Rearrange does the moves of such a plan, and no others, for as long as the caller listens. Each is looked at once more
+        before it begins. The same plan asked for again, of any coordinator, goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MigrationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -167,6 +192,16 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=vfleet_dot_v1_dot_migration__service__pb2.DrainRequest.FromString,
                     response_serializer=vfleet_dot_v1_dot_migration__service__pb2.DrainResponse.SerializeToString,
+            ),
+            'PlanRearrangement': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanRearrangement,
+                    request_deserializer=vfleet_dot_v1_dot_migration__service__pb2.PlanRearrangementRequest.FromString,
+                    response_serializer=vfleet_dot_v1_dot_migration__service__pb2.PlanRearrangementResponse.SerializeToString,
+            ),
+            'Rearrange': grpc.unary_stream_rpc_method_handler(
+                    servicer.Rearrange,
+                    request_deserializer=vfleet_dot_v1_dot_migration__service__pb2.RearrangeRequest.FromString,
+                    response_serializer=vfleet_dot_v1_dot_migration__service__pb2.RearrangeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -359,6 +394,60 @@ class MigrationService:
             '/vfleet.v1.MigrationService/Drain',
             vfleet_dot_v1_dot_migration__service__pb2.DrainRequest.SerializeToString,
             vfleet_dot_v1_dot_migration__service__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanRearrangement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vfleet.v1.MigrationService/PlanRearrangement',
+            vfleet_dot_v1_dot_migration__service__pb2.PlanRearrangementRequest.SerializeToString,
+            vfleet_dot_v1_dot_migration__service__pb2.PlanRearrangementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rearrange(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vfleet.v1.MigrationService/Rearrange',
+            vfleet_dot_v1_dot_migration__service__pb2.RearrangeRequest.SerializeToString,
+            vfleet_dot_v1_dot_migration__service__pb2.RearrangeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,12 @@ class MigrationServiceStub:
     """Drain cordons a part of the fleet and moves all functions there elsewhere, for as long as the caller listens. What it
     does is seen in the fleet alone: asked again, of any coordinator, it goes on. The cordon stays.
     """
+    PlanRearrangement: _grpc.UnaryUnaryMultiCallable[_migration_service_pb2.PlanRearrangementRequest, _migration_service_pb2.PlanRearrangementResponse]
+    """PlanRearrangement shows how functions would move to make loads even, or devices or hosts free, and does nothing."""
+    Rearrange: _grpc.UnaryStreamMultiCallable[_migration_service_pb2.RearrangeRequest, _migration_service_pb2.RearrangeResponse]
+    """Rearrange does the moves of such a plan, and no others, for as long as the caller listens. Each is looked at once more
+    before it begins. The same plan asked for again, of any coordinator, goes on.
+    """
 
 @_typing.type_check_only
 class MigrationServiceAsyncStub(MigrationServiceStub):
@@ -84,6 +90,12 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     Drain: _aio.UnaryStreamMultiCallable[_migration_service_pb2.DrainRequest, _migration_service_pb2.DrainResponse]  # type: ignore[assignment]
     """Drain cordons a part of the fleet and moves all functions there elsewhere, for as long as the caller listens. What it
     does is seen in the fleet alone: asked again, of any coordinator, it goes on. The cordon stays.
+    """
+    PlanRearrangement: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.PlanRearrangementRequest, _migration_service_pb2.PlanRearrangementResponse]  # type: ignore[assignment]
+    """PlanRearrangement shows how functions would move to make loads even, or devices or hosts free, and does nothing."""
+    Rearrange: _aio.UnaryStreamMultiCallable[_migration_service_pb2.RearrangeRequest, _migration_service_pb2.RearrangeResponse]  # type: ignore[assignment]
+    """Rearrange does the moves of such a plan, and no others, for as long as the caller listens. Each is looked at once more
+    before it begins. The same plan asked for again, of any coordinator, goes on.
     """
 
 class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -152,6 +164,24 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_migration_service_pb2.DrainResponse], _abc.AsyncIterator[_migration_service_pb2.DrainResponse]]:
         """Drain cordons a part of the fleet and moves all functions there elsewhere, for as long as the caller listens. What it
         does is seen in the fleet alone: asked again, of any coordinator, it goes on. The cordon stays.
+        """
+
+    @_abc_1.abstractmethod
+    def PlanRearrangement(
+        self,
+        request: _migration_service_pb2.PlanRearrangementRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_migration_service_pb2.PlanRearrangementResponse, _abc.Awaitable[_migration_service_pb2.PlanRearrangementResponse]]:
+        """PlanRearrangement shows how functions would move to make loads even, or devices or hosts free, and does nothing."""
+
+    @_abc_1.abstractmethod
+    def Rearrange(
+        self,
+        request: _migration_service_pb2.RearrangeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_migration_service_pb2.RearrangeResponse], _abc.AsyncIterator[_migration_service_pb2.RearrangeResponse]]:
+        """Rearrange does the moves of such a plan, and no others, for as long as the caller listens. Each is looked at once more
+        before it begins. The same plan asked for again, of any coordinator, goes on.
         """
 
 def add_MigrationServiceServicer_to_server(servicer: MigrationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -786,6 +786,7 @@ class Migration(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     ABORT_CAUSE_FIELD_NUMBER: _builtins.int
     TRACE_PARENT_FIELD_NUMBER: _builtins.int
+    ABORT_HOST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name: the request ID that the client gave, or one made by the coordinator."""
     schema_version: _builtins.int
@@ -806,6 +807,8 @@ class Migration(_message.Message):
     """Why it was aborted, for programs. Not set if nothing failed: whoever drove it had gone when another aborted it."""
     trace_parent: _builtins.str
     """The trace that it belongs to: the traceparent (W3C Trace Context) of whoever began it. Empty if there is none."""
+    abort_host: _builtins.str
+    """The host that failed to do what was asked of it, if that is why it was aborted."""
     @_builtins.property
     def attempt(self) -> _types_pb2.Attempt:
         """The fence. Its revision is that of BEGIN, so it is known from the key and not stored."""
@@ -849,10 +852,11 @@ class Migration(_message.Message):
         mode: _types_pb2.TransferMode.ValueType = ...,
         abort_cause: _types_pb2.ErrorReason.ValueType = ...,
         trace_parent: _builtins.str = ...,
+        abort_host: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "begin_time", b"begin_time", "decide_time", b"decide_time", "finish_time", b"finish_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_cause", b"abort_cause", "abort_reason", b"abort_reason", "abort_step", b"abort_step", "attempt", b"attempt", "begin_time", b"begin_time", "coordinator", b"coordinator", "decide_time", b"decide_time", "finish_time", b"finish_time", "finished_by", b"finished_by", "mode", b"mode", "moves", b"moves", "name", b"name", "phase", b"phase", "schema_version", b"schema_version", "steps", b"steps", "trace_parent", b"trace_parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_cause", b"abort_cause", "abort_host", b"abort_host", "abort_reason", b"abort_reason", "abort_step", b"abort_step", "attempt", b"attempt", "begin_time", b"begin_time", "coordinator", b"coordinator", "decide_time", b"decide_time", "finish_time", b"finish_time", "finished_by", b"finished_by", "mode", b"mode", "moves", b"moves", "name", b"name", "phase", b"phase", "schema_version", b"schema_version", "steps", b"steps", "trace_parent", b"trace_parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
