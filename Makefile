@@ -11,7 +11,7 @@ GENERATE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I 
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench chaos kill-matrix guest-image guest-kill-matrix promtool model simulate simulate-bugs mutation lint proto clean
+.PHONY: help demo images up down destroy test bench chaos kill-matrix guest-image guest-kill-matrix promtool model simulate simulate-bugs mutation lint proto clean
 .DELETE_ON_ERROR:
 
 help: ## Show this
@@ -19,6 +19,18 @@ help: ## Show this
 
 demo: $(VENV)/installed ## Show functions move twice under a driver at work
 	$(BIN)/vfleet demo
+
+images: $(VENV)/installed ## Build the images of vfleet and etcd (deploy/docker)
+	PYTHON=$(BIN)/python deploy/docker/images.sh
+
+up: $(VENV)/installed ## Bring a fleet of three machines up in containers (deploy/compose)
+	PYTHON=$(BIN)/python deploy/compose/up.sh
+
+down: ## End it; what it has on disk stays
+	deploy/compose/up.sh down
+
+destroy: ## End it, and nothing of it stays
+	deploy/compose/up.sh destroy
 
 test: $(VENV)/installed-dev ## Run the tests
 	$(BIN)/pytest -n auto --dist worksteal

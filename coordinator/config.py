@@ -27,8 +27,8 @@ _LIMITS = ("--max-migrations", "--max-migrations-per-host", "--max-migrations-pe
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What a coordinator is told: its name, where to listen, etcd's endpoints, its lease's TTL, how much to log, how
-    many migrations may be under way, how its connections are secured.
+    """What a coordinator is told: its name, where to listen and where it is found, etcd's endpoints, its lease's TTL,
+    how much to log, how many migrations may be under way, how its connections are secured.
 
     And how many records of migrations that are over are kept, and for how many days.
 
@@ -46,10 +46,13 @@ class Config:
     keep_migrations_days: int = DEFAULT_KEPT_DAYS
     allowance: Allowance = DEFAULT_ALLOWANCE
     security: Security = INSECURE
+    advertise: str | None = None
 
     def __post_init__(self) -> None:
         check_name("--name", self.name)
         self.security.check("--listen", check_address("--listen", self.listen, least_port=0))
+        if self.advertise is not None:
+            self.security.check("--advertise", check_address("--advertise", self.advertise, least_port=1))
         for endpoint in self.etcd:
             self.security.check_etcd("--etcd", check_address("--etcd", endpoint, least_port=1))
         check_lease_ttl("--lease-ttl-s", self.lease_ttl_s)
@@ -119,6 +122,7 @@ def parse(arguments: Sequence[str]) -> Config:
                 options.max_migrations, options.max_migrations_per_host, options.max_migrations_per_device
             ),
             security=security(options),
+            advertise=options.advertise,
         )
     except VfleetError as error:
         parser.error(error.message)

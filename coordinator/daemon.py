@@ -164,7 +164,7 @@ class Daemon:
         The name's being unique makes an owner key with it that of this session.
         """
         context, key = self._context, coordinator_key(self._config.name)
-        record = encode(Coordinator(name=self._config.name, address=address))
+        record = encode(Coordinator(name=self._config.name, address=self._config.advertise or address))
         give_up_s = context.clock.monotonic() + 2 * self._config.lease_ttl_s + 1
         while True:
             session.check()

@@ -35,6 +35,7 @@ from vfleet.v1.function_service_pb2 import (
 from vfleet.v1.function_service_pb2_grpc import FunctionServiceStub
 from vfleet.v1.hold_service_pb2 import LiftHoldRequest, ListHoldsRequest, PlaceHoldRequest
 from vfleet.v1.hold_service_pb2_grpc import HoldServiceStub
+from vfleet.v1.records_pb2 import Host
 from vfleet.v1.transfer_service_pb2 import (
     ImportStateRequest,
     ImportStateResponse,
@@ -72,16 +73,24 @@ class Hosts:
 
     def address(self, host: str) -> str:
         """Return HOST:PORT of the host's daemon. Raise NOT_FOUND or HOST_UNAVAILABLE."""
+        return self._record(host).address
+
+    def fabric_address(self, host: str) -> str:
+        """Return HOST:PORT at which other hosts reach the host's daemon. Raise as `address`."""
+        record = self._record(host)
+        return record.fabric_address or record.address
+
+    def incarnation(self, host: str) -> str:
+        """Return the incarnation of the host. Raise HOST_UNAVAILABLE."""
+        return registered_incarnation(self._inventory.snapshot, host)
+
+    def _record(self, host: str) -> Host:
         snapshot = self._inventory.snapshot
         record = snapshot.hosts.get(host)
         if record is None:
             raise not_found("host", host)
         registered_incarnation(snapshot, host)
-        return record.record.address
-
-    def incarnation(self, host: str) -> str:
-        """Return the incarnation of the host. Raise HOST_UNAVAILABLE."""
-        return registered_incarnation(self._inventory.snapshot, host)
+        return record.record
 
     async def create_function(self, host: str, request: CreateFunctionRequest) -> None:
         """Make an instance."""

@@ -182,7 +182,7 @@ class Run:
             function=move.function,
             generation=move.target.generation,
             source_host=move.source.host,
-            source_address=self._context.hosts.address(move.source.host),
+            source_address=self._context.hosts.fabric_address(move.source.host),
             source_incarnation=move.source.incarnation,
             source_generation=move.source.generation,
             options=CopyOptions(

@@ -55,6 +55,7 @@ async def _serve(config: Config, writer: log.Writer) -> None:
                 clock,
                 random,
                 config.lease_ttl_s,
+                fabric_address=config.advertise_fabric or "",
                 allows_faults=config.allow_faults,
             )
             add_services(host, server.grpc)

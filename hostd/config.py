@@ -19,6 +19,7 @@ class Config:
     etcd: tuple[str, ...]
     listen: str
     advertise: str | None
+    advertise_fabric: str | None
     power_cycle: bool
     lease_ttl_s: int
     log_level: str
@@ -29,8 +30,9 @@ class Config:
 
     def __post_init__(self) -> None:
         self.security.check("--listen", check_address("--listen", self.listen, least_port=0))
-        if self.advertise is not None:
-            self.security.check("--advertise", check_address("--advertise", self.advertise, least_port=1))
+        for option, address in (("--advertise", self.advertise), ("--advertise-fabric", self.advertise_fabric)):
+            if address is not None:
+                self.security.check(option, check_address(option, address, least_port=1))
         for endpoint in self.etcd:
             self.security.check_etcd("--etcd", check_address("--etcd", endpoint, least_port=1))
         check_lease_ttl("--lease-ttl-s", self.lease_ttl_s)
@@ -53,9 +55,9 @@ def parse(arguments: Sequence[str]) -> Config:
     )
     parser.add_common_arguments()
     parser.add_argument(
-        "--advertise",
+        "--advertise-fabric",
         metavar="HOST:PORT",
-        help="where the fleet finds this host, if not where it listens (behind a proxy, or in a container)",
+        help="where other hosts find it, if they have a network of their own",
     )
     options = parser.parse_args(arguments)
     try:
@@ -66,6 +68,7 @@ def parse(arguments: Sequence[str]) -> Config:
             etcd=tuple(options.etcd.split(",")),
             listen=options.listen,
             advertise=options.advertise,
+            advertise_fabric=options.advertise_fabric,
             power_cycle=options.power_cycle,
             lease_ttl_s=options.lease_ttl_s,
             log_level=options.log_level,

@@ -73,6 +73,6 @@ class Directory:
 
     def _put(self, item: KeyValue) -> None:
         host = decode(Host, item)
-        self._peers[host.segment] = Peer(host.address, host.incarnation, host.name)
+        self._peers[host.segment] = Peer(host.fabric_address or host.address, host.incarnation, host.name)
         self._segments[item.key] = host.segment
         self._attachments[item.key] = {device.name: frozenset(device.attachments) for device in host.devices}

@@ -59,6 +59,7 @@ class Host:
         random: Random,
         lease_ttl_s: int,
         *,
+        fabric_address: str = "",
         allows_faults: bool = False,
     ) -> None:
         segment = Segment(topology)
@@ -104,6 +105,7 @@ class Host:
             name=topology.name,
             segment=topology.segment,
             address=address,
+            fabric_address=fabric_address,
             incarnation=identity.incarnation,
             devices=topology.devices(),
         )

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 from google.protobuf.message import Message
-from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from vfleet import rpc
 from vfleet.clock import Clock, SystemClock, backoff_delays
 from vfleet.errors import Reason, VfleetError, invalid_field
+from vfleet.health import check_health
 
 if TYPE_CHECKING:
     from vfleet.tls import Tls
@@ -200,13 +200,8 @@ class Caller:
         waiting = asyncio.ensure_future(answer)
         try:
             while not (await asyncio.wait([waiting], timeout=PROBE_AFTER_S))[0]:
-                check = self._channel(address).unary_unary(
-                    "/grpc.health.v1.Health/Check",
-                    request_serializer=HealthCheckRequest.SerializeToString,
-                    response_deserializer=HealthCheckResponse.FromString,
-                )
                 try:
-                    await rpc.call(check, HealthCheckRequest(), address=address, timeout_s=PROBE_TIMEOUT_S)
+                    await check_health(self._channel(address), address, PROBE_TIMEOUT_S)
                 except VfleetError as error:
                     if is_silence(error, address) and not waiting.done():
                         raise

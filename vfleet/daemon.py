@@ -42,6 +42,11 @@ class Parser(argparse.ArgumentParser):
             default="127.0.0.1:0",
             help="where to serve gRPC; port 0 for any (%(default)s)",
         )
+        self.add_argument(
+            "--advertise",
+            metavar="HOST:PORT",
+            help="where the fleet finds it, if not where it listens (behind a proxy, or in a container)",
+        )
         self.add_argument("--etcd", metavar="HOST:PORT[,...]", required=True, help="endpoints of etcd")
         self.add_argument(
             "--tls", metavar="DIR", type=Path, help=f"folder with ca.crt, tls.crt and tls.key, or {TLS_VARIABLE}"

@@ -8,6 +8,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from rich.console import Console
@@ -21,9 +23,10 @@ COLUMNS = ("coordinator and second", "coordinator alone", "source", "target", "d
 
 
 class Matrix:
-    """The cells still to be run, by the kind of cluster that they need, and the outcomes."""
+    """The cells still to be run, by the kind of cluster that they need, and the outcomes. `stage` makes a cluster."""
 
-    def __init__(self, cells: list[Cell], directory: Path) -> None:
+    def __init__(self, cells: list[Cell], directory: Path, stage: Callable[..., AbstractAsyncContextManager[Stage]]):
+        self._stage = stage
         self._waiting = {kind: collections.deque(c for c in cells if c.has_second is kind) for kind in (True, False)}
         self._directory = directory
         self._clusters = 0
@@ -35,7 +38,7 @@ class Matrix:
             self._clusters += 1
             directory = self._directory / str(self._clusters)
             directory.mkdir()
-            async with staged(directory, has_second=cells[0].has_second) as stage:
+            async with self._stage(directory, has_second=cells[0].has_second) as stage:
                 while cells:
                     cell = cells.popleft()
                     outcome = await run_cell(stage, cell)
@@ -110,7 +113,7 @@ async def main() -> None:
     cells = [cell for cell in all_cells(may_kill_etcd=may_kill) if options.only in cell.point]
     began_s = time.monotonic()
     directory = Path(tempfile.mkdtemp(prefix="vfleet-kill-matrix-"))
-    matrix = Matrix(cells, directory)
+    matrix = Matrix(cells, directory, staged)
     async with asyncio.TaskGroup() as group:
         for _ in range(options.clusters):
             group.create_task(matrix.work())

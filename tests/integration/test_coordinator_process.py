@@ -10,6 +10,7 @@ import pytest
 
 from vfleet.etcd import keys
 from vfleet.process import free_port
+from vfleet.v1.records_pb2 import Coordinator
 
 
 async def start(*arguments: str) -> asyncio.subprocess.Process:
@@ -39,6 +40,15 @@ async def test_it_announces_its_address_and_gives_its_lease_back_when_told_to_st
     assert await store.get(keys.coordinator_key("c1")) is None
 
 
+async def test_the_fleet_is_told_the_advertised_address(etcd, store):
+    process = await start("--name", "c1", "--etcd", etcd.endpoint, "--insecure", "--advertise", "127.0.0.9:7000")
+    await process.stdout.readline()
+    stored = await store.get(keys.coordinator_key("c1"))
+    assert Coordinator.FromString(stored.value).address == "127.0.0.9:7000"
+    process.terminate()
+    await process.communicate()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -46,6 +56,7 @@ async def test_it_announces_its_address_and_gives_its_lease_back_when_told_to_st
         (["--name", "C1", "--etcd", "127.0.0.1:1"], "--name is 'C1'"),
         (["--name", "c1", "--etcd", "nowhere"], "--etcd is 'nowhere'"),
         (["--name", "c1", "--etcd", "127.0.0.1:1", "--listen", "x:99999"], "--listen is 'x:99999'"),
+        (["--name", "c1", "--etcd", "127.0.0.1:1", "--advertise", "x:0"], "--advertise is 'x:0'"),
         (["--name", "c1", "--etcd", "127.0.0.1:1", "--lease-ttl-s", "0"], "--lease-ttl-s is 0"),
         (["--name", "c1", "--etcd", "127.0.0.1:1", "--keep-migrations", "0"], "--keep-migrations is 0"),
         (["--name", "c1", "--etcd", "127.0.0.1:1", "--keep-migrations-days", "9999"], "--keep-migrations-days is 9999"),

@@ -21,20 +21,24 @@ def hostd(etcd: EtcdServer, tmp_path: Path, *more: str) -> Daemon:
     return Daemon("h1", "hostd", [*about, *more], log=tmp_path / "h1.log", random=Random())
 
 
-async def test_the_fleet_is_told_the_advertised_address(etcd: EtcdServer, store: EtcdStore, tmp_path: Path):
-    daemon = hostd(etcd, tmp_path, "--advertise", "127.0.0.2:7001")
+async def test_the_fleet_is_told_the_advertised_addresses(etcd: EtcdServer, store: EtcdStore, tmp_path: Path):
+    daemon = hostd(etcd, tmp_path, "--advertise", "127.0.0.2:7001", "--advertise-fabric", "127.0.0.3:7001")
     await daemon.start()
     try:
         stored = await store.get(host_key("h1"))
         assert stored is not None
         assert decode(Host, stored).address == "127.0.0.2:7001"
+        assert decode(Host, stored).fabric_address == "127.0.0.3:7001"
         assert daemon.address != "127.0.0.2:7001"
     finally:
         await daemon.stop()
 
 
+@pytest.mark.parametrize("option", ["--advertise", "--advertise-fabric"])
 @pytest.mark.parametrize("address", ["h1.example", "h1.example:0", ":7001"])
-async def test_an_address_that_can_not_be_reached_is_refused(etcd: EtcdServer, tmp_path: Path, address: str):
-    with pytest.raises(VfleetError, match="--advertise") as refused:
-        await hostd(etcd, tmp_path, "--advertise", address).start()
+async def test_an_address_that_can_not_be_reached_is_refused(
+    etcd: EtcdServer, tmp_path: Path, option: str, address: str
+):
+    with pytest.raises(VfleetError, match=f"{option} is") as refused:
+        await hostd(etcd, tmp_path, option, address).start()
     assert refused.value.reason is Reason.INVALID_FIELD

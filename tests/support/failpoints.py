@@ -48,10 +48,15 @@ class Failpoints:
                 await asyncio.sleep(0.01)
 
 
-async def go_on(daemon: Daemon) -> None:
-    """Let a daemon go on that has stopped, or is just about to stop, at a failpoint."""
+async def until_stopped(daemon: Daemon) -> None:
+    """Wait until a daemon stands still that is about to stop at a failpoint."""
     stat = Path(f"/proc/{daemon.process.pid}/stat")
     async with asyncio.timeout(PATIENCE_S):
         while stat.read_text().rpartition(")")[2].split()[0] != "T":  # noqa: ASYNC240  # never waits
             await asyncio.sleep(0.005)
+
+
+async def go_on(daemon: Daemon) -> None:
+    """Let a daemon go on that has stopped, or is just about to stop, at a failpoint."""
+    await until_stopped(daemon)
     daemon.resume()

@@ -160,7 +160,13 @@ async def running(
         )
         await stack.enter_async_context(local)
         stack.push_async_callback(_kill, local)
-        random = Random()
+        yield await stack.enter_async_context(connected(local))
+
+
+@asynccontextmanager
+async def connected(local: LocalCluster) -> AsyncIterator[Cluster]:
+    """Connect to a cluster that is up: to its coordinators, to each host, and to etcd."""
+    async with AsyncExitStack() as stack:
         keys = local.keys()
         fleet = FleetClient(local.coordinator_addresses, tls=keys.tls, patience_s=PATIENCE_S)
         hosts = {
@@ -170,7 +176,7 @@ async def running(
         for client in (fleet, *hosts.values()):
             await stack.enter_async_context(client)
         store = await stack.enter_async_context(
-            await EtcdStore.connect(local.etcd, SystemClock(), random, tls=keys.etcd)
+            await EtcdStore.connect(local.etcd, SystemClock(), Random(), tls=keys.etcd)
         )
         yield Cluster(local, fleet, hosts, store)
 

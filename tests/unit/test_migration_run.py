@@ -63,8 +63,8 @@ class Hosts:
     def under(self, check: Callable[[], None]) -> "Hosts":
         return self
 
-    def address(self, host: str) -> str:
-        return f"{host}:1"
+    def fabric_address(self, host: str) -> str:
+        return f"{host}.fabric:1"
 
     async def create_function(self, host: str, request: CreateFunctionRequest) -> None:
         await self._enter("create", host, request)
@@ -252,7 +252,7 @@ async def test_the_requests_before_the_decision_name_attempt_function_generation
             function=part.function,
             generation=4,
             source_host="h1",
-            source_address="h1:1",
+            source_address="h1.fabric:1",
             source_incarnation="h1-boot",
             source_generation=3,
             options=CopyOptions(mode=TransferMode.TRANSFER_MODE_PRE_COPY, max_rounds=3),

@@ -37,6 +37,7 @@ def describe_host(host: Host, devices: Iterable[DeviceUse]) -> None:
             ("Host", host.name),
             ("Segment", f"{host.segment:#06x}"),
             ("Address", host.address),
+            ("Fabric address", host.fabric_address or host.address),
             ("Incarnation", host.incarnation),
             ("Registered", "yes" if host.registered else "no"),
             ("Cordoned", cordon_word(host)),

@@ -320,6 +320,7 @@ class Host(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     REGISTERED_FIELD_NUMBER: _builtins.int
     CORDONS_FIELD_NUMBER: _builtins.int
+    FABRIC_ADDRESS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The host's name."""
     schema_version: _builtins.int
@@ -332,6 +333,10 @@ class Host(_message.Message):
     """New at every boot of the simulated machine, not at a restart of its daemon."""
     registered: _builtins.bool
     """Whether its registration (the key under the daemon's lease) is there. Not stored."""
+    fabric_address: _builtins.str
+    """HOST:PORT at which other hosts reach it, if they have a network of their own: accesses, and functions' states. Empty:
+    the address.
+    """
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
         """Its devices, in the order of the topology."""
@@ -351,10 +356,11 @@ class Host(_message.Message):
         devices: _abc.Iterable[Global___Device] | None = ...,
         registered: _builtins.bool = ...,
         cordons: _abc.Iterable[Global___Cordon] | None = ...,
+        fabric_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cordons", b"cordons", "devices", b"devices", "incarnation", b"incarnation", "name", b"name", "registered", b"registered", "schema_version", b"schema_version", "segment", b"segment"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cordons", b"cordons", "devices", b"devices", "fabric_address", b"fabric_address", "incarnation", b"incarnation", "name", b"name", "registered", b"registered", "schema_version", b"schema_version", "segment", b"segment"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,11 +23,17 @@ class Participant(enum.StrEnum):
 
 
 class Fault(enum.StrEnum):
-    """SIGSTOP lasts longer than a lease. RESTART is SIGTERM and a new start: for an etcd that must not be killed."""
+    """SIGSTOP lasts longer than a lease. RESTART is SIGTERM and a new start: for an etcd that must not be killed.
+
+    The others, as long as SIGSTOP, are for machines with networks of their own: tests/containers.
+    """
 
     KILL = "SIGKILL"
     STOP = "SIGSTOP"
     RESTART = "restart"
+    PAUSE = "pause"
+    CUT = "cut off"
+    CUT_FABRIC = "cut off from the fabric"
 
 
 class Course(enum.StrEnum):
@@ -72,7 +78,8 @@ class Cell:
             return done
         if self.point == "coordinator.begin.before":
             return done | aborted  # nothing has begun, and whoever asks for it asks again
-        return aborted if self.participant is Participant.COORDINATOR else done | aborted
+        is_gone = self.participant is Participant.COORDINATOR and self.fault in (Fault.KILL, Fault.STOP)
+        return aborted if is_gone else done | aborted
 
     @property
     def resolution_max_s(self) -> float | None:

@@ -83,6 +83,7 @@ class Stage:
     cluster: Cluster
     failpoints: Failpoints
     device: str = "nic0"
+    new_scene: "type[Scene] | None" = None
     count: int = 0
 
     async def run(self, cell: Cell) -> Outcome:
@@ -91,7 +92,9 @@ class Stage:
         async with asyncio.timeout(CELL_TIMEOUT_S):
             function = await when_possible(lambda: self.cluster.fleet.get_function("vf1"))
             source = function.device.partition("/")[0]
-            return await Scene(self, cell, f"m{self.count}", source, "h2" if source == "h1" else "h1").play()
+            return await (self.new_scene or Scene)(
+                self, cell, f"m{self.count}", source, "h2" if source == "h1" else "h1"
+            ).play()
 
     def daemon(self, name: str) -> Daemon:
         return {**self.cluster.local.hosts, **self.cluster.local.coordinators}[name]
@@ -218,7 +221,8 @@ class Scene:
             mode=TransferMode.TRANSFER_MODE_POST_COPY if is_post_copy else TransferMode.TRANSFER_MODE_PRE_COPY,
         )
         moves = [move_request("vf1", f"{self.target}/{self.stage.device}")]
-        async with FleetClient(self.stage.cluster.local.coordinator_addresses, patience_s=CELL_TIMEOUT_S) as client:
+        local = self.stage.cluster.local
+        async with FleetClient(local.coordinator_addresses, tls=local.keys().tls, patience_s=CELL_TIMEOUT_S) as client:
             await when_possible(lambda: client.create_migration(moves, name=self.name, options=options))
 
     async def _reached(self, armed: list[str], beginning: asyncio.Task[None]) -> float:
@@ -344,13 +348,18 @@ async def staged(directory: Path, *, has_second: bool) -> AsyncIterator[Stage]:
     async with running(
         directory, coordinators=size, lease_ttl_s=LEASE_TTL_S, failpoints=failpoints.directory
     ) as cluster:
-        await cluster.fleet.create_function("vf1", "h1/nic0")
-        await cluster.work("d1", "vf1", DRIVER_HOST, accesses_per_second=200, memory_bytes=WORKLOAD_BYTES)
-        entry = await cluster.fleet.attach_driver("vf1", "d2", host="h1")
-        pattern = Pattern(
-            DriverClient(cluster.hosts["h1"], "d2"),
-            entry.virtual_address + LOCAL_MEMORY + WORKLOAD_BYTES,
-            tuple(Random().randbytes(PAGE_BYTES) for _ in range(PATTERN_PAGES)),
-        )
-        await pattern.write()
-        yield WorkloadStage(cluster, failpoints, pattern=pattern)
+        yield await set_stage(cluster, failpoints)
+
+
+async def set_stage(cluster: Cluster, failpoints: Failpoints, new_scene: type[Scene] = Scene) -> WorkloadStage:
+    """Return the stage that a cluster becomes with a function and its drivers."""
+    await cluster.fleet.create_function("vf1", "h1/nic0")
+    await cluster.work("d1", "vf1", DRIVER_HOST, accesses_per_second=200, memory_bytes=WORKLOAD_BYTES)
+    entry = await cluster.fleet.attach_driver("vf1", "d2", host="h1")
+    pattern = Pattern(
+        DriverClient(cluster.hosts["h1"], "d2"),
+        entry.virtual_address + LOCAL_MEMORY + WORKLOAD_BYTES,
+        tuple(Random().randbytes(PAGE_BYTES) for _ in range(PATTERN_PAGES)),
+    )
+    await pattern.write()
+    return WorkloadStage(cluster, failpoints, new_scene=new_scene, pattern=pattern)
