@@ -19,17 +19,19 @@ Range = tuple[int, int]
 FETCH_PAGES = 16  # fetched together: what is next to a page is likely to be touched next
 
 _ALL = b"\x01"
+_DIGITS = b"01" + bytes(254)  # of a page's byte
 
 
 class Arrival:
     """The pages of `local_memory` that are there, and those that somebody waits for."""
 
-    def __init__(self, image: FunctionImage, local_memory: range) -> None:
+    def __init__(self, image: FunctionImage, local_memory: range, *, is_new: bool = False) -> None:
+        """`is_new` says that nothing is there: then nobody looks, however many pages there are."""
         self._image = image
         self._file: BinaryIO | None = None
         self._pages = range(local_memory.start // PAGE_BYTES, local_memory.stop // PAGE_BYTES)
         self._bytes = local_memory
-        self._missing = bytes(image.arrived[self._pages.start : self._pages.stop]).count(0)
+        self._missing = len(self._pages) if is_new else len(self._pages) - self._count_there(self._pages)
         self._news = asyncio.Event()
         self.is_over = False
         self.wanted: set[int] = set()
@@ -98,15 +100,23 @@ class Arrival:
         self.is_over = True
         self._tell()
 
-    def as_bits(self) -> bytes:
-        """Return which pages are there: a bit for each, the lowest of a byte first."""
-        arrived = self._image.arrived[self._pages.start : self._pages.stop]
-        bits = "".join("1" if there else "0" for there in reversed(arrived))
-        return int(bits or "0", 2).to_bytes(-(-len(arrived) // 8), "little")
+    def as_bits(self, pages: range) -> bytes:
+        """Return which of these pages are there: a bit for each, the lowest of a byte first; empty if none is."""
+        if not self._count_there(pages):
+            return b""
+        digits = bytes(self._image.arrived[pages.start : pages.stop]).translate(_DIGITS)
+        return int(digits[::-1], 2).to_bytes(-(-len(pages) // 8), "little")
+
+    def is_all_there(self, pages: range) -> bool:
+        """Return whether none of these pages is missing."""
+        return self._count_there(pages) == len(pages)
 
     async def news(self) -> None:
         """Wait until something has arrived, or it is over."""
         await self._news.wait()
+
+    def _count_there(self, pages: range) -> int:
+        return bytes(self._image.arrived[pages.start : pages.stop]).count(1)
 
     def _touched(self, ranges: Iterable[Range]) -> Iterable[int]:
         for offset, length in ranges:

@@ -7,7 +7,7 @@ the function's home proves that the move to it was committed, and so lets a prep
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import BinaryIO
 
@@ -18,11 +18,12 @@ from hostd.fence import Fences, order_of
 from hostd.function_checks import check_deadline, check_whole, checked_model, is_of_before
 from hostd.instance import Instance
 from hostd.ledger import Ledger
+from hostd.remains import Remains
 from hostd.segment import Segment
 from hostd.sequencer import Sequencer, SessionOrder
 from hostd.slots import Slots
 from vfleet import failpoint
-from vfleet.address import location_of
+from vfleet.address import PAGE_BYTES, location_of
 from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError, invalid_field, not_found
 from vfleet.names import check_name
@@ -53,7 +54,8 @@ _log = logging.getLogger(__name__)
 class Functions:
     """All instances of the host.
 
-    `deadlines` are those of all; `arrivals_changed` is set when the rest of one's state is to follow.
+    `deadlines` are those of all; `arrivals_changed` is set when the rest of one's state is to follow; `remains` are
+    what the host has to free of those that are gone.
     """
 
     def __init__(self, segment: Segment, ledger: Ledger, fences: Fences, clock: Clock) -> None:
@@ -61,7 +63,8 @@ class Functions:
         self._ledger = ledger
         self._fences = fences
         self._clock = clock
-        self._slots = Slots(ledger)
+        self.remains = Remains(clock)
+        self._slots = Slots(ledger, self.remains)
         self.listeners: list[Callable[[Instance], None]] = []  # told of each instance that is made
         self.deadlines = Deadlines()
         self.arrivals_changed = asyncio.Event()
@@ -181,7 +184,7 @@ class Functions:
             self.remove(instance)
 
     def remove(self, instance: Instance) -> None:
-        """Reset an instance out of existence: its memory is gone, and its slot free and zero."""
+        """Reset an instance out of existence: nobody reaches its memory any more, and its slot is free and zero."""
         self._slots.remove(instance)
 
     def stop(self, request: ChangeStateRequest) -> Instance:
@@ -268,15 +271,22 @@ class Functions:
                 self._fences.end(instance.about.function, instance.about.attempt)
                 self.run(instance)
 
-    def complete_import(self, instance: Instance, rest: RestSource | None = None) -> None:
-        """Note that an instance has all its state, or that a `rest` follows; it waits for the proof that it is home."""
+    def complete_import(
+        self, instance: Instance, rest: RestSource | None = None, early: Iterable[tuple[int, bytes]] = ()
+    ) -> None:
+        """Note that an instance has all its state, or that a `rest` follows; it waits for the proof that it is home.
+
+        `early` are the pages of the rest, by their offsets, that have come already.
+        """
         with failpoint.around("hostd.complete"):
             instance.go_to(DEVICE_STATE_STOP)
             instance.about.complete = True
             if rest is not None:
                 instance.about.arriving = True
                 instance.record.rest_source.CopyFrom(rest)
-                instance.arrival = Arrival(instance.image, instance.model.local_memory)
+                instance.arrival = Arrival(instance.image, instance.model.local_memory, is_new=True)
+                for offset, data in early:
+                    instance.arrival.take(offset // PAGE_BYTES, data)
             self._save(instance)
         if rest is not None:
             self.arrivals_changed.set()
@@ -374,6 +384,7 @@ class Functions:
     def close(self) -> None:
         """Unmap all images."""
         self._slots.close()
+        self.remains.close()
 
     def _reset(self, instance: Instance) -> None:
         # A daemon that is killed in the middle does it again when it comes back.

@@ -135,6 +135,7 @@ class Host:
                 group.create_task(self._always(self._resolver.run))
                 group.create_task(self._rest.run())
                 group.create_task(self.guests.run())
+                group.create_task(self.functions.remains.run())
                 group.create_task(self.registration.run(registered))
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None

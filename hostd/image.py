@@ -250,12 +250,16 @@ class FunctionImage:
 
     def close(self) -> None:
         """Unmap the file; the image can't be used any more."""
+        self.release().close()
+
+    def release(self) -> mmap.mmap:
+        """Let go of the file's map and return it; the image can't be used any more."""
         self.revoke()
         self.memory.release()
         self.arrived.release()
         self.words.release()
         self.bytes.release()
-        self._mapped.close()
+        return self._mapped
 
     def _put_redo(self, record: bytes) -> None:
         self.bytes[: _CRC_BYTES + len(record)] = zlib.crc32(record).to_bytes(_CRC_BYTES, "little") + record

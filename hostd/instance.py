@@ -5,6 +5,7 @@ this room knows nothing of that.
 """
 
 import asyncio
+import mmap
 from collections.abc import Callable, Iterable, Sequence
 
 from hostd.arrival import Arrival, Range
@@ -206,13 +207,17 @@ class Instance:
 
     def close(self) -> None:
         """Unmap the image; who waits for a change of state is told."""
+        self.release().close()
+
+    def release(self) -> mmap.mmap:
+        """Let go of the image's map and return it; who waits for a change of state is told."""
         self.is_closed = True
         self.changed.set()
         self.kicked.set()
         if self.arrival is not None:
             self.arrival.end()
         self.on_close()
-        self.image.close()
+        return self.image.release()
 
     def _enter(self, state: DeviceState.ValueType) -> None:
         self.record.instance.state = state

@@ -1,7 +1,7 @@
 r"""The rest of a function's state, after the lift: fetched for accesses that wait, and all else in the background.
 
     the instance runs -> pages asked for, one request each -\
-                      -> everything missing, one stream     +-> all is here -> its source may be scrubbed
+                      -> all others, one part after another +-> all is here -> its source may be scrubbed
     its source is gone for good before that -> the function is LOST, in etcd; then the instance goes
 
 The source keeps its stopped instance until this host has said that all has arrived. A request that fails is made again,
@@ -45,6 +45,7 @@ SILENCE_S = 5.0  # of the stream of all others; at 1 MiB/s a chunk takes 0.25 s
 RETRY_FIRST_S = 0.01
 RETRY_LONGEST_S = 1.0
 MAX_FETCHES = 8
+PUSH_PAGES = 16384  # asked for at once: what is done for a request does not grow with the function
 PUSH_AFTER_S = 0.05  # the accesses that waited during the hold come first
 TELL_S = 0.1
 
@@ -112,22 +113,28 @@ class Rest:
             _log.info("all of function %s has arrived", about.function)
 
     async def _push(self, instance: Instance, arrival: Arrival) -> None:
-        """Take everything that is missing, in one stream, begun again whenever it breaks."""
+        """Take everything that is missing, part by part, begun again whenever a stream breaks."""
         await self._clock.sleep(PUSH_AFTER_S)
         delays = self._delays()
         pages = arrival.pages
         while not arrival.is_over:
             missing = arrival.missing_pages
-            request = self._request(instance, pages.start, len(pages))
-            request.arrived = arrival.as_bits()
-            request.bandwidth_bytes_per_s = instance.record.rest_source.bandwidth_bytes_per_s
             try:
-                await self._take(instance, arrival, request, SILENCE_S, bulk=True)
+                for start in range(pages.start, pages.stop, PUSH_PAGES):
+                    await self._push_part(instance, arrival, range(start, min(start + PUSH_PAGES, pages.stop)))
             except VfleetError as error:
                 await self._failed(instance, error)
             if arrival.missing_pages < missing:
                 delays = self._delays()
             await self._clock.sleep(next(delays))
+
+    async def _push_part(self, instance: Instance, arrival: Arrival, pages: range) -> None:
+        if arrival.is_over or arrival.is_all_there(pages):
+            return
+        request = self._request(instance, pages.start, len(pages))
+        request.arrived = arrival.as_bits(pages)
+        request.bandwidth_bytes_per_s = instance.record.rest_source.bandwidth_bytes_per_s
+        await self._take(instance, arrival, request, SILENCE_S, bulk=True)
 
     async def _answer(self, instance: Instance, arrival: Arrival) -> None:
         """Fetch what is asked for, a few at once."""

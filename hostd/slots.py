@@ -8,6 +8,7 @@ from hostd.instance import Instance
 from hostd.ledger import Ledger
 from hostd.models import create_model
 from hostd.models.base import BusMaster, DeviceModel
+from hostd.remains import Remains
 from vfleet import failpoint
 from vfleet.address import bar_span
 from vfleet.v1.host_records_pb2 import InstanceRecord
@@ -22,8 +23,9 @@ Slot = tuple[str, int]
 class Slots:
     """All slots that are taken. Of a function there may be several instances, of different attempts."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, remains: Remains) -> None:
         self._ledger = ledger
+        self._remains = remains
         self._by_slot: dict[Slot, Instance] = {}
         self._by_function: dict[str, list[Instance]] = {}
         for record in ledger.all(_KIND, InstanceRecord):
@@ -63,7 +65,7 @@ class Slots:
         self._by_function.setdefault(instance.about.function, []).append(instance)
 
     def remove(self, instance: Instance) -> None:
-        """Reset an instance out of existence: its memory is gone, and its slot free and zero."""
+        """Reset an instance out of existence: nobody reaches its memory any more, and its slot is free and zero."""
         slot = _slot_of(instance)
         self._ledger.delete(_KIND, _key(slot))
         failpoint.reach("hostd.remove.halfway")
@@ -71,7 +73,7 @@ class Slots:
         del self._by_slot[slot]
         self._by_function[instance.about.function].remove(instance)
         instance.about.state = DEVICE_STATE_STOP
-        instance.close()
+        self._remains.add(instance.release())
 
     def open_image(self, instance: Instance) -> BinaryIO:
         """Open the file of an instance's image, for a copy."""

@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 from hostd.instance import Instance
 from hostd.models.base import Section
@@ -27,7 +28,7 @@ from vfleet.v1.transfer_service_pb2 import (
 )
 from vfleet.v1.types_pb2 import TRANSFER_MODE_POST_COPY, TransferMode
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CHUNK_PAGES = 64  # 256 KiB: as fast as larger ones, and an access waits for no more than one
 
 BYTES_WITH_END = CHUNK_PAGES * PAGE_BYTES
@@ -84,7 +85,7 @@ class Writer:
 
     def __init__(self, instance: Instance, mode: TransferMode.ValueType) -> None:
         self._instance = instance
-        self._mode = mode
+        self.mode = mode
         self._checks = [SectionCheck() for _ in instance.sections]
         self._order_crc = 0
 
@@ -100,7 +101,7 @@ class Writer:
                 identity=about.identity,
                 image_bytes=len(self._instance.image.memory),
                 sections=_shown(self._instance.sections),
-                mode=self._mode,
+                mode=self.mode,
             )
         )
 
@@ -126,11 +127,14 @@ class Writer:
         end.crc = round_crc(end)
         return ExportStateResponse(round_end=end)
 
-    def rest(self, pages: Iterable[int]) -> Iterator[ExportStateResponse]:
-        """Yield the last pages, in ascending order, and the end, which takes as many of them along as it may."""
+    def rest(self, pages: Iterable[int], early: Iterable[int] = ()) -> Iterator[ExportStateResponse]:
+        """Yield the last pages, in ascending order, and the end, which takes as many of them along as it may.
+
+        `early` are pages of local memory in post-copy, in ascending order, fewer than the end may take along.
+        """
         kept: deque[StatePages] = deque()
         kept_bytes = 0
-        for part in self.pages(pages):
+        for part in chain(self.pages(pages), self.pages(early)):
             if part is None:
                 continue
             kept.append(part.pages)
@@ -151,7 +155,10 @@ class Writer:
 
 
 class Receiver:
-    """Takes the parts of a stream in and checks each; complete only after the end. `store` takes offset and bytes."""
+    """Takes the parts of a stream in and checks each; complete only after the end. `store` takes offset and bytes.
+
+    `early` are the pages of local memory, by their offsets, that came with the end in post-copy; nobody stored them.
+    """
 
     def __init__(self, instance: Instance, mode: TransferMode.ValueType, store: Callable[[int, bytes], None]) -> None:
         self._instance = instance
@@ -164,6 +171,7 @@ class Receiver:
         self._has_header = False
         self._ended = False
         self.received_bytes = 0
+        self.early: list[tuple[int, bytes]] = []
 
     def take(self, part: ExportStateResponse) -> None:
         """Take one part in. Raise BAD_STATE."""
@@ -171,7 +179,7 @@ class Receiver:
         if self._ended or (kind == "header") is self._has_header:
             raise bad_state(self._instance, f"a part ({kind}) comes out of order")
         if kind == "pages":
-            self._take_pages(part.pages)
+            self._store(*self._checked_pages(part.pages))
         elif kind == "header":
             self._check_header(part.header)
             self._has_header = True
@@ -202,18 +210,22 @@ class Receiver:
             if came != expected:
                 raise bad_state(self._instance, f"the {field} of the state is {came!r}; expected {expected!r}")
 
-    def _take_pages(self, pages: StatePages) -> None:
+    def _checked_pages(self, pages: StatePages, *, is_end: bool = False) -> tuple[int, bytes]:
+        """Count pages, and return where they lie and their bytes."""
         offset, data = pages.image_offset, pages.data
         check_pages(self._instance, pages)
         end = offset + len(data)
         index = next((i for i, s in enumerate(self._sections) if s.start <= offset and end <= s.start + s.length), None)
         if index is None or not data:
             raise bad_state(self._instance, f"pages at {offset:#x}+{len(data):#x} lie in no section")
-        if self._mode == TRANSFER_MODE_POST_COPY and offset in self._instance.model.local_memory:
+        if self._is_rest(offset) and not is_end:
             raise bad_state(self._instance, f"pages at {offset:#x} are of local memory, which follows after COMMIT")
         self._order_crc = _count(self._checks[index], pages.crc, self._order_crc)
         self.received_bytes += len(data)
-        self._store(offset, data)
+        return offset, data
+
+    def _is_rest(self, offset: int) -> bool:
+        return self._mode == TRANSFER_MODE_POST_COPY and offset in self._instance.model.local_memory
 
     def _check_round(self, end: RoundEnd) -> None:
         self._rounds += 1
@@ -222,7 +234,11 @@ class Receiver:
 
     def _take_end(self, end: StateEnd) -> None:
         for pages in end.pages:
-            self._take_pages(pages)
+            offset, data = self._checked_pages(pages, is_end=True)
+            if self._is_rest(offset):
+                self.early.append((offset, data))
+            else:
+                self._store(offset, data)
         if len(end.sections) != len(self._sections):
             raise bad_state(self._instance, f"{len(end.sections)} sections came; expected {len(self._sections)}")
         for section, came, sent in zip(self._sections, self._checks, end.sections, strict=True):

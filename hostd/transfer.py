@@ -61,6 +61,7 @@ from vfleet.v1.types_pb2 import (
 MAX_ROUNDS = 1000
 REFRESH_S = 0.05  # while the source waits to be stopped, the difference is kept small
 PROGRESS_BYTES = 8 << 20
+EARLY_PAGES = FEW_DIRTY_BYTES // PAGE_BYTES
 
 
 class Export:
@@ -95,8 +96,13 @@ class Export:
                 yield part
 
     def rest(self, dirty: set[int]) -> Iterator[ExportStateResponse]:
-        """Yield the last pages and the end. The function is stopped."""
-        yield from self._writer.rest(self._take(dirty))
+        """Yield the last pages and the end. The function is stopped.
+
+        In post-copy a few pages of local memory go along: what was written just now is likely to be touched next.
+        """
+        local = local_pages(self._instance) if self._writer.mode == TRANSFER_MODE_POST_COPY else range(0)
+        early = sorted(page for page in dirty if page in local)[:EARLY_PAGES]
+        yield from self._writer.rest(self._take(dirty), early)
 
     def release(self) -> None:
         """Slow the function down no more."""
@@ -327,7 +333,7 @@ async def import_state(
             yield progress
         receiver.check_complete()
         _check_not_gone(instance)
-        functions.complete_import(instance, _rest_source(instance, request, options))
+        functions.complete_import(instance, _rest_source(instance, request, options), receiver.early)
         progress.received_bytes = receiver.received_bytes
         progress.dirty_bytes = 0
         progress.complete = True

@@ -28,6 +28,7 @@ from vfleet.names import check_name
 from vfleet.v1.access_pb2 import ACCESS_KIND_READ, ACCESS_STATUS_OK
 from vfleet.v1.driver_service_pb2 import (
     NOTIFICATION_KIND_HELD,
+    NOTIFICATION_KIND_LIFTED,
     StartWorkloadRequest,
     WatchNotificationsResponse,
     WorkloadReport,
@@ -47,23 +48,39 @@ Identifier = tuple[str, str]
 
 
 class Measurement:
-    """What the driver notices: the longest wait without any answer, and how long accesses took. Seconds."""
+    """What the driver notices: the longest wait without any answer, blackouts, and how long accesses took. Seconds."""
 
     def __init__(self, now: float) -> None:
         self.longest_gap_s = 0.0
+        self.blackout_s = 0.0
+        self._held: float | None = None
+        self._lifted: float | None = None
         self._latencies = array("d")
         self._next = 0
         self._last_answer = now
 
     def answered(self, submitted: float, now: float) -> None:
         """Note an answer at `now` to an access submitted at `submitted`."""
-        self.longest_gap_s = max(self.longest_gap_s, now - max(submitted, self._last_answer))
+        began = max(submitted, self._last_answer)
+        self.longest_gap_s = max(self.longest_gap_s, now - began)
+        if self._held is not None and self._lifted is not None:
+            held_s = self._lifted - min(self._held, began)
+            self.blackout_s = max(self.blackout_s, held_s + now - max(began, self._lifted))
+            self._held = self._lifted = None
         self._last_answer = now
         if len(self._latencies) < LATENCIES_KEPT:
             self._latencies.append(now - submitted)
         else:
             self._latencies[self._next] = now - submitted
             self._next = (self._next + 1) % LATENCIES_KEPT
+
+    def held(self, now: float) -> None:
+        """Note that a hold was placed at `now`."""
+        self._held, self._lifted = now, None
+
+    def lifted(self, now: float) -> None:
+        """Note that it was lifted at `now`."""
+        self._lifted = now
 
     def latency_s(self, quantile: float) -> float:
         """Return a quantile, 0 to 1, of the latest latencies; 0 if there are none."""
@@ -115,7 +132,7 @@ class Workload:
     async def run(self) -> None:
         """Do accesses until stopped; what goes wrong otherwise is told by the report."""
         log.bind(driver=self.record.driver, function=self.record.function)
-        self._driver.listeners.append(self._acknowledge)
+        self._driver.listeners.append(self._notice)
         try:
             await self._run()
         except VfleetError as error:
@@ -125,7 +142,7 @@ class Workload:
             self.record.report.failure = f"{type(error).__name__}: {error}"
             _log.exception("workload of driver %s on %s", self.record.driver, self.record.function)
         finally:
-            self._driver.listeners.remove(self._acknowledge)
+            self._driver.listeners.remove(self._notice)
         self.record.running = False
         self.record.report.CopyFrom(self.report())
         self._save(self.record)
@@ -142,6 +159,7 @@ class Workload:
         measured = self.measurement
         for duration, seconds in (
             (report.longest_gap, measured.longest_gap_s),
+            (report.blackout, measured.blackout_s),
             (report.latency_p50, measured.latency_s(0.5)),
             (report.latency_p99, measured.latency_s(0.99)),
             (report.latency_max, measured.latency_s(1.0)),
@@ -240,9 +258,14 @@ class Workload:
         while (ahead_s := until - self._clock.monotonic()) > 0 and not self.record.stopping:
             await self._clock.sleep(min(ahead_s, STOP_LATENCY_S))
 
-    def _acknowledge(self, notification: WatchNotificationsResponse) -> None:
-        if notification.kind == NOTIFICATION_KIND_HELD and notification.function == self.record.function:
+    def _notice(self, notification: WatchNotificationsResponse) -> None:
+        if notification.function != self.record.function:
+            return
+        if notification.kind == NOTIFICATION_KIND_HELD:
+            self.measurement.held(self._clock.monotonic())
             self._drivers.acknowledge(self._driver.name, self.record.function, notification.attempt)
+        elif notification.kind == NOTIFICATION_KIND_LIFTED:
+            self.measurement.lifted(self._clock.monotonic())
 
 
 NewWorkload = Callable[[WorkloadRecord, Drivers, Clock, Callable[[WorkloadRecord], None]], Workload]

@@ -15,6 +15,7 @@ from support.bench import attempt
 from support.transfer_pair import Pair, exported, receive
 
 from hostd import transfer
+from hostd.arrival import Arrival
 from hostd.instance import Instance
 from hostd.models import MODELS
 from hostd.rounds import FEW_DIRTY_BYTES
@@ -112,9 +113,9 @@ def test_any_state_comes_out_as_it_went_in(model: str, mode: TransferMode.ValueT
                     driver.act()
                 if part.round_end.last_before_stop or random.random() < 0.02:
                     pair.h1.stop(1, 10)
-        receive(pair.target, parts, mode)
+        receiver = receive(pair.target, parts, mode)
         if mode == TRANSFER_MODE_POST_COPY:
-            await fetch_rest(pair)
+            await fetch_rest(pair, receiver.early)
         assert pair.target.image.memory == pair.source.image.memory
         assert exported(pair.target.image) == exported(pair.source.image)
 
@@ -122,20 +123,26 @@ def test_any_state_comes_out_as_it_went_in(model: str, mode: TransferMode.ValueT
         asyncio.run(move())
 
 
-async def fetch_rest(pair: Pair) -> None:
+async def fetch_rest(pair: Pair, early: list[tuple[int, bytes]]) -> None:
+    """Fetch what did not come early."""
     local = local_pages(pair.source)
     if not local:
         return
+    arrival = Arrival(pair.target.image, pair.target.model.local_memory, is_new=True)
+    for offset, data in early:
+        arrival.take(offset // PAGE_BYTES, data)
     request = FetchStateRequest(
         attempt=attempt(10),
         function="vf1",
         generation=1,
         image_offset=local.start * PAGE_BYTES,
         length_bytes=len(local) * PAGE_BYTES,
+        arrived=arrival.as_bits(local),
     )
     async for response in transfer.fetch_state(pair.h1.functions, pair.h1.clock, request):
-        if response.pages.data:
-            pair.target.image.store([(response.pages.image_offset, response.pages.data)])
+        pages = response.pages
+        arrival.take(pages.image_offset // PAGE_BYTES, pages.data, pages.zero_bytes // PAGE_BYTES)
+    assert arrival.missing_pages == 0
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,12 +1,12 @@
 """The way of a function's state from its source to its target, within one process."""
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from support.bench import Bench
 
 from hostd import transfer
-from vfleet.v1.transfer_service_pb2 import ExportStateResponse, FetchStateResponse
+from vfleet.v1.transfer_service_pb2 import ExportStateResponse, FetchStateRequest, FetchStateResponse
 
 
 @dataclass
@@ -16,6 +16,7 @@ class Network:
     source: Bench
     tamper: Callable[[AsyncIterator[ExportStateResponse]], AsyncIterator[ExportStateResponse]] = lambda parts: parts
     tamper_rest: Callable[[AsyncIterator[FetchStateResponse]], AsyncIterator[FetchStateResponse]] = lambda pages: pages
+    fetched: list[FetchStateRequest] = field(default_factory=list)
 
     def to(self, address: str, server: str = "", *, bulk: bool = False) -> "Network":
         assert address == "source:1"
@@ -26,13 +27,15 @@ class Network:
 
     def unary_stream(self, path: str, **_):
         if path.endswith("/FetchState"):
-            return lambda request, **_: Call(
-                self.tamper_rest(transfer.fetch_state(self.source.functions, self.source.clock, request))
-            )
+            return self._fetch
         assert path.endswith(("/ExportState", "/ImportState", "/WatchArrival"))
         return lambda request, **_: Call(
             self.tamper(transfer.export_state(self.source.functions, self.source.clock, request))
         )
+
+    def _fetch(self, request: FetchStateRequest, **_) -> "Call":
+        self.fetched.append(request)
+        return Call(self.tamper_rest(transfer.fetch_state(self.source.functions, self.source.clock, request)))
 
 
 class Call:

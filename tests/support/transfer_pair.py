@@ -107,11 +107,12 @@ def exported(image: FunctionImage) -> list:
     return [sequencer.export() for sequencer in image.sequencers()]
 
 
-def receive(instance: Instance, parts: Parts, mode: TransferMode.ValueType = TRANSFER_MODE_PRE_COPY) -> None:
+def receive(instance: Instance, parts: Parts, mode: TransferMode.ValueType = TRANSFER_MODE_PRE_COPY) -> Receiver:
     receiver = Receiver(instance, mode, lambda offset, data: instance.image.store([(offset, data)]))
     for part in parts:
         receiver.take(part)
     receiver.check_complete()
+    return receiver
 
 
 async def stopped_at_end(pair: Pair, revision: int = 10):

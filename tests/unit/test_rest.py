@@ -14,8 +14,10 @@ from support.fleet_values import FleetValues
 from support.manual_clock import settle
 from support.transfer_pair import LOCAL, PAGES, Pair, exported
 
-from hostd import home, transfer
+from hostd import home, rest, transfer
 from hostd.rest import FETCH_TIMEOUT_S, PUSH_AFTER_S, RETRY_LONGEST_S, SILENCE_S, Rest, watch_arrival
+from hostd.state_stream import local_pages
+from hostd.transfer import EARLY_PAGES
 from vfleet.address import PAGE_BYTES
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
@@ -53,9 +55,8 @@ class Rig:
     def __init__(self, path: Path, bars: dict[int, int] | None = None, model: str = "checker") -> None:
         self.pair = Pair(path, bars, model)
         self.clock = self.pair.h1.clock
-        first = self.pair.source.model.local_memory.start // PAGE_BYTES
-        for page in range(0, PAGES - LOCAL, 3):
-            self.pair.write(first + page, b"page %d" % page)
+        for page in local_pages(self.pair.source)[::3]:
+            self.pair.write(page, b"page %d" % page)
         self.fleet = FleetValues()
         self.store, self.history = Store(self.fleet), History()
         self.network = Network(self.pair.h1)
@@ -79,8 +80,10 @@ class Rig:
         self.fleet.put(keys.entry_key("h3", "d1", "vf1"), TableEntry(driver="d1", function="vf1", generation=2))
 
     def start(self) -> None:
-        rest = Rest("h2", "i2", self.pair.h2.functions, self.history, self.network, self.store, self.clock, Random(3))
-        self.running = asyncio.create_task(rest.run())
+        completing = Rest(
+            "h2", "i2", self.pair.h2.functions, self.history, self.network, self.store, self.clock, Random(3)
+        )
+        self.running = asyncio.create_task(completing.run())
 
     def prove(self) -> None:
         self.pair.h2.functions.prove(self.pair.target)
@@ -149,6 +152,54 @@ async def test_before_commit_everything_moves_but_local_memory(rig: Rig):
     assert exported(target.image) == exported(source.image)
 
 
+async def test_a_few_pages_that_were_just_written_are_there_at_once_and_are_not_fetched(tmp_path: Path):
+    rig = Rig(tmp_path)
+    written = [LOCAL + page for page in range(1, 2 * EARLY_PAGES, 2)]
+    import_state = rig.pair.pull(rig.network, **POST_COPY)
+    async with aclosing(import_state) as progress:
+        async for step in progress:
+            if step.ready_to_stop and not step.complete:
+                for page in (*written, *(page + 64 for page in written[-3:])):
+                    rig.pair.write(page, b"just now")
+                rig.pair.h1.stop(1, 10)
+    target, source = rig.pair.target, rig.pair.source
+    assert target.arrival is not None
+    there = [page for page in target.arrival.pages if target.arrival.is_all_there(range(page, page + 1))]
+    assert there == written
+    assert target.arrival.missing_pages == PAGES - LOCAL - EARLY_PAGES
+    for start in (page * PAGE_BYTES for page in written):
+        assert target.image.memory[start : start + PAGE_BYTES] == source.image.memory[start : start + PAGE_BYTES]
+    target.image.store([(written[0] * PAGE_BYTES, b"since then")])
+    source.image.store([(written[0] * PAGE_BYTES, bytes(PAGE_BYTES))])
+    rig.restart()
+    rig.start()
+    rig.prove()
+    await until(rig, lambda: rig.pair.target.arrival is None)
+    target = rig.pair.target
+    assert bytes(target.image.memory[written[0] * PAGE_BYTES :][:10]) == b"since then"
+    others = (written[0] + 1) * PAGE_BYTES
+    assert target.image.memory[others:] == source.image.memory[others:]
+    await rig.close()
+
+
+async def test_a_function_that_has_arrived_early_is_whole_as_soon_as_it_runs(tmp_path: Path):
+    rig = Rig(tmp_path, {0: 4096, 2: 2 * PAGE_BYTES})
+    async with aclosing(rig.pair.pull(rig.network, **POST_COPY)) as progress:
+        async for step in progress:
+            if step.ready_to_stop and not step.complete:
+                first = local_pages(rig.pair.source).start
+                rig.pair.write(first, b"just now")
+                rig.pair.write(first + 1, b"just now")
+                rig.pair.h1.stop(1, 10)
+    assert rig.pair.target.arrival is not None
+    rig.start()
+    request = WatchArrivalRequest(attempt=attempt(10), function="vf1", generation=2)
+    told = [each.missing_bytes async for each in watch_arrival(rig.pair.h2.functions, rig.clock, request)]
+    assert told == [0]
+    rig.assert_all_here()
+    await rig.close()
+
+
 async def test_nothing_is_fetched_before_the_instance_runs_and_then_everything(rig: Rig):
     rig.start()
     await rig.clock.advance(LONG_S)
@@ -172,6 +223,24 @@ async def test_an_instance_that_is_arriving_can_not_leave(rig: Rig):
     rig.prove()
     assert reason_of(rig.pair.h2.stop, 2, 20) is Reason.ILLEGAL_STATE
     assert reason_of(rig.pair.h2.functions.fence_for_export, "vf1", 2, attempt(21)) is Reason.ILLEGAL_STATE
+
+
+async def test_the_rest_is_asked_for_in_parts_and_only_where_something_is_missing(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(rest, "PUSH_PAGES", 50)
+    arrival, memory = rig.pair.target.arrival, rig.pair.source.image.memory
+    assert arrival is not None
+    for there in (range(LOCAL + 50, LOCAL + 100), range(LOCAL + 3, LOCAL + 4)):
+        arrival.take(there.start, bytes(memory[there.start * PAGE_BYTES : there.stop * PAGE_BYTES]))
+    rig.start()
+    rig.prove()
+    await until(rig, lambda: rig.pair.target.arrival is None)
+    rig.assert_all_here()
+    asked_for = [(r.image_offset // PAGE_BYTES - LOCAL, r.length_bytes // PAGE_BYTES) for r in rig.network.fetched]
+    assert asked_for == [(0, 50), (100, 50), (150, 50), (200, 50), (250, 6)]
+    assert [len(request.arrived) for request in rig.network.fetched] == [7, 0, 0, 0, 0]
+    assert rig.network.fetched[0].arrived[0] == 1 << 3
 
 
 # Accesses meanwhile

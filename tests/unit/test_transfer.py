@@ -26,7 +26,9 @@ from vfleet.v1.types_pb2 import (
     DEVICE_STATE_RESUMING,
     DEVICE_STATE_RUNNING,
     TRANSFER_MODE_POST_COPY,
+    TRANSFER_MODE_PRE_COPY,
     Bar,
+    TransferMode,
 )
 
 
@@ -89,10 +91,10 @@ def pages_of(parts: Parts) -> list[StatePages]:
     return [pages for part in parts for pages in ([part.pages] if part.HasField("pages") else part.end.pages)]
 
 
-async def with_last_pages(pair: Pair, *pages: int) -> Parts:
+async def with_last_pages(pair: Pair, *pages: int, **options) -> Parts:
     """Return a stream during which these pages were written to at the last moment before the stop."""
     parts = []
-    async with aclosing(pair.export()) as export:
+    async with aclosing(pair.export(**options)) as export:
         async for part in export:
             parts.append(part)
             if part.round_end.last_before_stop:
@@ -122,6 +124,19 @@ async def test_many_last_pages_are_sent_before_the_end_but_for_the_last_of_them(
     assert sum(len(pages.data) for pages in pages_of(parts[ended:])) == len(written) * PAGE_BYTES
     receive(pair.target, parts)
     assert pair.target.image.memory == pair.source.image.memory
+
+
+async def test_in_post_copy_local_memory_comes_with_the_end_alone(pair: Pair):
+    parts = await with_last_pages(pair, LOCAL + 9, 0, LOCAL + 11, mode=TRANSFER_MODE_POST_COPY)
+    last = parts[-1].end.pages
+    assert [pages.image_offset // PAGE_BYTES for pages in last] == [0, LOCAL + 9, LOCAL + 11]
+    memory = pair.source.image.memory
+    early = [(pages.image_offset, bytes(memory[pages.image_offset :][:PAGE_BYTES])) for pages in last[1:]]
+    assert receive(pair.target, parts, TRANSFER_MODE_POST_COPY).early == early
+    pair.target.image.clear()
+    parts[-1:-1] = [ExportStateResponse(pages=last[1])]
+    del last[1]
+    assert_refused(pair.target, parts, TRANSFER_MODE_POST_COPY)
 
 
 @pytest.mark.parametrize("damage", ["changed", "left out", "moved"])
@@ -288,9 +303,9 @@ DAMAGE = {
 }
 
 
-def assert_refused(instance: Instance, parts: Parts) -> None:
+def assert_refused(instance: Instance, parts: Parts, mode: TransferMode.ValueType = TRANSFER_MODE_PRE_COPY) -> None:
     with pytest.raises(VfleetError) as caught:
-        receive(instance, parts)
+        receive(instance, parts, mode)
     assert caught.value.reason is Reason.BAD_STATE
     assert caught.value.metadata["function"] == "vf1"
 

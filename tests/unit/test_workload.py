@@ -139,14 +139,14 @@ async def test_a_held_workload_waits_and_its_gap_is_measured(rig: Rig):
     await rig.reach(100)
     assert await rig.bench.hold(10, ("d1", "vf1", 1), timeout_ms=60_000) == [], "a workload acknowledges"
     await settle()
-    rig.report(restart_measurement=True)
     before = rig.report().operations
     await rig.bench.clock.advance(2)
     rig.bench.lift(10, ("d1", "vf1", 1))
     await rig.reach(before + 100)
-    assert rig.report().longest_gap.ToTimedelta().total_seconds() == 2
-    rig.report(restart_measurement=True)
-    assert rig.report().longest_gap.ToTimedelta().total_seconds() == 0
+    report = rig.report(restart_measurement=True)
+    assert (report.longest_gap.ToSeconds(), report.blackout.ToSeconds()) == (2, 2)
+    report = rig.report()
+    assert (report.longest_gap.ToSeconds(), report.blackout.ToSeconds()) == (0, 0)
 
 
 async def test_a_rate_is_kept_and_a_stop_does_not_wait_for_it(rig: Rig):
@@ -316,6 +316,31 @@ def test_the_gap_is_the_longest_time_in_which_something_waited_and_nothing_was_a
     assert measured.longest_gap_s == 1.0
     measured.answered(109.0, 109.5)
     assert measured.longest_gap_s == 1.0, "nothing waited from 101.5 to 109"
+
+
+@pytest.mark.parametrize(
+    ("last_answer", "submitted", "answered", "blackout_s"),
+    [
+        pytest.param(99.0, 98.0, 104.5, 5.5, id="the wait began before the hold"),
+        pytest.param(99.0, 101.0, 104.5, 4.5, id="it began on hold"),
+        pytest.param(101.0, 100.5, 104.5, 4.5, id="an answer came on hold"),
+        pytest.param(99.0, 109.0, 109.5, 4.5, id="nothing waited from 104 to 109"),
+    ],
+)
+def test_a_blackout_is_from_the_hold_to_the_first_answer_after_the_lift(
+    last_answer: float, submitted: float, answered: float, blackout_s: float
+):
+    measured = Measurement(90.0)
+    measured.answered(90.0, min(last_answer, 99.0))
+    measured.held(100.0)
+    if last_answer > 100.0:
+        measured.answered(99.5, last_answer)
+    assert measured.blackout_s == 0.0
+    measured.lifted(104.0)
+    measured.answered(submitted, answered)
+    assert measured.blackout_s == blackout_s
+    measured.answered(answered, answered + 50.0)
+    assert measured.blackout_s == blackout_s
 
 
 def test_quantiles_are_of_the_latest_latencies():

@@ -114,6 +114,7 @@ def _show(found: WorkloadReport, output: Output) -> None:
             ("Mismatches", found.mismatches),
             ("Errors", found.errors),
             ("Longest gap", milliseconds(found.longest_gap)),
+            ("Longest blackout", milliseconds(found.blackout)),
             ("Latency, median", milliseconds(found.latency_p50)),
             ("Latency, 99th percentile", milliseconds(found.latency_p99)),
             ("Latency, longest", milliseconds(found.latency_max)),

@@ -1044,6 +1044,7 @@ class WorkloadReport(_message.Message):
     LATENCY_MAX_FIELD_NUMBER: _builtins.int
     VIRTUAL_ADDRESS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    BLACKOUT_FIELD_NUMBER: _builtins.int
     driver: _builtins.str
     """The driver."""
     function: _builtins.str
@@ -1070,7 +1071,7 @@ class WorkloadReport(_message.Message):
     """Why it ended by itself, if it did."""
     @_builtins.property
     def longest_gap(self) -> _duration_pb2.Duration:
-        """The longest time for which accesses waited and none was answered: the blackout as the driver sees it."""
+        """The longest time for which accesses waited and none was answered."""
 
     @_builtins.property
     def latency_p50(self) -> _duration_pb2.Duration:
@@ -1083,6 +1084,12 @@ class WorkloadReport(_message.Message):
     @_builtins.property
     def latency_max(self) -> _duration_pb2.Duration:
         """Longest of that."""
+
+    @_builtins.property
+    def blackout(self) -> _duration_pb2.Duration:
+        """The longest blackout: from a hold, or from the beginning of the wait that it fell into, to the first answer after
+        its lift. Time after the lift in which no access waited doesn't count.
+        """
 
     def __init__(
         self,
@@ -1103,10 +1110,11 @@ class WorkloadReport(_message.Message):
         latency_max: _duration_pb2.Duration | None = ...,
         virtual_address: _builtins.int = ...,
         failure: _builtins.str = ...,
+        blackout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["latency_max", b"latency_max", "latency_p50", b"latency_p50", "latency_p99", b"latency_p99", "longest_gap", b"longest_gap"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blackout", b"blackout", "latency_max", b"latency_max", "latency_p50", b"latency_p50", "latency_p99", b"latency_p99", "longest_gap", b"longest_gap"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "errors", b"errors", "failure", b"failure", "function", b"function", "latency_max", b"latency_max", "latency_p50", b"latency_p50", "latency_p99", b"latency_p99", "longest_gap", b"longest_gap", "lost", b"lost", "mismatches", b"mismatches", "misrouted", b"misrouted", "operations", b"operations", "reordered", b"reordered", "repeated", b"repeated", "running", b"running", "virtual_address", b"virtual_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blackout", b"blackout", "driver", b"driver", "errors", b"errors", "failure", b"failure", "function", b"function", "latency_max", b"latency_max", "latency_p50", b"latency_p50", "latency_p99", b"latency_p99", "longest_gap", b"longest_gap", "lost", b"lost", "mismatches", b"mismatches", "misrouted", b"misrouted", "operations", b"operations", "reordered", b"reordered", "repeated", b"repeated", "running", b"running", "virtual_address", b"virtual_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1126,7 +1134,7 @@ class GetWorkloadReportRequest(_message.Message):
     function: _builtins.str
     """The function."""
     restart_measurement: _builtins.bool
-    """Whether the longest gap and the latencies are measured anew after this report, so that the next tells of what follows."""
+    """Whether gap, blackout and latencies are measured anew after this report, so that the next tells of what follows."""
     def __init__(
         self,
         *,

@@ -153,7 +153,9 @@ class StateHeader(_message.Message):
     model_version: _builtins.int
     """Version of the model: what its memory means."""
     mode: _types_pb2.TransferMode.ValueType
-    """When the state moves: with POST_COPY, local memory doesn't come in this stream."""
+    """When the state moves: with POST_COPY, local memory doesn't come in this stream,
+    but for a few pages with the end.
+    """
     @_builtins.property
     def bars(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Bar]:
         """The function's BARs."""
@@ -330,7 +332,9 @@ class StateEnd(_message.Message):
 
     @_builtins.property
     def pages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatePages]:
-        """The last pages, if they are few: a driver waits for them, and then each message counts. They are as those before."""
+        """The last pages, if they are few: a driver waits for them, and then each message counts. They are as those before;
+        in post-copy some may be of local memory, which is then there at once.
+        """
 
     def __init__(
         self,

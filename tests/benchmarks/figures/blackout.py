@@ -15,9 +15,10 @@ from typing import Self
 from benchmarks import bare_etcd
 from benchmarks.measure import Figure, Size, alternate_async, at_most
 from benchmarks.rig import Bench, bench
+from google.protobuf.duration_pb2 import Duration
 
 from vfleet.address import PAGE_BYTES
-from vfleet.v1.driver_service_pb2 import WorkloadOptions
+from vfleet.v1.driver_service_pb2 import WorkloadOptions, WorkloadReport
 from vfleet.v1.hold_service_pb2 import PlaceHoldRequest
 from vfleet.v1.hold_service_pb2_grpc import HoldServiceStub
 from vfleet.v1.records_pb2 import Migration, Phase
@@ -31,7 +32,7 @@ QUIET_S = 0.05
 async def run(size: Size) -> list[Figure]:
     async with bench(bare=2) as rig:
         driver = await Watched.start(rig, "vf1", "nic0", "d1")
-        measured = await alternate_async(size.of(40, 2), driver.blackout, Floor(rig).once)
+        measured = await alternate_async(size.of(40, 2), driver.longest_wait_ms, Floor(rig).once)
         await rig.cluster.stop_workloads()
     return [
         measured.quantile("blackout p50 / floor, small state", "ms", at_most(1.5), 0.5),
@@ -66,15 +67,22 @@ class Watched:
         assert migration.phase == Phase.PHASE_DONE, migration.abort_reason
         return migration
 
-    async def blackout(self, **options: int) -> float:
-        """Move the function and return the longest wait of its driver, in milliseconds."""
+    async def longest_wait_ms(self, **options: int) -> float:
+        """Move the function and return the longest wait of its driver meanwhile, in milliseconds."""
+        return milliseconds((await self.watch(**options)).longest_gap)
+
+    async def watch(self, **options: int) -> WorkloadReport:
+        """Move the function and return what its driver noticed."""
         host = self._rig.cluster.hosts["h1"]
         await host.workload_report(self._driver, self._function, restart_measurement=True)
         await asyncio.sleep(QUIET_S)
         await self.move(**options)
         await self._rig.cluster.until_working([(self._driver, self._function)], operations=100)
-        report = await host.workload_report(self._driver, self._function)
-        return report.longest_gap.ToNanoseconds() / 1e6
+        return await host.workload_report(self._driver, self._function)
+
+
+def milliseconds(duration: Duration) -> float:
+    return duration.ToNanoseconds() / 1e6
 
 
 class Floor:

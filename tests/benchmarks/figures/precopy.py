@@ -31,7 +31,9 @@ async def run(size: Size) -> list[Figure]:
         rate = pages / copy_seconds(await large.move(**OPTIONS)) * WRITE_SHARE
         writing = asyncio.create_task(write(DriverClient(rig.cluster.hosts["h1"], "d3"), start, pages, rate))
         try:
-            measured = await alternate_async(size.of(8, 1), lambda: large.blackout(**OPTIONS), small.blackout)
+            measured = await alternate_async(
+                size.of(8, 1), lambda: large.longest_wait_ms(**OPTIONS), small.longest_wait_ms
+            )
             assert not writing.done(), writing.exception()
         finally:
             writing.cancel()
