@@ -9,9 +9,11 @@ from support.local_cluster import Cluster, assert_nothing_left, refusal, running
 from vfleet.errors import Reason
 from vfleet.v1.driver_service_pb2 import WorkloadOptions
 from vfleet.v1.records_pb2 import Phase
+from vfleet.v1.types_pb2 import TransferMode
 
 TOPOLOGY = Path(__file__).with_name("data") / "devices.yaml"
 MAIN_MEMORY_BYTES = 4 << 20
+MODES = (TransferMode.TRANSFER_MODE_PRE_COPY, TransferMode.TRANSFER_MODE_POST_COPY)
 HOMES = ("h2/accel0", "h3/accel0", "h1/accel0")  # after h1/accel0; the driver is on h1
 
 
@@ -26,10 +28,10 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
         yield cluster
 
 
-async def test_every_command_completes_once_over_ten_moves(cluster: Cluster) -> None:
+async def test_every_command_completes_once_over_ten_moves_by_either_mode(cluster: Cluster) -> None:
     for number in range(10):
         await cluster.until_working(operations=300)
-        migration = await cluster.move(f"m{number}", {"vf1": HOMES[number % 3]})
+        migration = await cluster.move(f"m{number}", {"vf1": HOMES[number % 3]}, mode=MODES[number % 2])
         assert migration.phase == Phase.PHASE_DONE, migration.abort_reason
     await cluster.until_working(operations=300)
     reports = await cluster.stop_workloads()

@@ -16,11 +16,13 @@ from vfleet.driver import DriverClient, Read, Write
 from vfleet.v1.access_pb2 import ACCESS_KIND_WRITE, AccessStatus
 from vfleet.v1.driver_service_pb2 import WorkloadOptions
 from vfleet.v1.records_pb2 import Phase
+from vfleet.v1.types_pb2 import TransferMode
 
 REGISTERS_BYTES = 4096
 MEMORY_BYTES = 1 << 20
 MEMORY_OFFSET = 1 << 20  # BAR 2's natural alignment
 WORKLOAD_BYTES = MEMORY_BYTES // 2
+MODES = (TransferMode.TRANSFER_MODE_PRE_COPY, TransferMode.TRANSFER_MODE_POST_COPY)
 
 
 @pytest.fixture
@@ -103,6 +105,19 @@ async def test_a_function_goes_around_the_fleet_and_its_memory_stays_the_same(cl
     assert await patterns.read_all() == replayed(script, report.operations) + patterns.content
     assert await driver.read(other.virtual_address + SCRATCH, 8) == b"scratch!"
     assert await driver.read(other.virtual_address + LOCAL_MEMORY_BYTES, 8) == MEMORY_BYTES.to_bytes(8, "little")
+
+
+async def test_every_access_takes_effect_once_over_ten_moves_by_either_mode(cluster: Cluster) -> None:
+    await cluster.fleet.create_function("vf1", "h1/nic0")
+    await cluster.work("d1", "vf1", "h1", accesses_per_second=4000, window=64, seed=5)
+    for number in range(10):
+        await cluster.until_working(operations=300)
+        home = ("h2/nic0", "h3/nic0", "h1/nic0")[number % 3]
+        migration = await cluster.move(f"m{number}", {"vf1": home}, mode=MODES[number % 2])
+        assert migration.phase == Phase.PHASE_DONE, migration.abort_reason
+    await cluster.until_working(operations=300)
+    assert (await cluster.stop_workloads())["d1", "vf1"].operations >= 3300
+    await assert_nothing_left(cluster)
 
 
 async def test_a_move_needs_no_driver(cluster: Cluster) -> None:

@@ -8,9 +8,11 @@ from support.local_cluster import Cluster, assert_nothing_left, running
 
 from vfleet.v1.driver_service_pb2 import WorkloadOptions
 from vfleet.v1.records_pb2 import Phase
+from vfleet.v1.types_pb2 import TransferMode
 
 TOPOLOGY = Path(__file__).with_name("data") / "nvme.yaml"
 MAIN_MEMORY_BYTES = 4 << 20
+MODES = (TransferMode.TRANSFER_MODE_PRE_COPY, TransferMode.TRANSFER_MODE_POST_COPY)
 HOMES = ("h2/nvme0", "h3/nvme0", "h1/nvme0")  # after h1/nvme0; the driver is on h1
 
 
@@ -24,10 +26,10 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
         yield cluster
 
 
-async def test_every_command_completes_once_over_ten_moves(cluster: Cluster) -> None:
+async def test_every_command_completes_once_over_ten_moves_by_either_mode(cluster: Cluster) -> None:
     for number in range(10):
         await cluster.until_working(operations=300)
-        migration = await cluster.move(f"m{number}", {"vf1": HOMES[number % 3]})
+        migration = await cluster.move(f"m{number}", {"vf1": HOMES[number % 3]}, mode=MODES[number % 2])
         assert migration.phase == Phase.PHASE_DONE, migration.abort_reason
     await cluster.until_working(operations=300)
     reports = await cluster.stop_workloads()

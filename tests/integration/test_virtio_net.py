@@ -11,9 +11,11 @@ from vfleet.driver import DriverClient
 from vfleet.limits import MAIN_MEMORY_VIRTUAL_ADDRESS
 from vfleet.v1.driver_service_pb2 import WorkloadOptions
 from vfleet.v1.records_pb2 import Phase
+from vfleet.v1.types_pb2 import TransferMode
 
 TOPOLOGY = Path(__file__).with_name("data") / "network.yaml"
 MAIN_MEMORY_BYTES = 1 << 20
+MODES = (TransferMode.TRANSFER_MODE_PRE_COPY, TransferMode.TRANSFER_MODE_POST_COPY)
 HOSTS = ("h1", "h2", "h3")
 ENDS = {"d1": ("vf1", "h1"), "d2": ("vf2", "h2")}
 
@@ -57,7 +59,7 @@ async def assert_all_arrived(cluster: Cluster, at_least: int) -> None:
             assert instance.frames_dropped == 0
 
 
-async def test_every_frame_arrives_over_ten_moves_of_either_end(cluster: Cluster) -> None:
+async def test_every_frame_arrives_over_ten_moves_of_either_end_by_either_mode(cluster: Cluster) -> None:
     homes = {"vf1": 0, "vf2": 1}
     for number in range(10):
         await cluster.until_working(operations=150)
@@ -66,7 +68,7 @@ async def test_every_frame_arrives_over_ten_moves_of_either_end(cluster: Cluster
         for function in moving:
             homes[function] = (homes[function] + 1) % 3
         moves = {function: f"{HOSTS[homes[function]]}/nic0" for function in moving}
-        migration = await cluster.move(f"m{number}", moves)
+        migration = await cluster.move(f"m{number}", moves, mode=MODES[number // 2 % 2])
         assert migration.phase == Phase.PHASE_DONE, migration.abort_reason
     await cluster.until_working(operations=150)
     await assert_all_arrived(cluster, at_least=1650)

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 from support.fake_transfer import Network
 from support.manual_clock import settle
-from support.transfer_pair import LOCAL, PAGES, Pair, Parts, exported, receive
+from support.transfer_pair import BARS, LOCAL, PAGES, Pair, Parts, exported, receive
 
 from hostd.instance import Instance
 from hostd.rounds import FEW_DIRTY_BYTES
@@ -23,6 +23,7 @@ from vfleet.v1.transfer_service_pb2 import (
     StatePages,
 )
 from vfleet.v1.types_pb2 import (
+    DECISION_ABORTED,
     DEVICE_STATE_RESUMING,
     DEVICE_STATE_RUNNING,
     TRANSFER_MODE_POST_COPY,
@@ -391,6 +392,49 @@ async def test_after_an_import_that_broke_at_any_part_the_next_is_right(tmp_path
         pair.assert_moved()
         pair.close()
     assert broken_after > 4
+
+
+@pytest.mark.parametrize("mode", [TRANSFER_MODE_PRE_COPY, TRANSFER_MODE_POST_COPY])
+@pytest.mark.parametrize(
+    "damaged", ["header.bars", "header.model_version", "pages.data", "end.crc", "nothing: it ends"]
+)
+async def test_after_an_import_that_is_refused_the_source_runs_on(
+    pair: Pair, damaged: str, mode: TransferMode.ValueType
+):
+    """What comes after it is the coordinator's ABORT: the source resumes, the target goes."""
+    changes = {
+        "header.bars": lambda bars: [Bar(index=0, size_bytes=4096)],
+        "header.model_version": lambda version: version + 1,
+        "pages.data": flip_bit,
+        "end.crc": lambda crc: crc ^ 1,
+    }
+
+    async def damage(parts):
+        async for part in parts:
+            if damaged not in changes:
+                if part.HasField("end"):
+                    return
+                yield part
+            else:
+                yield flipped(part, damaged, changes[damaged]) if part.HasField(damaged.split(".")[0]) else part
+
+    before = bytes(pair.source.image.memory)
+    with pytest.raises(VfleetError) as caught:
+        await pair.pull_all(Network(pair.h1, damage), mode=mode)
+    assert caught.value.reason is Reason.BAD_STATE
+    pair.h1.resume(1, 10, migration="m1")
+    pair.h2.destroy(2, 10, DECISION_ABORTED)
+    await settle()
+    assert (pair.source.state, pair.source.about.HasField("stopped_by")) == (DEVICE_STATE_RUNNING, False)
+    assert (bytes(pair.source.image.memory), pair.h2.functions.instances()) == (before, [])
+    pair.access("d1", b"on")
+    pair.target = pair.h2.create(generation=2, revision=20, fresh=False, bars=BARS, migration="m2")
+    pair.write(LOCAL + 8, b"since then")
+    async with aclosing(pair.pull(revision=20)) as progress:
+        async for step in progress:
+            if step.ready_to_stop and not step.complete:
+                pair.h1.stop(1, 20, migration="m2")
+    pair.assert_moved()
 
 
 async def test_a_damaged_import_leaves_the_instance_incomplete(pair: Pair):
