@@ -4,6 +4,7 @@ A host is called only while it is registered: the address of one that isn't may 
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
@@ -12,6 +13,7 @@ import grpc
 from coordinator.findings import HostState, Request
 from coordinator.inventory import Inventory
 from coordinator.planner import registered_incarnation
+from coordinator.tasks import Tasks
 from vfleet.errors import VfleetError, not_found
 from vfleet.principal import server_name
 from vfleet.roles import Role
@@ -53,6 +55,7 @@ HOLD_TIMEOUT_S = 5.0  # beyond the time for acknowledgement
 TABLE_TIMEOUT_S = 5.0
 DRIVER_TIMEOUT_S = 10.0
 LIST_TIMEOUT_S = 5.0
+END_TIMEOUT_S = 5.0  # of a stream that has said all
 
 
 class Hosts:
@@ -66,6 +69,7 @@ class Hosts:
         self._inventory = inventory
         self._channels = channels
         self._check = check
+        self._ending = Tasks()
 
     def under(self, check: Callable[[], None]) -> "Hosts":
         """Return the same hosts for one who may call them only while `check` does not raise."""
@@ -109,17 +113,26 @@ class Hosts:
         return response.HasField("instance")
 
     async def import_state(self, host: str, request: ImportStateRequest) -> AsyncGenerator[ImportStateResponse, None]:
-        """Yield the progress of an import. The stream has no deadline of its own: the migration bounds it."""
+        """Yield the progress of an import. The stream has no deadline of its own: the migration bounds it.
+
+        Who has read that the import is complete need not wait for the end, which follows by itself.
+        """
         self._check()
         method = self._stub(TransferServiceStub, host).ImportState
+        responses = stream(method, request, address=self.address(host), incarnation=self.incarnation(host))
+        is_complete = False
         try:
-            async with aclosing(
-                stream(method, request, address=self.address(host), incarnation=self.incarnation(host))
-            ) as responses:
-                async for response in responses:
-                    yield response
+            async for response in responses:
+                is_complete = response.complete
+                yield response
         except VfleetError as error:
             raise _named(host, "ImportState", error) from None
+        finally:
+            if is_complete:
+                # To break it off would cost target and source more than to end it as they would.
+                self._ending.spawn(_let_end(responses))
+            else:
+                await responses.aclose()
 
     async def watch_arrival(
         self, host: str, request: WatchArrivalRequest
@@ -227,6 +240,13 @@ class Hosts:
             )
         except VfleetError as error:
             raise _named(host, name, error) from None
+
+
+async def _let_end(responses: AsyncGenerator[ImportStateResponse, None]) -> None:
+    with contextlib.suppress(VfleetError, TimeoutError):
+        async with asyncio.timeout(END_TIMEOUT_S), aclosing(responses):
+            async for _ in responses:
+                pass
 
 
 def _named(host: str, method: str, error: VfleetError) -> VfleetError:
