@@ -38,6 +38,10 @@ from vfleet.v1.migration_service_pb2 import DESCRIPTOR as MIGRATION
 from vfleet.v1.migration_service_pb2_grpc import add_MigrationServiceServicer_to_server
 from vfleet.v1.records_pb2 import Coordinator
 
+SERVICE_NAMES = (
+    FLEET.services_by_name["FleetService"].full_name,
+    MIGRATION.services_by_name["MigrationService"].full_name,
+)
 STOP_GRACE_S = 0.5
 RETRY_FIRST_S = 0.1
 RETRY_LONGEST_S = 1.0
@@ -86,12 +90,7 @@ class Daemon:
         Raise UNREACHABLE if the address can't be bound, ALREADY_EXISTS if another coordinator has the name, or what
         ends the watch.
         """
-        server = self._new_server(
-            [
-                FLEET.services_by_name["FleetService"].full_name,
-                MIGRATION.services_by_name["MigrationService"].full_name,
-            ]
-        )
+        server = self._new_server(SERVICE_NAMES)
         add_FleetServiceServicer_to_server(FleetService(self._context, lambda: self._term), server.grpc)
         add_MigrationServiceServicer_to_server(MigrationService(self._context, lambda: self._term), server.grpc)
         address = f"{self._config.listen.rpartition(':')[0]}:{server.listen(self._config.listen)}"

@@ -57,6 +57,7 @@ async def _serve(config: Config, writer: log.Writer) -> None:
                 config.lease_ttl_s,
                 fabric_address=config.advertise_fabric or "",
                 allows_faults=config.allow_faults,
+                is_secured=keys.tls is not None,
             )
             add_services(host, server.grpc)
             observe(host, registry)

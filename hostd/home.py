@@ -24,6 +24,7 @@ from vfleet.v1.access_pb2 import (
 from vfleet.v1.fabric_service_pb2 import (
     REFUSAL_NOT_YET,
     REFUSAL_SEQUENCE_GAP,
+    REFUSAL_UNSPECIFIED,
     ExchangeRequest,
     ExchangeResponse,
     ForgetDriverRequest,
@@ -65,9 +66,7 @@ def exchange(functions: Functions, request: ExchangeRequest) -> ExchangeResponse
     check_name("driver", request.driver)
     check_name("function", request.function)
     accesses = _checked(request.accesses)
-    response = ExchangeResponse(
-        driver=request.driver, function=request.function, generation=request.generation, session=request.session
-    )
+    response = refused(request, REFUSAL_UNSPECIFIED)
     add, session = response.answers.add, order_of(request.session)
     window = -1
     is_gated = False
@@ -99,6 +98,17 @@ def exchange(functions: Functions, request: ExchangeRequest) -> ExchangeResponse
     return response
 
 
+def refused(request: ExchangeRequest, refusal: Refusal.ValueType) -> ExchangeResponse:
+    """Return the response to a batch of which nothing was done, yet or at all."""
+    return ExchangeResponse(
+        driver=request.driver,
+        function=request.function,
+        generation=request.generation,
+        session=request.session,
+        refusal=refusal,
+    )
+
+
 def last_sequence(functions: Functions, request: GetSequenceRequest) -> int:
     """Return the last sequence of a driver that the function applied, and refuse the driver's earlier sessions.
 
@@ -116,12 +126,7 @@ def last_sequence(functions: Functions, request: GetSequenceRequest) -> int:
         session = order_of(request.session)
         admitted = functions.admit(request.driver, request.function, request.generation, session, base)
     if not isinstance(admitted, tuple):
-        why = Refusal.Name(admitted) if admitted is not None else "it has no such instance"
-        raise VfleetError(
-            Reason.ILLEGAL_STATE,
-            f"function {request.function!r} at generation {request.generation} is not served here: {why}",
-            metadata={"function": request.function},
-        )
+        raise not_served(request, Refusal.Name(admitted) if admitted is not None else "it has no such instance")
     master = admitted[0].master
     if master is not None and request.HasField("dma") and not master.attach(request.driver, request.dma):
         raise VfleetError(
@@ -130,6 +135,15 @@ def last_sequence(functions: Functions, request: GetSequenceRequest) -> int:
             metadata={"function": request.function, "driver": request.driver},
         )
     return admitted[1].last
+
+
+def not_served(request: GetSequenceRequest, why: str) -> VfleetError:
+    """Return the error for a function that isn't served here, or not to who asks."""
+    return VfleetError(
+        Reason.ILLEGAL_STATE,
+        f"function {request.function!r} at generation {request.generation} is not served here: {why}",
+        metadata={"function": request.function},
+    )
 
 
 def forget_driver(functions: Functions, request: ForgetDriverRequest) -> None:

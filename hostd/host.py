@@ -20,6 +20,7 @@ from hostd.functions import Functions
 from hostd.guest.guests import Guests
 from hostd.history import History
 from hostd.ledger import Ledger
+from hostd.neighbours import Neighbours
 from hostd.reach import Reach
 from hostd.registration import Registration
 from hostd.resolution import Resolver
@@ -61,6 +62,7 @@ class Host:
         *,
         fabric_address: str = "",
         allows_faults: bool = False,
+        is_secured: bool = False,
     ) -> None:
         segment = Segment(topology)
         fences = Fences(ledger)
@@ -96,8 +98,10 @@ class Host:
             )
         )
         self.guests = Guests(topology.name, self.drivers, ledger, store, clock, ledger.directory / "guests")
+        self.neighbours = Neighbours(self.directory, self.stations, self.drivers, store)
         self.workloads = Workloads(self.drivers, ledger, clock, new_workload)
         self._store = store
+        self._is_secured = is_secured
         self._random = random
         self._resolver = Resolver(topology.name, self.functions, self.drivers, fences, history, store, clock)
         self._rest = Rest(topology.name, identity.incarnation, self.functions, history, channels, store, clock, random)
@@ -128,6 +132,8 @@ class Host:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._always(lambda: self.directory.follow(self._store)))
                 group.create_task(self._always(lambda: self.stations.follow(self._store)))
+                if self._is_secured:
+                    group.create_task(self._always(self.neighbours.follow))
                 group.create_task(self._always(self.registration.follow_entries))
                 group.create_task(self._always(self.registration.follow_generation))
                 group.create_task(self._always(self.registration.follow_witness))

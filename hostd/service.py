@@ -151,6 +151,7 @@ class TransferServicer(TransferServiceServicer):
     async def ExportState(
         self, request: transfer_pb2.ExportStateRequest, context: _Context
     ) -> AsyncIterator[transfer_pb2.ExportStateResponse]:
+        await self._host.neighbours.check_pulls(request.function, request.attempt)
         async with aclosing(transfer.export_state(self._host.functions, self._host.clock, request)) as parts:
             async for part in parts:
                 yield part
@@ -168,6 +169,7 @@ class TransferServicer(TransferServiceServicer):
     async def FetchState(
         self, request: transfer_pb2.FetchStateRequest, context: _Context
     ) -> AsyncIterator[transfer_pb2.FetchStateResponse]:
+        await self._host.neighbours.check_pulls(request.function, request.attempt)
         async with aclosing(transfer.fetch_state(self._host.functions, self._host.clock, request)) as pages:
             async for response in pages:
                 yield response
@@ -188,11 +190,15 @@ class FabricServicer(FabricServiceServicer):
         self._drivers = host.drivers
         self._switch = host.switch
         self._traffic = host.traffic
+        self._neighbours = host.neighbours
 
     async def Exchange(
         self, request_iterator: AsyncIterator[fabric_pb2.ExchangeRequest], context: _Context
     ) -> AsyncIterator[fabric_pb2.ExchangeResponse]:
         async for request in request_iterator:
+            if not self._neighbours.may_access(request.driver, request.function):
+                yield home.refused(request, fabric_pb2.REFUSAL_NOT_SERVING)
+                continue
             await home.let_arrive(self._functions, request)
             response = home.exchange(self._functions, request)
             self._traffic.exchanged(response)
@@ -201,11 +207,14 @@ class FabricServicer(FabricServiceServicer):
     async def GetSequence(
         self, request: fabric_pb2.GetSequenceRequest, context: _Context
     ) -> fabric_pb2.GetSequenceResponse:
+        if not self._neighbours.may_access(request.driver, request.function):
+            raise home.not_served(request, "the driver is not known to be attached")
         return fabric_pb2.GetSequenceResponse(last_sequence=home.last_sequence(self._functions, request))
 
     async def ForgetDriver(
         self, request: fabric_pb2.ForgetDriverRequest, context: _Context
     ) -> fabric_pb2.ForgetDriverResponse:
+        self._neighbours.check_forgets(request.driver, request.function)
         home.forget_driver(self._functions, request)
         return fabric_pb2.ForgetDriverResponse()
 
@@ -213,11 +222,14 @@ class FabricServicer(FabricServiceServicer):
         self, request_iterator: AsyncIterator[fabric_pb2.ExchangeDmaRequest], context: _Context
     ) -> AsyncIterator[fabric_pb2.ExchangeDmaResponse]:
         async for request in request_iterator:
+            self._neighbours.check_masters(request)
             yield exchange_dma(self._drivers, request)
 
     async def DeliverFrames(
         self, request: fabric_pb2.DeliverFramesRequest, context: _Context
     ) -> fabric_pb2.DeliverFramesResponse:
+        if not self._neighbours.may_deliver(request.sender):
+            return fabric_pb2.DeliverFramesResponse(refusal=fabric_pb2.FRAME_REFUSAL_NOT_SERVING)
         return self._switch.take(request)
 
 

@@ -72,11 +72,12 @@ def issue(
     dns: Sequence[str] = (),
     addresses: Sequence[str] = (),
     days: int = DAYS,
+    at: datetime | None = None,
 ) -> None:
     """Issue a certificate for who has a role, or for an etcd server, into `folder`, with ca.crt and the key.
 
-    `dns` and `addresses` are further names of a server: what is not vfleet's own looks for them. Raise INVALID_FIELD,
-    or ALREADY_EXISTS rather than overwrite.
+    `dns` and `addresses` are further names of a server: what is not vfleet's own looks for them. It is valid for `days`
+    from now, or from `at`, on. Raise INVALID_FIELD, or ALREADY_EXISTS rather than overwrite.
     """
     if kind not in KINDS:
         raise invalid_field("role", kind, f"one of {', '.join(KINDS)}")
@@ -93,7 +94,7 @@ def issue(
     key = _new_key()
     authority = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     builder = (
-        _builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), issuer.subject, key, days)
+        _builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), issuer.subject, key, days, at)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(is_ca=False), critical=True)
         # An etcd server is its own client, too, and so are vfleet's daemons each other's.
@@ -150,17 +151,17 @@ def _open_ca(folder: Path) -> tuple[bytes, x509.Certificate, ec.EllipticCurvePri
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int, at: datetime | None = None
 ) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
+    begin = at or datetime.now(UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _CLOCKS_DIFFER)
-        .not_valid_after(now + timedelta(days=days))
+        .not_valid_before(begin - _CLOCKS_DIFFER)
+        .not_valid_after(begin + timedelta(days=days))
     )
 
 

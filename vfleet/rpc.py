@@ -11,6 +11,7 @@ never leave the machine.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
@@ -278,6 +279,8 @@ class _ErrorEdge(grpc.aio.ServerInterceptor):
         stream = cast("_Stream[Message] | None", handler.unary_stream)
         both = cast("_Stream[_Requests] | None", handler.stream_stream)
         encode, guard = handler.response_serializer, self._guard
+        if inspect.iscoroutinefunction(stream):
+            stream = _generator(stream)
         if tracing.is_on():
             unary = _traced_unary(unary) if unary is not None else None
             stream = _traced_stream(stream) if stream is not None else None
@@ -342,6 +345,18 @@ def _edge_stream(handler: _Stream[ArgumentT], decoded: Callable[[ArgumentT], Arg
     return edge
 
 
+def _generator(handler: Callable[[Message, _Context], Awaitable[None]]) -> _Stream[Message]:
+    """Return a generator for what writes its responses itself, as the health service does."""
+
+    async def generator(request: Message, context: _Context) -> AsyncIterator[Message]:
+        await handler(request, context)
+        more: tuple[Message, ...] = ()
+        for response in more:
+            yield response
+
+    return generator
+
+
 def _decoded(request: Message) -> Message:
     if isinstance(request, _Refused):
         raise request.error
@@ -362,6 +377,8 @@ async def _all_decoded(requests: AsyncIterator[Message]) -> AsyncIterator[Messag
 async def _abort(context: _Context, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    if isinstance(error, NotImplementedError):  # what generated code raises for a method that nobody has written
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, str(error))
     if not isinstance(error, VfleetError):
         _log.error("a request failed for a reason that nobody foresaw", exc_info=error)
         error = VfleetError(Reason.INTERNAL, f"{type(error).__name__}: {error}")

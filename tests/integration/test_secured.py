@@ -2,24 +2,41 @@
 
 import asyncio
 import json
-import sys
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from random import Random
 
+import grpc
 import pytest
+from google.protobuf.message import Message
 from support.certs import LOOPBACK, make_certs
 from support.local_cluster import Cluster, running
 
 from vfleet.certificates import issue, make_ca
+from vfleet.cli.main import run
 from vfleet.clock import SystemClock
-from vfleet.errors import Reason, VfleetError
+from vfleet.errors import Reason, VfleetError, from_rpc_error
 from vfleet.etcd.client import EtcdStore
 from vfleet.etcd.server import EtcdServer
 from vfleet.local import Daemon
+from vfleet.principal import server_name
+from vfleet.roles import Role
+from vfleet.rpc import Channels
 from vfleet.tls import Tls
+from vfleet.v1.access_pb2 import Access, AccessKind, Session
+from vfleet.v1.fabric_service_pb2 import (
+    REFUSAL_NOT_SERVING,
+    ExchangeDmaRequest,
+    ExchangeRequest,
+    ForgetDriverRequest,
+    GetSequenceRequest,
+)
+from vfleet.v1.fabric_service_pb2_grpc import FabricServiceStub
 from vfleet.v1.records_pb2 import Phase
-from vfleet.v1.types_pb2 import TransferMode
+from vfleet.v1.transfer_service_pb2 import CopyOptions, ExportStateRequest, FetchStateRequest
+from vfleet.v1.transfer_service_pb2_grpc import TransferServiceStub
+from vfleet.v1.types_pb2 import Attempt, TransferMode
 
 MODES = (TransferMode.TRANSFER_MODE_PRE_COPY, TransferMode.TRANSFER_MODE_POST_COPY)
 SHOW = Path(__file__).parents[2] / "vfleet" / "topologies" / "show.yaml"
@@ -36,17 +53,6 @@ async def cluster(tmp_path: Path, certs: Path) -> AsyncIterator[Cluster]:
         yield cluster
 
 
-async def vfleet(*arguments: str) -> tuple[int, str, str]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "vfleet.cli.main", *arguments),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, out.decode(), err.decode()
-
-
 async def test_a_function_with_memory_moves_in_both_modes_under_load(cluster: Cluster) -> None:
     await cluster.fleet.create_function("vf1", "h1/mem0")
     await cluster.work("d1", "vf1", "h1", memory_bytes=1 << 20)
@@ -59,8 +65,16 @@ async def test_a_function_with_memory_moves_in_both_modes_under_load(cluster: Cl
 
 
 async def test_the_command_shows_a_certificate_and_is_let_do_what_its_role_may(
-    cluster: Cluster, certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster,
+    certs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    async def vfleet(*arguments: str) -> tuple[int, str, str]:
+        code = await asyncio.to_thread(run, arguments)
+        return code, *capsys.readouterr()
+
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     at = ("--coordinator", ",".join(cluster.local.coordinator_addresses))
     operator, viewer = (str(certs / f"{role}-local") for role in ("operator", "viewer"))
@@ -141,3 +155,68 @@ async def test_a_daemon_with_the_certificate_of_another_ends_with_one_line(
     assert refused.value.reason is Reason.INVALID_FIELD
     assert words in refused.value.message
     assert (tmp_path / "log").read_text().count("\n") == 1
+
+
+async def test_a_host_speaks_for_its_own_drivers_functions_and_migrations_alone(cluster: Cluster, certs: Path) -> None:
+    function = await cluster.fleet.create_function("vf1", "h2/mem0")
+    entry = await cluster.work("d1", "vf1", "h1", memory_bytes=1 << 20)
+    session = Session(fleet_generation=1, revision=1 << 40, start=1)
+    named = {"driver": "d1", "function": "vf1", "generation": 1}
+    write = Access(
+        sequence=1, kind=AccessKind.ACCESS_KIND_WRITE, address=function.base, length_bytes=8, data=b"mischief"
+    )
+    attempt = Attempt(fleet_generation=1, revision=entry.revision)
+    h3, h1 = (Impostor(cluster, Tls(certs / f"host-{name}")) for name in ("h3", "h1"))
+    async with aclosing(h3), aclosing(h1):
+        # Who isn't the driver's host, nor the function's home.
+        for stub, method, request, host in (
+            (FabricServiceStub, "Exchange", ExchangeRequest(**named, session=session, accesses=[write]), "h2"),
+            (FabricServiceStub, "GetSequence", GetSequenceRequest(**named, session=session), "h2"),
+            (FabricServiceStub, "ForgetDriver", ForgetDriverRequest(**named, session=session), "h2"),
+            (FabricServiceStub, "ExchangeDma", ExchangeDmaRequest(**named), "h1"),
+            (
+                TransferServiceStub,
+                "ExportState",
+                ExportStateRequest(function="vf1", generation=1, attempt=attempt),
+                "h2",
+            ),
+            (TransferServiceStub, "FetchState", FetchStateRequest(function="vf1", generation=1, attempt=attempt), "h2"),
+        ):
+            assert await h3.asks(host, stub, method, request) is Reason.PERMISSION_DENIED, method
+        # A driver that nobody has.
+        unknown = {**named, "driver": "d9"}
+        refused = await h3.asks("h2", FabricServiceStub, "Exchange", ExchangeRequest(**unknown, accesses=[write]))
+        assert refused.refusal == REFUSAL_NOT_SERVING
+        asked = await h3.asks("h2", FabricServiceStub, "GetSequence", GetSequenceRequest(**unknown, session=session))
+        assert asked is Reason.ILLEGAL_STATE
+        # Who isn't the target of the migration under way.
+        begun = await cluster.begin("m1", {"vf1": "h3/mem0"}, bandwidth_mib_per_s=1)
+        export = ExportStateRequest(
+            function="vf1", generation=1, attempt=begun.attempt, options=CopyOptions(max_rounds=9)
+        )
+        assert await h1.asks("h2", TransferServiceStub, "ExportState", export) is Reason.PERMISSION_DENIED
+        await cluster.fleet.cancel_migration("m1")
+        assert (await cluster.over("m1")).phase == Phase.PHASE_ABORTED
+    await cluster.until_working()
+    await cluster.stop_workloads()
+
+
+class Impostor:
+    """Calls hosts with the certificate of another, as that other's hostd would."""
+
+    def __init__(self, cluster: Cluster, tls: Tls) -> None:
+        self._cluster = cluster
+        self._channels = Channels(tls=tls)
+
+    async def asks(self, host: str, stub: type, method: str, request: Message) -> Message | Reason:
+        """Return the first answer of a host, or why it refused."""
+        address = self._cluster.local.hosts[host].address
+        call = getattr(stub(self._channels.to(address, server_name(Role.HOST, host))), method)
+        try:
+            answer = call(iter([request]) if method.startswith("Exchange") else request, timeout=10)
+            return await (answer.read() if hasattr(answer, "read") else answer)
+        except grpc.aio.AioRpcError as error:
+            return from_rpc_error(error, address).reason
+
+    async def aclose(self) -> None:
+        await self._channels.close()
