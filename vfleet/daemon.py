@@ -9,6 +9,7 @@ import asyncio
 import gc
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -21,6 +22,7 @@ from vfleet.process import BAD_INPUT_EXIT
 from vfleet.security import ETCD_TLS_VARIABLE, TLS_VARIABLE, Security
 
 DEFAULT_LEASE_TTL_S = 5
+MAX_FILES = 65_536
 LOG_FORMAT_VARIABLE = "VFLEET_LOG_FORMAT"
 
 # What can't be right as it is given, whatever else changes.
@@ -124,6 +126,7 @@ def run(program: str, log_level: str, log_format: str, serve: Callable[[log.Writ
     """Run a daemon until SIGTERM or SIGINT cancels it. Exit with 1 or 2 and one line if it fails."""
     try:
         with log.logging_to_stderr(log_level, log_format) as writer:
+            _allow_files()
             failpoint.enable(os.environ)
             try:
                 asyncio.run(_until_signal(serve(writer)))
@@ -132,6 +135,13 @@ def run(program: str, log_level: str, log_format: str, serve: Callable[[log.Writ
     except VfleetError as error:
         sys.stderr.write(f"{program}: {error.message}\n")
         sys.exit(BAD_INPUT_EXIT if error.reason in _BAD_INPUT else 1)
+
+
+def _allow_files() -> None:
+    """Let the process open as many files as it may be let: connections in numbers are not to keep it from its own."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if most == resource.RLIM_INFINITY else min(MAX_FILES, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 async def _until_signal(work: Awaitable[None]) -> None:

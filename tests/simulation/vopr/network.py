@@ -14,7 +14,7 @@ import grpc
 from simulation.vopr.faults import Profile
 from simulation.vopr.loop import Life, SimulatedLoop
 
-from vfleet.rpc import _ErrorEdge
+from vfleet.edge import ErrorEdge
 from vfleet.v1.driver_service_pb2 import ReadRequest, WriteRequest
 
 BROKEN_S = 15.0
@@ -54,7 +54,7 @@ class SimulatedServer:
         self.grpc = self
         self._network = network
         self._address = address
-        self._edge = _ErrorEdge(incarnation)
+        self._edge = ErrorEdge(incarnation)
         self.incarnation = incarnation
         self._handlers: dict[str, Any] = {}
 
