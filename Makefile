@@ -11,7 +11,7 @@ GENERATE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I 
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo images up down destroy test bench chaos kill-matrix guest-image guest-kill-matrix promtool model simulate simulate-bugs mutation lint proto clean
+.PHONY: help demo images up down destroy test bench chaos flood kill-matrix guest-image guest-kill-matrix promtool model simulate simulate-bugs mutation lint proto clean
 .DELETE_ON_ERROR:
 
 help: ## Show this
@@ -40,6 +40,9 @@ bench: $(VENV)/installed-dev ## Measure against bare programs, all or NAMES="a b
 
 chaos: $(VENV)/installed-dev ## Let everything fail for DURATION=300 seconds, by SEED=n, and check what is left
 	PYTHONPATH=tests $(BIN)/python -m fault.chaos --duration $(or $(DURATION),300) $(if $(SEED),--seed $(SEED))
+
+flood: $(VENV)/installed-dev ## Let CLIENTS=1000 do their worst to a cluster for DURATION=60 seconds, and print what it felt
+	PYTHONPATH=tests $(BIN)/python -m fault.flood --clients $(or $(CLIENTS),1000) --duration $(or $(DURATION),60)
 
 kill-matrix: $(VENV)/installed-dev ## Kill and freeze everyone at every step of a migration, and print how each ended
 	PYTHONPATH=tests $(BIN)/python -m fault.kill_matrix
