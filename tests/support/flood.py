@@ -24,6 +24,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RESET, SETTINGS, PING, WINDOW, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
 END_STREAM, ACK, END_HEADERS = 1, 1, 4
 HELD_STREAMS = 200
+PAUSE_EVERY, PAUSE_S = 40, 0.2  # calls, and how long after them: so that no client keeps the others from their turn
 MESSAGE_BYTES = 64 << 20
 CHUNK = bytes(16_384)
 METHODS = (
@@ -159,6 +160,7 @@ async def requests_without_end(client: Client, reader: asyncio.StreamReader, wri
             # Beyond any window that was granted: a server that keeps it all is lost.
             for _ in range(20):
                 await client.send(writer, frame(DATA, 0, stream, CHUNK))
+                await asyncio.sleep(PAUSE_S / 10)
         await answers
     finally:
         answers.cancel()
@@ -181,8 +183,8 @@ async def calls_that_are_reset(client: Client, reader: asyncio.StreamReader, wri
         for stream in itertools.count(1, 2):
             reset = frame(RESET, 0, stream, struct.pack(">I", 8))
             await client.send(writer, frame(HEADERS, END_HEADERS, stream, header_block(METHODS[0])) + reset)
-            if stream % 100 == 1:
-                await asyncio.sleep(0.05)
+            if stream % PAUSE_EVERY == 1:
+                await asyncio.sleep(PAUSE_S)
     finally:
         answers.cancel()
         await asyncio.gather(answers, return_exceptions=True)
@@ -195,8 +197,8 @@ async def calls_without_a_pause(client: Client, reader: asyncio.StreamReader, wr
         for stream in itertools.count(1, 2):
             request = frame(DATA, END_STREAM, stream, bytes(5))
             await client.send(writer, frame(HEADERS, END_HEADERS, stream, header_block(METHODS[0])) + request)
-            if stream % 100 == 1:
-                await asyncio.sleep(0.05)
+            if stream % PAUSE_EVERY == 1:
+                await asyncio.sleep(PAUSE_S)
     finally:
         answers.cancel()
         await asyncio.gather(answers, return_exceptions=True)

@@ -54,6 +54,7 @@ async def flooded(cluster: Cluster, certs: Path | None, clients: int, seconds: f
         *(sys.executable, "-m", "support.flood", str(certs or "-"), str(clients), str(seconds)),
         *(daemon.address for daemon in daemons),
         stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
     )
     watching = asyncio.create_task(_watch(daemons, memory))
     ended = asyncio.create_task(process.communicate())

@@ -1,0 +1,87 @@
+"""What one server takes at most: connections, requests, metadata. Past that it refuses, and serves the others on."""
+
+import asyncio
+import resource
+from collections.abc import AsyncIterator, Iterator
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.flood import PREFACE, SETTINGS, frame
+
+from vfleet.errors import Reason, VfleetError
+from vfleet.rpc import MAX_CONNECTIONS, MAX_METADATA_BYTES, MAX_REQUEST_BYTES, Channels, Server, call
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Both ends of all connections are in this process."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.fixture
+async def address() -> AsyncIterator[str]:
+    server = Server(["served"])
+    port = server.listen("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(0)
+
+
+async def check(channels: Channels, address: str, service: str = "served") -> object:
+    method = health_pb2_grpc.HealthStub(channels.to(address)).Check
+    request = health_pb2.HealthCheckRequest(service=service)
+    return await call(method, request, address=address, timeout_s=20)
+
+
+async def connect(address: str) -> tuple[asyncio.StreamWriter, bool]:
+    """Connect, and return whether the server says a word."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(PREFACE + frame(SETTINGS, 0, 0))
+        return writer, bool(await reader.read(9))
+    except OSError:
+        return writer, False
+
+
+async def test_connections_past_the_bound_are_closed_and_those_before_it_go_on(many_files: None, address: str) -> None:
+    channels = Channels()
+    await check(channels, address)
+    made = [await connect(address) for _ in range(MAX_CONNECTIONS + 8)]
+    assert sum(taken for _, taken in made) == MAX_CONNECTIONS - 1
+    assert not any(taken for _, taken in made[-8:])
+    await check(channels, address)
+    for writer, _ in made:
+        writer.transport.abort()
+    stranger = Channels()
+    async with asyncio.timeout(30):
+        while not await is_let_in(stranger, address):
+            await asyncio.sleep(0.05)
+    await stranger.close()
+    await channels.close()
+
+
+async def is_let_in(channels: Channels, address: str) -> bool:
+    try:
+        await check(channels, address)
+    except VfleetError:
+        return False
+    return True
+
+
+async def test_a_request_or_metadata_past_the_bound_is_refused_and_the_next_is_served(address: str) -> None:
+    channels = Channels()
+    with pytest.raises(VfleetError) as refused:
+        await check(channels, address, "x" * (MAX_REQUEST_BYTES + 1))
+    assert refused.value.reason is Reason.LIMIT_EXCEEDED
+    method = health_pb2_grpc.HealthStub(channels.to(address)).Check
+    metadata = grpc.aio.Metadata(("x-much", "y" * (MAX_METADATA_BYTES + 1)))
+    with pytest.raises(grpc.aio.AioRpcError) as too_much:
+        await method(health_pb2.HealthCheckRequest(), metadata=metadata, timeout=20)
+    assert too_much.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await check(channels, address)
+    await channels.close()
