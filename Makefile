@@ -11,7 +11,7 @@ GENERATE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I 
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo images up down destroy test bench chaos flood kill-matrix guest-image guest-kill-matrix promtool model simulate simulate-bugs mutation lint proto clean
+.PHONY: help demo images up down destroy test bench chaos flood kill-matrix demo-guest guest guest-image guest-matrix promtool model simulate simulate-bugs mutation lint proto clean
 .DELETE_ON_ERROR:
 
 help: ## Show this
@@ -49,11 +49,17 @@ kill-matrix: $(VENV)/installed-dev ## Kill and freeze everyone at every step of 
 
 promtool: .cache/promtool ## Get promtool, which tests of alerts need, from Debian's package of Prometheus
 
+demo-guest: $(VENV)/installed-dev ## Show functions of two Linux guests go from host to host ten times, and what the guests see of it
+	PYTHONPATH=tests $(BIN)/python -m guests.demo
+
+guest: $(VENV)/installed-dev ## Run a Linux guest in this terminal, with the functions behind SOCKETS="/tmp/a.sock /tmp/b.sock"
+	PYTHONPATH=tests $(BIN)/python -m guests.shell $(SOCKETS)
+
 guest-image: ## Make what a guest is run with (QEMU, kernel, initramfs), of Debian packages, and print its folder
 	tests/guests/image.sh
 
-guest-kill-matrix: $(VENV)/installed-dev ## Kill everyone at every step of a move, under a Linux guest at work
-	$(BIN)/pytest tests/guests/test_kills.py --all-cells
+guest-matrix: $(VENV)/installed-dev ## Under a Linux guest at work, kill everyone at every step of a move, and falsify what moves
+	$(BIN)/pytest tests/guests/test_kills.py tests/guests/test_falsified.py --all-cells
 
 model: ## Search all states of the protocol's models, with Spin and a C compiler; take each rule away
 	nice -n 19 $(PYTHON) tests/model/check.py

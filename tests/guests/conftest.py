@@ -14,7 +14,7 @@ LOCK = Path(tempfile.gettempdir()) / "vfleet-guests.lock"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-cells", action="store_true", help="run all cells of the guests' kill matrix")
+    parser.addoption("--all-cells", action="store_true", help="run what takes long too: make guest-matrix")
 
 
 @pytest.fixture(autouse=True)

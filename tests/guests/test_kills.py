@@ -1,6 +1,6 @@
 """kill -9 of everybody at each step of a move, with a Linux guest under load that never sees an error.
 
-A cut through the cells; `make guest-kill-matrix` runs all of them.
+A cut through the cells; `make guest-matrix` runs all of them.
 """
 
 from dataclasses import dataclass, field
@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 from support.failpoints import Failpoints
-from support.guest import VirtualMachine, attach_guest, dmesg_of, finish_storage, storage_operations, virtual_machine
+from support.guest import (
+    PATIENT,
+    VirtualMachine,
+    attach_guest,
+    dmesg_of,
+    finish_storage,
+    storage_operations,
+    virtual_machine,
+)
 from support.kill_matrix.cells import Cell, Course, Fault, Participant
 from support.kill_matrix.stage import Stage
 from support.local_cluster import running
@@ -68,7 +76,7 @@ async def test_whoever_is_killed_the_guest_sees_no_error(tmp_path: Path, request
         tmp_path, topology=TOPOLOGY, coordinators=2, lease_ttl_s=LEASE_TTL_S, failpoints=failpoints.directory
     ) as cluster:
         await cluster.fleet.create_function("vf1", "h1/nvme0")
-        socket = await attach_guest(cluster, "vf1", "g1", "h3", tmp_path)
+        socket = await attach_guest(cluster, "vf1", "g1", "h3", tmp_path, **PATIENT)
         async with virtual_machine(tmp_path / "vm", [socket]) as machine:
             stage = GuestStage(cluster, failpoints, machine=machine)
             await machine.start("storage", "python3", "/storage.py", "/dev/nvme0n1", "2")

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from support.guest import VirtualMachine, attach_guest, dmesg_of, virtual_machine
+from support.guest import PATIENT, VirtualMachine, attach_guest, dmesg_of, virtual_machine
 from support.local_cluster import Cluster, assert_nothing_left, running
 
 from vfleet.v1.records_pb2 import Phase
@@ -61,7 +61,7 @@ async def test_a_connection_lives_while_either_end_moves(
         machines: list[VirtualMachine] = []
         for number, host in enumerate(("h1", "h2"), 1):
             await cluster.fleet.create_function(f"vf{number}", f"{host}/net0")
-            socket = await attach_guest(cluster, f"vf{number}", f"g{number}", host, tmp_path)
+            socket = await attach_guest(cluster, f"vf{number}", f"g{number}", host, tmp_path, **PATIENT)
             machine = virtual_machine(tmp_path / f"vm{number}", [socket], modules=MODULES)
             machines.append(await stack.enter_async_context(machine))
         for machine, address in zip(machines, ADDRESSES, strict=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.failpoints import Failpoints
-from support.guest import VirtualMachine, attach_guest, dmesg_of, virtual_machine
+from support.guest import PATIENT, VirtualMachine, attach_guest, dmesg_of, virtual_machine
 from support.local_cluster import Cluster, assert_nothing_left, over_in_etcd, running
 
 from vfleet.v1.records_pb2 import Phase
@@ -61,7 +61,7 @@ async def test_a_guest_resets_its_device_around_moves(tmp_path: Path):
     failpoints = Failpoints(tmp_path / "failpoints")
     async with running(tmp_path, topology=TOPOLOGY, failpoints=failpoints.directory) as cluster:
         await cluster.fleet.create_function("vf1", "h1/nvme0")
-        socket = await attach_guest(cluster, "vf1", "g1", "h1", tmp_path)
+        socket = await attach_guest(cluster, "vf1", "g1", "h1", tmp_path, **PATIENT)
         async with virtual_machine(tmp_path / "vm", [socket], reboots=True) as machine:
             await machine.run(
                 f"{WAIT}; /usr/sbin/mke2fs -q -F -t ext4 /dev/nvme0n1; {MOUNT} && echo first >/mnt/f0"

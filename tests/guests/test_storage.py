@@ -4,7 +4,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from support.guest import VirtualMachine, attach_guest, dmesg_of, finish_storage, storage_operations, virtual_machine
+from support.guest import (
+    PATIENT,
+    VirtualMachine,
+    attach_guest,
+    dmesg_of,
+    finish_storage,
+    storage_operations,
+    virtual_machine,
+)
 from support.local_cluster import Cluster, assert_nothing_left, running
 
 from vfleet.v1.records_pb2 import Phase
@@ -31,7 +39,7 @@ async def until_operations(machine: VirtualMachine, number: int) -> None:
 
 async def test_a_file_system_goes_around_the_fleet(cluster: Cluster, tmp_path: Path):
     await cluster.fleet.create_function("vf1", "h1/nvme0")
-    socket = await attach_guest(cluster, "vf1", "g1", "h1", tmp_path)
+    socket = await attach_guest(cluster, "vf1", "g1", "h1", tmp_path, **PATIENT)
     async with virtual_machine(tmp_path / "vm", [socket]) as machine:
         before = await machine.run("lspci -vvnn")
         await machine.start("storage", "python3", "/storage.py", DEVICE, "4")

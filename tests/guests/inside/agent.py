@@ -31,7 +31,9 @@ def handle(request):
     name = request["report"]
     with open(f"/tmp/{name}.out", "rb") as output:
         output.seek(max(output.seek(0, os.SEEK_END) - 4096, 0))
-        lines = output.read().decode(errors="replace").splitlines()
+        told = output.read()
+    # A line that is being written may be there in part.
+    lines = told[: told.rfind(b"\n") + 1].decode(errors="replace").splitlines()
     try:
         report = json.loads(lines[-1]) if lines else None
     except ValueError:

@@ -1,7 +1,10 @@
-"""Verified I/O on a file system in the guest: blocks of one file, by several threads past the cache, and whole files.
+"""Verified I/O on a device in the guest, past the cache and by several threads; with a file system also of files.
 
-Each block has content that no other write has; it is read back and compared. Whole files are written, synced, dropped
-from the cache, and read back by checksum. The last line of output says how far it is.
+    storage.py DEVICE DEPTH        blocks of one file on ext4, and files that are written, synced, dropped and read
+    storage.py DEVICE DEPTH raw    blocks of the device itself
+
+Each block has content that no other write has; it is read back and compared. /tmp/stop ends it, /tmp/measure, touched,
+begins to measure anew. The last line of output says how far it is.
 """
 
 import hashlib
@@ -15,11 +18,12 @@ import sys
 import threading
 import time
 
-DEVICE, DEPTH = sys.argv[1], int(sys.argv[2])
+DEVICE, DEPTH, HAS_FILES = sys.argv[1], int(sys.argv[2]), sys.argv[3:] != ["raw"]
 MOUNT = "/mnt"
+PLACE = f"{MOUNT}/blocks" if HAS_FILES else DEVICE
 BLOCK = 4096
 BLOCKS_A_THREAD = 128
-STOP = "/tmp/stop"
+STOP, MEASURE = "/tmp/stop", "/tmp/measure"
 report = {"operations": 0, "mismatches": 0, "errors": 0, "files": 0, "longest_ms": 0.0, "first_error": ""}
 lock = threading.Lock()
 
@@ -39,10 +43,10 @@ def content(thread, block, version):
 
 
 def blocks(thread):
-    """Write and read blocks of this thread's part of the file."""
+    """Write and read blocks of this thread's part."""
     choose = random.Random(thread)
     versions = {}
-    file = os.open(f"{MOUNT}/blocks", os.O_RDWR | os.O_DIRECT)
+    file = os.open(PLACE, os.O_RDWR | os.O_DIRECT)
     buffer = mmap.mmap(-1, BLOCK)
     version = 0
     while not os.path.exists(STOP):
@@ -104,22 +108,29 @@ def device_ios():
     return int(numbers[0]) + int(numbers[4])
 
 
-run("/usr/sbin/mke2fs", "-q", "-F", "-t", "ext4", DEVICE)
-run("/usr/bin/busybox", "mount", "-t", "ext4", DEVICE, MOUNT)
+if HAS_FILES:
+    run("/usr/sbin/mke2fs", "-q", "-F", "-t", "ext4", DEVICE)
+    run("/usr/bin/busybox", "mount", "-t", "ext4", DEVICE, MOUNT)
+    with open(PLACE, "wb") as file:
+        file.write(bytes(DEPTH * BLOCKS_A_THREAD * BLOCK))
+        os.fsync(file.fileno())
 ios_before = device_ios()
-with open(f"{MOUNT}/blocks", "wb") as file:
-    file.write(bytes(DEPTH * BLOCKS_A_THREAD * BLOCK))
-    os.fsync(file.fileno())
 threads = [threading.Thread(target=guarded, args=(blocks, number)) for number in range(DEPTH)]
-threads.append(threading.Thread(target=guarded, args=(files,)))
+if HAS_FILES:
+    threads.append(threading.Thread(target=guarded, args=(files,)))
 for thread in threads:
     thread.start()
+measured = 0.0
 while any(thread.is_alive() for thread in threads):
     time.sleep(0.1)
+    began = os.stat(MEASURE).st_mtime if os.path.exists(MEASURE) else 0.0
     with lock:
+        if began != measured:
+            measured, report["longest_ms"] = began, 0.0
         print(json.dumps(report), flush=True)
-run("/usr/bin/busybox", "umount", MOUNT)
-report["device_ios"] = device_ios() - ios_before
-run("/usr/sbin/e2fsck", "-fn", DEVICE)
+if HAS_FILES:
+    run("/usr/bin/busybox", "umount", MOUNT)
+    report["device_ios"] = device_ios() - ios_before
+    run("/usr/sbin/e2fsck", "-fn", DEVICE)
 report["is_over"] = True
 print(json.dumps(report), flush=True)
