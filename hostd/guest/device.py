@@ -9,11 +9,11 @@ the same sequences, of all messages that its predecessor had not said to be done
 
 import errno
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Protocol
 
-from hostd.guest import vfio_user
+from hostd.guest import holder, vfio_user
 from hostd.guest.configuration import SPACE_BYTES, ConfigurationSpace
 from hostd.guest.interrupts import Interrupts
 from hostd.guest.memory import GuestMemory
@@ -65,6 +65,9 @@ class Port(Protocol):
     def drop(self, key: bytes) -> None:
         """Let the holder keep it no longer."""
 
+    def ring(self, key: bytes) -> None:
+        """Let the holder tell of an interrupt by the eventfd that it keeps by a key."""
+
 
 class GuestDevice:
     """The function that `guest` describes, with the `limit` in bytes up to which guest memory may reach."""
@@ -79,21 +82,20 @@ class GuestDevice:
         self._memory = memory
         self._limit = limit
         self._port = port
-        self.interrupts = Interrupts(function.vectors)
+        self._refused = 0
+        self.interrupts = Interrupts(function.vectors, lambda vector: port.ring(_vector_key(vector)))
 
-    def restore(self, key: bytes, data: bytes, descriptor: int | None) -> None:
-        """Take over what the holder has kept, and the descriptor that came with it."""
+    def restore(self, key: bytes, data: bytes, descriptors: Sequence[int]) -> None:
+        """Take over what the holder has kept, and the descriptor that came with it, which stays the caller's."""
         if key == _CONFIGURATION_KEY:
             self._configuration.restore(data)
         elif key.startswith(b"map:"):
             try:
-                self._map(Message(0, Command.DMA_MAP, 0, data), descriptor)
+                self._map(Message(0, Command.DMA_MAP, 0, data), descriptors)
             except (ProtocolError, VfleetError) as error:
                 _log.error("guest memory that was mapped before can't be mapped: %s", error)
-            if descriptor is not None:
-                os.close(descriptor)
-        elif key.startswith(b"vector:") and descriptor is not None:
-            self.interrupts.set(int(key.partition(b":")[2]), descriptor)
+        elif key.startswith(b"vector:"):
+            self.interrupts.set(int(key.partition(b":")[2]))
 
     def connected(self) -> None:
         """Begin with a VMM that has just come, as at power-on."""
@@ -107,18 +109,24 @@ class GuestDevice:
             self._port.drop(_vector_key(vector))
         self._reset()
 
-    def handle(self, message: Message, descriptors: list[int]) -> None:
-        """Carry out a message. Those of the descriptors that are kept are taken out of the list."""
+    def handle(self, message: Message, descriptors: Sequence[int], *, refused: int = 0) -> None:
+        """Carry out a message; its descriptors stay the caller's. `refused` is how many others came with it."""
         try:
-            self._carry_out(message, descriptors)
+            self._carry_out(message, descriptors, refused)
         except (ProtocolError, VfleetError) as error:
-            _log.warning("a VMM's message (command %d) is refused: %s", message.command, error)
+            self._refused += 1
+            # Each time that it has doubled: a VMM can't fill the log.
+            if not self._refused & (self._refused - 1):
+                told = "a VMM's message (command %d) is refused, %d so far: %s"
+                _log.warning(told, message.command, self._refused, error)
             if message.wants_reply:
                 number = error.number if isinstance(error, ProtocolError) else errno.EINVAL
                 self._port.reply(message.failure(number))
 
-    def _carry_out(self, message: Message, descriptors: list[int]) -> None:
+    def _carry_out(self, message: Message, descriptors: Sequence[int], refused: int) -> None:
         match message.command:
+            case _ if refused:
+                raise ProtocolError(f"{refused} descriptors that are neither memory nor eventfds")
             case _ if message.flags & vfio_user.TYPE:
                 raise ProtocolError("no command, but an answer")
             case Command.REGION_WRITE:
@@ -126,9 +134,10 @@ class GuestDevice:
             case Command.REGION_READ:
                 self._read(message)
             case Command.DMA_MAP:
-                self._map(message, descriptors[0] if descriptors else None)
+                self._map(message, descriptors)
                 _, _, _, start, length = message.take(vfio_user.MAP)
-                self._port.keep(_map_key(start, length), message.body, descriptors[0] if descriptors else -1)
+                body = message.body[: vfio_user.MAP.size]
+                self._port.keep(_map_key(start, length), body, descriptors[0] if descriptors else -1)
                 self._reply(message)
             case Command.DMA_UNMAP:
                 self._unmap(message)
@@ -234,8 +243,9 @@ class GuestDevice:
 
     # Guest memory
 
-    def _map(self, message: Message, descriptor: int | None) -> None:
+    def _map(self, message: Message, descriptors: Sequence[int]) -> None:
         _, flags, offset, start, length = message.take(vfio_user.MAP)
+        descriptor = descriptors[0] if descriptors else None
         writable = bool(flags & vfio_user.MAP_WRITABLE)
         self._memory.add(start, length, descriptor, offset, self._limit, is_writable=writable)
 
@@ -248,20 +258,21 @@ class GuestDevice:
 
     # Interrupts
 
-    def _set_interrupts(self, message: Message, descriptors: list[int]) -> None:
+    def _set_interrupts(self, message: Message, descriptors: Sequence[int]) -> None:
         _, flags, index, first, count = message.take(vfio_user.SET_INTERRUPTS)
         vectors = self._function.vectors if index == vfio_user.MSIX else 0
         if not flags & vfio_user.SET_TRIGGER or first + count > vectors:
             raise ProtocolError(f"interrupts {first}+{count} of kind {index}, flags {flags:#x}; there are {vectors}")
         named = range(first, first + count) if count else range(vectors)
         if flags & vfio_user.SET_EVENTFD:
-            for vector in named:
-                self.interrupts.unset(vector)
-                if descriptors and vector < first + count:
-                    descriptor = descriptors.pop(0)
-                    self.interrupts.set(vector, descriptor)
+            if not all(holder.is_eventfd(descriptor) for descriptor in descriptors):
+                raise ProtocolError("a descriptor that is no eventfd")
+            for vector, descriptor in zip_longest(named, descriptors[:count]):
+                if descriptor is not None:
                     self._port.keep(_vector_key(vector), b"", descriptor)
+                    self.interrupts.set(vector)
                 else:
+                    self.interrupts.unset(vector)
                     self._port.drop(_vector_key(vector))
         elif flags & vfio_user.SET_NONE and not count:
             for vector in self.interrupts.clear():

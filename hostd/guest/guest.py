@@ -26,7 +26,9 @@ from vfleet.v1.access_pb2 import ACCESS_STATUS_UNSUPPORTED_REQUEST, AccessKind
 from vfleet.v1.types_pb2 import GUEST_STATE_CONNECTED, GUEST_STATE_WAITING, GuestState
 
 MAX_IN_PROGRESS = 1024
-"""Messages without an answer, past which no more are taken from the holder."""
+"""Messages, and accesses, without an answer, past which no more are taken from the holder."""
+ACCESSES_AT_ONCE = 32
+"""After so many accesses others have their turn."""
 
 _CONNECTED_KEY = b"connected"
 
@@ -68,6 +70,7 @@ class LiveGuest:
         self._sequence = 0
         self._queued_before = 0
         self._resets = 0
+        self._accesses = 0
         self._is_telling = False
         self._has_room = asyncio.Event()
         self._waiting: set[asyncio.Task[None]] = set()
@@ -76,13 +79,19 @@ class LiveGuest:
         """Take over from the predecessor, and carry out what comes. Raise HolderGoneError."""
         await self._driver.queue(self._function).synchronized()
         while True:
-            for frame in await self._link.receive():
-                try:
-                    self._take(frame)
-                finally:
+            frames = deque(await self._link.receive())
+            try:
+                while frames:
+                    first = self._sequence
+                    while frames and self._sequence - first < ACCESSES_AT_ONCE:
+                        self._take(frames[0])
+                        frames.popleft().close()
+                    self._tell()
+                    await asyncio.sleep(0)
+            finally:
+                for frame in frames:
                     frame.close()
-            self._tell()
-            while len(self._in_progress) > MAX_IN_PROGRESS:
+            while max(len(self._in_progress), self._accesses) > MAX_IN_PROGRESS:
                 self._has_room.clear()
                 await self._has_room.wait()
 
@@ -92,14 +101,13 @@ class LiveGuest:
         self._device.gone()
 
     def end(self) -> None:
-        """Let go of guest memory and eventfds; the holder has its own."""
+        """Let go of guest memory; the holder has descriptors of its own."""
         for task in self._waiting:
             task.cancel()
         self._receiver.interrupted = self._told
         self._receiver.is_cut_off = False
         self._memory.is_present = False
         self._memory.clear()
-        self._device.interrupts.clear()
 
     # As the device's port
 
@@ -109,6 +117,7 @@ class LiveGuest:
         """Put an access into the driver's queue, with the sequence that follows."""
         progress = self._at_hand
         self._sequence += 1
+        self._accesses += 1
         progress.pending += 1
         access = Waiting(kind, self._virtual_address + offset, length, data, self._sequence, may_ask_again=True)
         try:
@@ -151,6 +160,10 @@ class LiveGuest:
         """Let the holder keep it no longer."""
         self._link.drop(key)
 
+    def ring(self, key: bytes) -> None:
+        """Let the holder tell of an interrupt by the eventfd that it keeps by a key."""
+        self._link.ring(key)
+
     # From the holder
 
     def _take(self, frame: Frame) -> None:
@@ -159,11 +172,10 @@ class LiveGuest:
                 self._greet(frame)
                 return
             case holder.KEPT:
-                descriptor = frame.descriptors.pop() if frame.descriptors else None
                 if frame.key == _CONNECTED_KEY:
                     self._changed(GUEST_STATE_CONNECTED)
                 else:
-                    self._device.restore(frame.key, frame.data, descriptor)
+                    self._device.restore(frame.key, frame.data, frame.descriptors)
                 return
             case holder.READY:
                 self._device.interrupts.raise_all()
@@ -196,7 +208,7 @@ class LiveGuest:
             self._device.gone()
             self._changed(GUEST_STATE_WAITING)
         else:
-            self._device.handle(Message.parse(frame.data), frame.descriptors)
+            self._device.handle(Message.parse(frame.data), frame.descriptors, refused=frame.position)
         self._finish(progress)
 
     def _submit(self, access: Waiting) -> None:
@@ -215,6 +227,7 @@ class LiveGuest:
         self._settle(progress, answered, answer.exception() or answer.result())
 
     def _settle(self, progress: Progress, answered: Answered | None, outcome: Result | BaseException) -> None:
+        self._accesses -= 1
         if answered is not None:
             self._at_hand = progress
             # Of a function that is lost or detached: as of one that isn't there.

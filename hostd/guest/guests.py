@@ -34,7 +34,6 @@ from vfleet.v1.types_pb2 import (
 ANSWER_MARGIN_MS = 500
 """How long before the VMM gives up the holder answers by itself."""
 RETRY_S = 1.0
-QUIT_TIMEOUT_S = 5.0
 
 _KIND = "guest"
 _log = logging.getLogger(__name__)
@@ -84,8 +83,7 @@ class Guests:
             await asyncio.gather(task, return_exceptions=True)
         link = holder_link.connect(self._directory, name)
         if link is not None:
-            link.quit()
-            await _ended(link)
+            await link.quit()
         holder_link.forget(self._directory, name, record.socket)
         self._ledger.delete(_KIND, name)
         self._must_tell.set()
@@ -190,16 +188,3 @@ def _function_of(driver: Driver) -> str:
     if driver.guest_memory is None:
         return ""
     return next((function for function in driver.table.by_function if function), "")
-
-
-async def _ended(link: HolderLink) -> None:
-    """Wait for a holder to end that was told to."""
-    try:
-        async with asyncio.timeout(QUIT_TIMEOUT_S):
-            while True:
-                for frame in await link.receive():
-                    frame.close()
-    except (HolderGoneError, TimeoutError):
-        return
-    finally:
-        link.close()

@@ -2,8 +2,11 @@
 
 import array
 import asyncio
+import contextlib
 import os
+import signal
 import socket
+import struct
 import sys
 from collections import deque
 from dataclasses import dataclass
@@ -15,9 +18,11 @@ from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError
 
 START_TIMEOUT_S = 10.0
+QUIT_TIMEOUT_S = 5.0
 _ASK_AGAIN_S = 0.02
 _FRAMES_AT_ONCE = 32
 _MAX_DESCRIPTORS = 16
+_CREDENTIALS = struct.Struct("iII")  # process, user, group
 
 
 class HolderGoneError(Exception):
@@ -48,6 +53,7 @@ class HolderLink:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._outbox: deque[tuple[bytes, int]] = deque()
+        self._ringing: set[bytes] = set()
         self._loop = asyncio.get_running_loop()
         self._readable = asyncio.Event()
         self._is_reading = False
@@ -78,9 +84,27 @@ class HolderLink:
         """Let the holder keep something no longer."""
         self._send(FRAME.pack(holder.DROP, len(key), 0, 0) + key)
 
-    def quit(self) -> None:
-        """Let the holder end."""
+    def ring(self, key: bytes) -> None:
+        """Let the holder tell of an interrupt by the eventfd that it keeps by a key. Those that wait become one."""
+        if key not in self._ringing:
+            self._send(FRAME.pack(holder.RING, len(key), 0, 0) + key)
+            if self._outbox:
+                self._ringing.add(key)
+
+    async def quit(self) -> None:
+        """Let the holder end, and end it if it doesn't: its VMM may keep it from all work."""
         self._send(FRAME.pack(holder.QUIT, 0, 0, 0))
+        with contextlib.suppress(HolderGoneError):
+            try:
+                async with asyncio.timeout(QUIT_TIMEOUT_S):
+                    while True:
+                        for frame in await self.receive():
+                            frame.close()
+            except TimeoutError:
+                # It has listened for this connection, so the number is its own as long as the connection is there.
+                credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+                os.kill(_CREDENTIALS.unpack(credentials)[0], signal.SIGKILL)
+        self.close()
 
     def close(self) -> None:
         """Leave the holder to whoever comes next."""
@@ -96,13 +120,13 @@ class HolderLink:
         frames: list[Frame] = []
         while len(frames) < _FRAMES_AT_ONCE:
             try:
-                data, ancillary, _, _ = self._socket.recvmsg(
+                data, ancillary, flags, _ = self._socket.recvmsg(
                     MAX_FRAME_BYTES, socket.CMSG_SPACE(4 * _MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 break
             except OSError:
-                data, ancillary = b"", []
+                data, ancillary, flags = b"", [], 0
             if not data:
                 if frames:
                     break
@@ -112,7 +136,12 @@ class HolderLink:
             descriptors = array.array("i")
             for _, _, rights in ancillary:
                 descriptors.frombytes(rights)
-            frames.append(Frame(kind, number, position, data[FRAME.size : start], data[start:], list(descriptors)))
+            frame = Frame(kind, number, position, data[FRAME.size : start], data[start:], list(descriptors))
+            frames.append(frame)
+            if flags & socket.MSG_CTRUNC:
+                for each in frames:
+                    each.close()
+                raise VfleetError(Reason.LIMIT_EXCEEDED, "this process has no room for a guest's descriptors")
         return frames
 
     def _send(self, frame: bytes, descriptor: int = -1) -> None:
@@ -135,6 +164,7 @@ class HolderLink:
         while self._outbox and self._try_to_send(*self._outbox[0]):
             _close(self._outbox.popleft()[1])
         if not self._outbox:
+            self._ringing.clear()
             self._loop.remove_writer(self._socket)
 
 
@@ -180,7 +210,7 @@ def reap(pid: int) -> bool:
 
 def forget(directory: Path, name: str, path: str) -> None:
     """Delete what was left by a holder that has ended: its socket too, if it was killed."""
-    Path(path).unlink(missing_ok=True)
+    holder.discard(Path(path))
     for suffix in ("log", "pid", "control"):
         (directory / f"{name}.{suffix}").unlink(missing_ok=True)
 

@@ -1,7 +1,8 @@
 """A guest's memory: the pieces of it that its VMM has given us to map, by the guest's physical address.
 
 A piece comes as a descriptor that can't shrink (a sealed memfd): whoever mapped another could be killed by a VMM that
-truncates it. Pieces without a descriptor are known, and can't be reached.
+truncates it. The same goes for huge pages, which can be taken away under a map. Pieces without a descriptor are known,
+and can't be reached.
 """
 
 import fcntl
@@ -14,6 +15,7 @@ from vfleet.address import PAGE_BYTES
 from vfleet.errors import invalid_field
 
 MAX_PIECES = 256
+ADDRESSES = 1 << 64
 _TAIL_BYTES = 4
 
 
@@ -50,6 +52,8 @@ class GuestMemory:
         """
         if not length or (start | length | offset) % PAGE_BYTES:
             raise invalid_field("region", f"{start:#x}+{length:#x} at {offset:#x}", f"multiples of {PAGE_BYTES}")
+        if start + length > ADDRESSES:
+            raise invalid_field("region", f"{start:#x}+{length:#x}", "one that ends within 64 bits")
         if self._is_known(start, length):
             return
         at = bisect_right(self._starts, start)
@@ -83,7 +87,7 @@ class GuestMemory:
 
     def clear(self) -> list[tuple[int, int]]:
         """Unmap all, and return their (start, length)."""
-        return self.remove(0, 1 << 64)
+        return self.remove(0, ADDRESSES)
 
     def read(self, offset: int, length: int) -> bytes | None:
         """Return bytes of the guest's memory; None if they don't all lie in pieces that can be reached."""
@@ -137,8 +141,9 @@ def _map(descriptor: int, length: int, offset: int, *, is_writable: bool) -> mma
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     except OSError:
         seals = 0
-    if not seals & fcntl.F_SEAL_SHRINK or offset + length > os.fstat(descriptor).st_size:
-        expected = "within a memfd that can't shrink (QEMU: -object memory-backend-memfd,share=on)"
+    is_safe = seals & fcntl.F_SEAL_SHRINK and os.fstatvfs(descriptor).f_bsize == PAGE_BYTES
+    if not is_safe or offset + length > os.fstat(descriptor).st_size:
+        expected = "within a memfd that can't shrink (QEMU: -object memory-backend-memfd,share=on), without huge pages"
         raise invalid_field("region", f"{length:#x} bytes at {offset:#x} of its descriptor", expected)
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
     try:

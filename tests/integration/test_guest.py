@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from support.guest import attach_guest
 from support.local_cluster import Cluster, assert_nothing_left, eventually, refusal, running
-from support.vmm import CONFIGURATION, DEVICE_INFO, INTERRUPT_INFO, REGION_INFO, RESET, SharedMemory, Vmm
+from support.nvme_guest import CC, PAGE, VS, NvmeGuest, runs
+from support.vmm import CONFIGURATION, DEVICE_INFO, INTERRUPT_INFO, REGION_INFO, RESET
 
 from vfleet.driver import DriverClient
 from vfleet.errors import Reason
@@ -19,72 +20,6 @@ from vfleet.v1.records_pb2 import Phase
 from vfleet.v1.types_pb2 import GUEST_STATE_CONNECTED, GUEST_STATE_LOST, GUEST_STATE_WAITING, Guest, GuestState
 
 TOPOLOGY = Path(__file__).parents[1] / "guests" / "fleet.yaml"
-MEMORY_BYTES = 4 << 20
-PAGE = 4096
-ASQ, ACQ, AQA, CC, CSTS, VS = 0x28, 0x30, 0x24, 0x14, 0x1C, 0x08
-SUBMISSIONS, COMPLETIONS, BUFFER = 0x10000, 0x20000, 0x30000
-ENABLE = 0x00460001
-IDENTIFY = 6
-
-
-class Driver:
-    """As much of an NVMe driver as it takes to ask the controller what it is: one command at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.memory = SharedMemory(MEMORY_BYTES)
-        self.eventfd = os.eventfd(0)
-        self.tail = 0
-        self.vmm = Vmm(path)
-
-    def close(self) -> None:
-        self.vmm.close()
-        self.memory.close()
-        os.close(self.eventfd)
-
-    def begin(self) -> None:
-        self.vmm.begin()
-        assert not self.vmm.map(self.memory, 0).error
-        assert not self.vmm.set_eventfds(0, (self.eventfd,)).error
-        self.enable()
-
-    def enable(self) -> None:
-        self.tail = 0
-        self.memory.content[COMPLETIONS : COMPLETIONS + PAGE] = bytes(PAGE)
-        for register, value in ((AQA, 15 << 16 | 15), (ASQ, SUBMISSIONS), (ACQ, COMPLETIONS), (CC, ENABLE)):
-            self.vmm.write(0, register, value.to_bytes(4, "little"))
-        assert self.status() == 1
-
-    def status(self) -> int:
-        return int.from_bytes(self.vmm.read(0, CSTS, 4), "little")
-
-    def submit(self) -> None:
-        """Ask the controller to identify itself; the doorbell is posted."""
-        command = struct.pack("<BBHI16xQQII", IDENTIFY, 0, self.tail, 0, BUFFER, 0, 1, 0).ljust(64, b"\0")
-        at = SUBMISSIONS + 64 * self.tail
-        self.memory.content[at : at + 64] = command
-        self.tail = (self.tail + 1) % 16
-        self.vmm.write(0, 0x1000, self.tail.to_bytes(4, "little"), posted=True)
-
-    def interrupted(self) -> None:
-        assert select.select([self.eventfd], [], [], 30)[0], "no interrupt came"
-        os.eventfd_read(self.eventfd)
-
-    def completed(self) -> None:
-        """Wait for the interrupt, and take the completion of the command that was submitted last."""
-        at = COMPLETIONS + 16 * ((self.tail - 1) % 16)
-        status = 0
-        while not status & 1:
-            # A hostd that takes over interrupts once more than it has to.
-            self.interrupted()
-            _, _, _, _, identifier, status = struct.unpack("<IIHHHH", self.memory.content[at : at + 16])
-        assert (identifier, status >> 1) == ((self.tail - 1) % 16, 0)
-        self.vmm.write(0, 0x1004, self.tail.to_bytes(4, "little"), posted=True)
-        assert self.memory.content[BUFFER + 516 : BUFFER + 520] == (1).to_bytes(4, "little")  # namespaces
-        self.memory.content[BUFFER : BUFFER + PAGE] = bytes(PAGE)
-
-    def identify(self) -> None:
-        self.submit()
-        self.completed()
 
 
 async def do(work: Callable[[], object]) -> None:
@@ -101,8 +36,8 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
 
 
 @pytest.fixture
-async def driver(cluster: Cluster, tmp_path: Path) -> AsyncIterator[Driver]:
-    found = Driver(await attach_guest(cluster, "vf1", "g1", "h1", tmp_path))
+async def driver(cluster: Cluster, tmp_path: Path) -> AsyncIterator[NvmeGuest]:
+    found = NvmeGuest(await attach_guest(cluster, "vf1", "g1", "h1", tmp_path))
     await do(found.begin)
     yield found
     found.close()
@@ -121,13 +56,7 @@ def holder_of(tmp_path: Path, host: str = "h1") -> int:
     return int((tmp_path / "cluster" / host / "guests" / "g1.pid").read_text())
 
 
-def runs(pid: int) -> bool:
-    """Whether a process is there that is no zombie."""
-    command = Path(f"/proc/{pid}/cmdline")
-    return command.exists() and bool(command.read_bytes())
-
-
-async def test_a_vmm_is_told_what_the_function_is(driver: Driver):
+async def test_a_vmm_is_told_what_the_function_is(driver: NvmeGuest):
     vmm = driver.vmm
     _, flags, regions, kinds = struct.unpack("<IIII", vmm.ask(DEVICE_INFO, bytes(16)).body)
     assert (flags, regions, kinds) == (3, 9, 5)
@@ -145,7 +74,7 @@ async def test_a_vmm_is_told_what_the_function_is(driver: Driver):
     assert vmm.read(0, VS, 4) == (0x00010400).to_bytes(4, "little")
 
 
-async def test_commands_complete_wherever_the_function_lives(cluster: Cluster, driver: Driver):
+async def test_commands_complete_wherever_the_function_lives(cluster: Cluster, driver: NvmeGuest):
     for number, home in enumerate(("h2/nvme0", "h3/nvme0", "h1/nvme0")):
         await do(driver.identify)
         await do(driver.submit)
@@ -157,7 +86,7 @@ async def test_commands_complete_wherever_the_function_lives(cluster: Cluster, d
 
 
 @pytest.mark.parametrize("home", ["h1", "h2"])
-async def test_hostd_is_killed_behind_the_guest(cluster: Cluster, driver: Driver, home: str):
+async def test_hostd_is_killed_behind_the_guest(cluster: Cluster, driver: NvmeGuest, home: str):
     if home != "h1":
         await cluster.move("m0", {"vf1": f"{home}/nvme0"})
     for _ in range(3):
@@ -172,7 +101,7 @@ async def test_hostd_is_killed_behind_the_guest(cluster: Cluster, driver: Driver
     await until_state(cluster, GUEST_STATE_CONNECTED)
 
 
-async def test_what_was_written_to_configuration_space_outlives_hostd(cluster: Cluster, driver: Driver):
+async def test_what_was_written_to_configuration_space_outlives_hostd(cluster: Cluster, driver: NvmeGuest):
     driver.vmm.write(CONFIGURATION, 0x04, b"\x06\x04")
     await cluster.local.hosts["h1"].restart()
     found: list[bytes] = []
@@ -181,7 +110,7 @@ async def test_what_was_written_to_configuration_space_outlives_hostd(cluster: C
 
 
 @pytest.mark.parametrize("home", ["h1", "h2"])
-async def test_a_reset_ends_what_was_under_way(cluster: Cluster, driver: Driver, home: str):
+async def test_a_reset_ends_what_was_under_way(cluster: Cluster, driver: NvmeGuest, home: str):
     if home != "h1":
         await cluster.move("m0", {"vf1": f"{home}/nvme0"})
     for reset in (
@@ -202,11 +131,11 @@ async def test_a_reset_ends_what_was_under_way(cluster: Cluster, driver: Driver,
         await do(driver.identify)
 
 
-async def test_a_guest_that_was_powered_off_begins_anew(cluster: Cluster, driver: Driver, tmp_path: Path):
+async def test_a_guest_that_was_powered_off_begins_anew(cluster: Cluster, driver: NvmeGuest, tmp_path: Path):
     await do(driver.submit)
     driver.vmm.close()
     await until_state(cluster, GUEST_STATE_WAITING)
-    again = Driver(tmp_path / "g1.sock")
+    again = NvmeGuest(tmp_path / "g1.sock")
     try:
         await do(again.begin)
         await do(again.identify)
@@ -216,7 +145,7 @@ async def test_a_guest_that_was_powered_off_begins_anew(cluster: Cluster, driver
 
 
 async def test_a_holder_that_ends_under_its_vmm_is_lost_and_the_fleet_says_so(
-    cluster: Cluster, driver: Driver, tmp_path: Path
+    cluster: Cluster, driver: NvmeGuest, tmp_path: Path
 ):
     await until_state(cluster, GUEST_STATE_CONNECTED)
     os.kill(holder_of(tmp_path), signal.SIGKILL)
@@ -228,7 +157,7 @@ async def test_a_holder_that_ends_under_its_vmm_is_lost_and_the_fleet_says_so(
     # The function itself is well: attached anew it works.
     await cluster.fleet.detach_driver("vf1", "g1")
     await cluster.fleet.delete_driver("g1")
-    again = Driver(await attach_guest(cluster, "vf1", "g1", "h1", tmp_path))
+    again = NvmeGuest(await attach_guest(cluster, "vf1", "g1", "h1", tmp_path))
     try:
         await do(again.begin)
         await do(again.identify)
@@ -246,13 +175,13 @@ async def test_a_holder_that_ends_without_a_vmm_is_started_anew(cluster: Cluster
         return holder_of(tmp_path) != first
 
     await eventually(is_new)
-    found: list[Driver] = []
-    await do(lambda: found.append(Driver(socket)))
+    found: list[NvmeGuest] = []
+    await do(lambda: found.append(NvmeGuest(socket)))
     await do(found[0].begin)
     found[0].close()
 
 
-async def test_detaching_ends_the_holder_and_leaves_nothing(cluster: Cluster, driver: Driver, tmp_path: Path):
+async def test_detaching_ends_the_holder_and_leaves_nothing(cluster: Cluster, driver: NvmeGuest, tmp_path: Path):
     pid = holder_of(tmp_path)
     await cluster.fleet.detach_driver("vf1", "g1")
 
@@ -265,7 +194,7 @@ async def test_detaching_ends_the_holder_and_leaves_nothing(cluster: Cluster, dr
     await assert_nothing_left(cluster)
 
 
-async def test_its_accesses_come_from_the_virtual_machine_alone(cluster: Cluster, driver: Driver):
+async def test_its_accesses_come_from_the_virtual_machine_alone(cluster: Cluster, driver: NvmeGuest):
     entry = (await cluster.fleet.get_driver("g1")).entries[0]
     error = await refusal(DriverClient(cluster.hosts["h1"], "g1").read(entry.virtual_address, 4))
     assert error.reason is Reason.IN_USE
@@ -286,14 +215,14 @@ async def test_what_can_not_be_kept_is_refused(cluster: Cluster, guest: Guest, f
     assert field in error.message
 
 
-async def test_a_migration_that_may_hold_a_guest_for_too_long_is_not_begun(cluster: Cluster, driver: Driver):
+async def test_a_migration_that_may_hold_a_guest_for_too_long_is_not_begun(cluster: Cluster, driver: NvmeGuest):
     error = await refusal(cluster.begin("m1", {"vf1": "h2/nvme0"}, hold_timeout_ms=2001))
     assert error.reason is Reason.INVALID_FIELD
     assert "at most 2000" in error.message
     assert (await cluster.move("m2", {"vf1": "h2/nvme0"}, hold_timeout_ms=2000)).phase == Phase.PHASE_DONE
 
 
-async def test_a_guests_driver_has_one_function(cluster: Cluster, driver: Driver, tmp_path: Path):
+async def test_a_guests_driver_has_one_function(cluster: Cluster, driver: NvmeGuest, tmp_path: Path):
     await cluster.fleet.create_function("vf2", "h1/nvme0")
     own = Guest(socket=str(tmp_path / "g1.sock"))
     assert (await refusal(cluster.fleet.attach_driver("vf2", "g1", guest=own))).reason is Reason.LIMIT_EXCEEDED

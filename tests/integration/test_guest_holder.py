@@ -61,7 +61,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     yield found
     link = holder_link.connect(tmp_path / "guests", "g1")
     if link is not None:
-        link.quit()
+        await link.quit()
         link.close()
     for each in (*found.links, *found.vmms):
         each.close()
@@ -71,9 +71,9 @@ def command_of(frame: Frame) -> int:
     return int(HEADER.unpack_from(frame.data)[1])
 
 
-def send_without_end(vmm: Vmm) -> None:
+def send_without_end(vmm: Vmm, size: int) -> None:
     while True:
-        vmm.write(0, 0, bytes(4096), posted=True)
+        vmm.write(0, 0, bytes(size), posted=True)
 
 
 async def test_a_hostd_that_comes_anew_gets_what_is_not_done(bench: Bench):
@@ -176,24 +176,62 @@ async def test_a_device_has_one_vmm(bench: Bench):
     await bench.frames(holder.MESSAGE)
 
 
-async def test_a_vmm_that_sends_without_end_waits(bench: Bench):
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [(4, holder.MAX_QUEUED - 1), (4096, holder.MAX_QUEUED_BYTES // (HEADER.size + 16 + 4096) + 1)],
+)
+async def test_a_vmm_that_sends_without_end_waits(bench: Bench, size: int, count: int):
     await bench.start()
     bench.link.close()
     vmm = await bench.vmm()
     vmm.socket.settimeout(0.5)
     with pytest.raises(TimeoutError):
-        send_without_end(vmm)
+        send_without_end(vmm, size)
     bench.connect()
-    frames = await bench.frames(holder.MESSAGE, holder.MAX_QUEUED - 1)
-    assert len([frame for frame in frames if frame.kind == holder.MESSAGE]) == holder.MAX_QUEUED - 1
+    frames = await bench.frames(holder.MESSAGE, count)
+    assert len([frame for frame in frames if frame.kind == holder.MESSAGE]) == count
     # Once some are done there is room for others.
     bench.link.done(frames[-1].number, 0)
     await bench.frames(holder.MESSAGE)
 
 
+async def test_vmms_that_come_and_go_while_there_is_no_room_find_nobody(bench: Bench):
+    await bench.start()
+    bench.link.close()
+    vmm = await bench.vmm()
+    vmm.socket.settimeout(0.5)
+    with pytest.raises(TimeoutError):
+        send_without_end(vmm, 4)
+    vmm.close()
+    bench.vmms.append(Vmm(bench.socket))
+    bench.connect()
+    # Not before there is room the first is seen to have gone, and the next to have come.
+    frames = await bench.frames(holder.MESSAGE, holder.MAX_QUEUED - 1)
+    assert {frame.kind for frame in frames[2:]} == {holder.CONNECTED, holder.MESSAGE}
+    done = frames[-1].number
+    while frames[-1].kind != holder.CONNECTED:
+        bench.link.done(frames[-1].number, 0)
+        frames += await bench.link.receive()
+    assert [frame.kind for frame in frames if frame.number > done and frame.kind != holder.MESSAGE] == [
+        holder.GONE,
+        holder.CONNECTED,
+    ]
+
+
+async def test_what_is_no_socket_of_its_own_is_not_deleted(bench: Bench, tmp_path: Path):
+    other = tmp_path / "other"
+    other.write_text("another's")
+    holder_link.forget(tmp_path / "guests", "g2", str(other))
+    assert other.read_text() == "another's"
+    await bench.start()
+    holder_link.forget(tmp_path / "others", "g2", str(bench.socket))
+    await bench.vmm()
+    await bench.frames(holder.CONNECTED)
+
+
 async def test_it_ends_when_told_to_and_leaves_no_socket(bench: Bench):
     await bench.start()
-    bench.link.quit()
+    await bench.link.quit()
     with pytest.raises(HolderGoneError):
         await bench.frames(holder.GONE)
     assert not bench.socket.exists()
