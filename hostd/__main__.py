@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +113,9 @@ def _locked(data_dir: Path) -> Iterator[None]:
 def main() -> None:
     """Run the host that the command line describes until SIGTERM or SIGINT."""
     config = parse(sys.argv[1:])
+    # A guest's memory may take some hundred descriptors, and the usual limit is a thousand.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     daemon.run("vfleet-hostd", config.log_level, config.log_format, lambda writer: _serve(config, writer))
 
 

@@ -72,6 +72,9 @@ class World:
     def drop(self, key: bytes) -> None:
         self.kept.discard(key)
 
+    def ring(self, key: bytes) -> None:
+        assert key in self.kept
+
 
 numbers = st.one_of(
     st.integers(0, 64), st.integers(0, 1 << 32), st.sampled_from([4096, 8192, (1 << 64) - 4096, 1 << 63])

@@ -21,7 +21,7 @@ class NvmeGuest:
     def __init__(self, path: Path) -> None:
         self.memory = SharedMemory(MEMORY_BYTES)
         self.eventfd = os.eventfd(0)
-        self.tail = 0
+        self.tail = self.submitted = 0
         self.vmm = Vmm(path)
 
     def close(self) -> None:
@@ -36,7 +36,7 @@ class NvmeGuest:
         self.enable()
 
     def enable(self) -> None:
-        self.tail = 0
+        self.tail = self.submitted = 0
         self.memory.content[COMPLETIONS : COMPLETIONS + PAGE] = bytes(PAGE)
         for register, value in ((AQA, 15 << 16 | 15), (ASQ, SUBMISSIONS), (ACQ, COMPLETIONS), (CC, ENABLE)):
             self.vmm.write(0, register, value.to_bytes(4, "little"))
@@ -51,6 +51,7 @@ class NvmeGuest:
         at = SUBMISSIONS + 64 * self.tail
         self.memory.content[at : at + 64] = command
         self.tail = (self.tail + 1) % 16
+        self.submitted += 1
         self.vmm.write(0, 0x1000, self.tail.to_bytes(4, "little"), posted=True)
 
     def interrupted(self) -> None:
@@ -60,8 +61,9 @@ class NvmeGuest:
     def completed(self) -> None:
         """Wait for the interrupt, and take the completion of the command that was submitted last."""
         at = COMPLETIONS + 16 * ((self.tail - 1) % 16)
-        status = 0
-        while not status & 1:
+        phase = 1 - (self.submitted - 1) // 16 % 2
+        status = 1 - phase
+        while status & 1 != phase:
             # A hostd that takes over interrupts once more than it has to.
             self.interrupted()
             _, _, _, _, identifier, status = struct.unpack("<IIHHHH", self.memory.content[at : at + 16])
