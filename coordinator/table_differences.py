@@ -159,7 +159,12 @@ def _attach(view: View, driver: DriverState, entry: TableEntry, before: Function
     function.CopyFrom(before)
     function.drivers[:] = sorted({*before.drivers, driver.driver})
     recorded = view.snapshot.drivers.get(driver.driver)
-    record = Driver(name=driver.driver, host=entry.host, main_memory_bytes=driver.main_memory_bytes)
+    record = Driver(
+        name=driver.driver,
+        host=entry.host,
+        main_memory_bytes=driver.main_memory_bytes,
+        guest=driver.guest if driver.HasField("guest") else None,
+    )
     return Transaction(
         (
             *view.unchanged_function(function.name),

@@ -196,6 +196,7 @@ class Driver:
             unanswered={function: queue.unanswered for function, queue in self._queues.items()},
             translation_faults=self._faults,
             guest_state=self.guest_state,
+            guest=self.record.guest if self.record.HasField("guest") else None,
         )
 
     def close(self) -> None:

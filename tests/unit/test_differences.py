@@ -472,9 +472,12 @@ def test_an_entry_that_etcd_deleted_is_taken_out_and_one_that_it_forgot_is_writt
     extra, unknown = sorted(world.findings(), key=lambda each: each.difference.kind)
     assert unknown.difference.kind == DifferenceKind.DIFFERENCE_KIND_DRIVER_UNKNOWN_TO_FLEET
     assert unknown.repair is None
+    world.drivers["h3"]["d2"].guest.socket = "/run/d2.sock"
+    extra = next(f for f in world.findings() if f.difference.kind == DifferenceKind.DIFFERENCE_KIND_EXTRA_ENTRY)
     world.carry_out(extra.repair)
     assert list(world.function("vf1").drivers) == ["d1", "d2"]
     assert world.snapshot.drivers["d2"].record.host == "h3"
+    assert world.snapshot.drivers["d2"].record.guest.socket == "/run/d2.sock"
     assert key in world.etcd.items
 
 

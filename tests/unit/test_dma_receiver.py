@@ -1,5 +1,6 @@
 """A driver's host's side of DMA: each write once and in order, from the right generation, whatever a kill leaves."""
 
+import asyncio
 import mmap
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from support import kills
 from support.bench import Bench, reason_of
 from support.driver_bench import told
+from support.manual_clock import settle
 
 import hostd.dma_receiver
 from hostd.dma_exchange import exchange_dma
@@ -93,6 +95,33 @@ async def test_writes_take_effect_once_and_in_order(host: Host):
     assert host.receiver.last == 3
     assert seen(host.send(3, (BASE, b"again"))) == (3, DMA_REFUSAL_UNSPECIFIED)
     assert host.memory[:3] == b"3wn"
+
+
+async def test_what_a_reset_has_cancelled_never_takes_effect(host: Host):
+    """The function had sent three writes before it was reset; its driver's host has seen one of them by then."""
+    host.send(1, (BASE, b"one"))
+    host.receiver.is_cut_off = True
+    assert seen(host.send(2, (BASE, b"two"))) == (0, DMA_REFUSAL_NOT_ATTACHED)
+    assert host.read((BASE, 3)).refusal == DMA_REFUSAL_NOT_ATTACHED
+    host.receiver.skip_to(3)
+    host.receiver.is_cut_off = False
+    assert seen(host.send(2, (BASE, b"two"), (BASE, b"3"), (BASE + 8, b"after"))) == (4, DMA_REFUSAL_UNSPECIFIED)
+    assert host.memory[:13] == b"one\0\0\0\0\0after"
+    host.receiver.skip_to(2)
+    assert host.receiver.last == 4
+
+
+async def test_who_waits_for_a_write_goes_on_once_it_is_there_or_cancelled(host: Host):
+    waiting = [asyncio.create_task(host.receiver.reached(sequence)) for sequence in (1, 2, 4)]
+    await settle()
+    assert [task.done() for task in waiting] == [False] * 3
+    host.send(1, (BASE, b"one"))
+    await settle()
+    assert [task.done() for task in waiting] == [True, False, False]
+    host.receiver.skip_to(4)
+    await settle()
+    assert all(task.done() for task in waiting)
+    await host.receiver.reached(3)
 
 
 async def test_only_the_generation_that_the_entry_names_may_write(host: Host):

@@ -82,6 +82,21 @@ def test_the_dma_table_maps_main_memory_and_the_interrupt_page_and_nothing_else(
         assert part.translate(address, length) is None
 
 
+def test_a_guest_has_its_memory_at_its_own_addresses(part: EnginePart):
+    guest = window(5)
+    guest.from_zero = True
+    part.attach("g1", guest)
+    assert part.translate(0, 8192) == 5 << 48
+    assert part.translate(8191, 1) == (5 << 48) + 8191
+    assert part.translate(INTERRUPT_PAGE_ADDRESS, 4) == 5 << 48 | INTERRUPT_PAGE_ADDRESS
+    assert part.translate(8191, 2) is part.translate(MAIN, 1) is None
+    part.detach(guest.attachment)
+    assert part.translate(0, 1) is None
+    part.attach("d1", window(6, 6 << 48))
+    assert part.translate(MAIN, 8192) == 6 << 48
+    assert part.translate(0, 1) is None
+
+
 def test_a_later_attachment_begins_anew_and_an_earlier_one_is_refused(part: EnginePart):
     assert part.attach("d1", window(5))
     send(part, part.writes, b"for d1")

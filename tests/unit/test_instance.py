@@ -16,7 +16,9 @@ from hostd.rounds import THROTTLE_SLICE_S, Throttle
 from vfleet.address import PAGE_BYTES
 from vfleet.errors import Reason
 from vfleet.v1.access_pb2 import (
+    ACCESS_KIND_FENCE,
     ACCESS_KIND_READ,
+    ACCESS_KIND_RESET,
     ACCESS_KIND_WRITE,
     ACCESS_STATUS_FORGOTTEN,
     ACCESS_STATUS_OK,
@@ -167,6 +169,49 @@ def test_a_reset_zeroes_memory_and_registers_and_the_sequences_go_on(bench: Benc
     assert do(instance, 2, checker.SCRATCH) == (ACCESS_STATUS_OK, bytes(8))
     assert do(instance, 3, checker.IDENTITY)[1] == IDENTITY.to_bytes(8, "little")
     assert bytes(instance.image.memory[-4:]) == bytes(4)
+
+
+def test_a_reset_by_a_driver_has_its_place_among_its_accesses_and_is_done_once(bench: Bench):
+    instance = bench.create()
+    sequencer, base = instance.image.sequencer("d1"), instance.about.base
+    do(instance, 1, checker.SCRATCH, 0x11)
+    for _ in range(2):
+        assert instance.access(sequencer, 2, ACCESS_KIND_RESET, base, 8, b"") == (ACCESS_STATUS_OK, bytes(8))
+    assert do(instance, 3, checker.SCRATCH) == (ACCESS_STATUS_OK, bytes(8))
+    do(instance, 4, checker.SCRATCH, 0x22)
+    assert instance.access(sequencer, 2, ACCESS_KIND_RESET, base, 8, b"") == (ACCESS_STATUS_OK, bytes(8))
+    assert do(instance, 5, checker.SCRATCH)[1] == (0x22).to_bytes(8, "little")
+    assert instance.resets == 1
+
+
+def test_a_fence_changes_nothing(bench: Bench):
+    instance = bench.create()
+    sequencer, base = instance.image.sequencer("d1"), instance.about.base
+    do(instance, 1, checker.SCRATCH, 0x11)
+    before = bytes(instance.image.memory)
+    assert instance.access(sequencer, 2, ACCESS_KIND_FENCE, base, 8, b"") == (ACCESS_STATUS_OK, bytes(8))
+    assert bytes(instance.image.memory) == before
+    with pytest.raises(SequenceGapError):
+        instance.access(sequencer, 4, ACCESS_KIND_FENCE, base, 8, b"")
+
+
+def test_a_reset_by_a_driver_that_a_kill_interrupts_is_done_before_anything_else(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    instance = bench.create()
+    sequencer, base = instance.image.sequencer("d1"), instance.about.base
+    do(instance, 1, checker.SCRATCH, 0x11)
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(instance, "reset", killed)
+    with pytest.raises(KeyboardInterrupt):
+        instance.access(sequencer, 2, ACCESS_KIND_RESET, base, 8, b"")
+    bench.restart()
+    again = bench.functions.require("vf1", 1)
+    assert again.image.sequencer("d1").last == 1
+    assert do(again, 2, checker.SCRATCH)[1] == bytes(8)
 
 
 def test_a_reset_leaves_a_medium_as_it_is(tmp_path: Path):

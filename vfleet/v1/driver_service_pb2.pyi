@@ -121,6 +121,7 @@ class DriverState(_message.Message):
     UNANSWERED_FIELD_NUMBER: _builtins.int
     TRANSLATION_FAULTS_FIELD_NUMBER: _builtins.int
     GUEST_STATE_FIELD_NUMBER: _builtins.int
+    GUEST_FIELD_NUMBER: _builtins.int
     driver: _builtins.str
     """The driver."""
     main_memory_bytes: _builtins.int
@@ -145,6 +146,10 @@ class DriverState(_message.Message):
     def unanswered(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Accesses that wait, or have no answer yet, by function."""
 
+    @_builtins.property
+    def guest(self) -> _types_pb2.Guest:
+        """That virtual machine; not set for any other driver."""
+
     def __init__(
         self,
         *,
@@ -157,10 +162,11 @@ class DriverState(_message.Message):
         unanswered: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         translation_faults: _builtins.int = ...,
         guest_state: _types_pb2.GuestState.ValueType = ...,
+        guest: _types_pb2.Guest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["guest", b"guest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "entries", b"entries", "guest_state", b"guest_state", "last_sequences", b"last_sequences", "main_memory_base", b"main_memory_base", "main_memory_bytes", b"main_memory_bytes", "main_memory_virtual_address", b"main_memory_virtual_address", "translation_faults", b"translation_faults", "unanswered", b"unanswered"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "entries", b"entries", "guest", b"guest", "guest_state", b"guest_state", "last_sequences", b"last_sequences", "main_memory_base", b"main_memory_base", "main_memory_bytes", b"main_memory_bytes", "main_memory_virtual_address", b"main_memory_virtual_address", "translation_faults", b"translation_faults", "unanswered", b"unanswered"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
