@@ -38,7 +38,7 @@ class Inventory:
         self._waiters: dict[str, _Waiters] = {}  # by the migration that they wait for; "" for any change
 
     async def run(self, store: Store) -> None:
-        """Follow the store for ever. Raise VfleetError if it can't be listed at all."""
+        """Follow the store for ever. Raise VfleetError if it can't be listed at all, or not be understood."""
         while True:
             async with aclosing(store.watch(PREFIX)) as updates:
                 async for update in updates:

@@ -16,7 +16,7 @@ from coordinator.site import Site
 from coordinator.states import is_over
 from vfleet.errors import VfleetError
 from vfleet.etcd import keys
-from vfleet.etcd.records import decode
+from vfleet.etcd.records import NewerSchemaError, decode
 from vfleet.etcd.store import Changes, Compare, Event, KeyValue, Listing, absent, unchanged
 from vfleet.names import host_of
 from vfleet.v1.migration_service_pb2 import QueuedMigration
@@ -159,11 +159,16 @@ class Snapshot:
         return names.get(stored.record if stored is not None else "", GuestState.GUEST_STATE_UNSPECIFIED)
 
     def take(self, event: Event) -> None:
-        """Take one change over. The revision follows, with `apply`, once its other changes are taken over as well."""
+        """Take one change over. The revision follows, with `apply`, once its other changes are taken over as well.
+
+        What is no record at all is passed over, and the log says so. Raise NewerSchemaError.
+        """
         for prefix, put in _TABLES:
             if event.key.startswith(prefix):
                 try:
                     put(self, event.key.removeprefix(prefix), event)
+                except NewerSchemaError:
+                    raise
                 except (VfleetError, ValueError) as error:
                     _log.error("%s at revision %d can't be read: %s", event.key, event.mod_revision, error)
                 return

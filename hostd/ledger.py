@@ -13,6 +13,11 @@ from typing import BinaryIO, TypeVar
 
 from google.protobuf.message import Message
 
+from vfleet.errors import invalid_field
+
+# Of all that is in the directory. It grows when what an older hostd would make of it is wrong.
+FORMAT = 1
+
 MessageT = TypeVar("MessageT", bound=Message)
 
 
@@ -20,10 +25,18 @@ class Ledger:
     """A data directory. Records are named by kind and key."""
 
     def __init__(self, data_dir: Path) -> None:
+        """Open the directory, which is made if it is absent. Raise INVALID_FIELD if a newer hostd wrote it."""
         self._data_dir = data_dir
         self._files = data_dir / "memory"
         self._files.mkdir(parents=True, exist_ok=True)
         self._database = sqlite3.connect(data_dir / "records.sqlite", isolation_level=None)
+        (found,) = self._database.execute("PRAGMA user_version").fetchone()
+        if found > FORMAT:
+            self._database.close()
+            expected = f"a directory that this hostd can read: of format 1 to {FORMAT}, not {found}, of a newer one"
+            raise invalid_field("--data-dir", str(data_dir), expected)
+        if found < FORMAT:
+            self._database.execute(f"PRAGMA user_version = {FORMAT}")
         # WAL without synchronizing: a commit is one append to a file, and safe against everything but a machine's end.
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = OFF")

@@ -1,5 +1,6 @@
 """The ledger: records by kind and key, writes that are true together or not at all, and mapped files."""
 
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hostd.ledger import Ledger
+from hostd.ledger import FORMAT, Ledger
+from vfleet.errors import Reason, VfleetError
 from vfleet.v1.host_records_pb2 import Fence
 from vfleet.v1.types_pb2 import Attempt
 
@@ -98,7 +100,8 @@ def test_a_deleted_file_stays_mapped_where_it_is(ledger: Ledger):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from hostd.ledger import Ledger
+from hostd.ledger import FORMAT, Ledger
+from vfleet.errors import Reason, VfleetError
 from vfleet.v1.host_records_pb2 import Fence
 ledger = Ledger(Path(sys.argv[1]))
 mapped = ledger.map_file("memory", 4096)
@@ -119,3 +122,25 @@ def test_what_was_written_outlives_a_kill_and_what_was_half_written_does_not(tmp
     with ledger.map_file("memory", 4096) as mapped:
         assert mapped[:1] == b"x"
     ledger.close()
+
+
+def written_by(path: Path, number: int) -> None:
+    database = sqlite3.connect(path / "records.sqlite")
+    database.execute(f"PRAGMA user_version = {number}")
+    database.close()
+
+
+def test_what_a_newer_hostd_wrote_is_refused_and_left_as_it_is(tmp_path: Path):
+    Ledger(tmp_path).close()
+    written_by(tmp_path, FORMAT + 1)
+    before = (tmp_path / "records.sqlite").read_bytes()
+    with pytest.raises(VfleetError, match=f"--data-dir .*of format 1 to {FORMAT}, not {FORMAT + 1}") as refused:
+        Ledger(tmp_path)
+    assert refused.value.reason is Reason.INVALID_FIELD
+    assert (tmp_path / "records.sqlite").read_bytes() == before
+
+
+def test_what_was_written_before_there_were_formats_is_read(ledger: Ledger, tmp_path: Path):
+    ledger.put("one", "a", fence(1))
+    written_by(tmp_path, 0)
+    assert reopened(tmp_path) == {"one": [fence(1)], "two": []}

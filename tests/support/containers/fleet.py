@@ -90,8 +90,17 @@ class ContainerFleet:
         files = ("-f", str(COMPOSE), "-f", str(self.directory / "override.json"))
         return await run((*compose_command(), "-p", self.project, *files, *arguments), environment=self.environment)
 
-    async def find_containers(self) -> None:
-        """Learn which containers there are, and where."""
+    async def replace(self, name: str, images: Mapping[str, str]) -> None:
+        """Let a daemon be run by another image, on the data that it has, as a person upgrades it."""
+        self.environment.update(images)
+        await self._compose_up(name)
+        await self.containers[name].until_ready()
+
+    async def _compose_up(self, *names: str) -> None:
+        await self.compose("up", "--detach", "--no-deps", *names)
+        await self._find_containers()
+
+    async def _find_containers(self) -> None:
         ids = (await docker("ps", "--all", "--quiet", "--filter", f"label={PROJECT}={self.project}")).split()
         for about in json.loads(await docker("inspect", *ids)):
             name = about["Config"]["Labels"][SERVICE]
@@ -99,20 +108,22 @@ class ContainerFleet:
             if name == CERTS:
                 self.certs = about["Id"]
                 continue
+            if name in self.containers and self.containers[name].container == about["Id"]:
+                continue
             addresses = {network: own["IPAMConfig"]["IPv4Address"] for network, own in networks.items()}
             address = f"{addresses[self.control]}:{ETCD_PORT if name in MEMBERS else PORT}"
             self.containers[name] = Container(name, about["Id"], address, addresses, self._check_of(name, address))
 
     async def start(self) -> None:
-        """Start what Compose has made, and return when all serve: certificates, etcd, and then the daemons."""
-        await docker("start", self.certs)
+        """Start one after the other, and return when all serve: certificates, etcd, and then the daemons."""
+        await self._compose_up(CERTS)
         if (await docker("wait", self.certs)).strip() != "0":
             raise DockerError(f"no certificates: {await docker('logs', self.certs)}")
         for folder in ("operator", "c1"):
             await docker("cp", f"{self.certs}:/certs/{folder}", str(self.directory))
-        for containers in (list(self.members.values()), self.daemons):
-            await docker("start", *(container.container for container in containers))
-            await asyncio.gather(*(container.until_ready() for container in containers))
+        for names in (MEMBERS, (*COORDINATORS, *HOSTS)):
+            await self._compose_up(*names)
+            await asyncio.gather(*(self.containers[name].until_ready() for name in names))
 
     def _check_of(self, name: str, address: str) -> Callable[[], Awaitable[bool]]:
         async def member_serves() -> bool:
@@ -145,12 +156,10 @@ def _override(directory: Path) -> dict[str, object]:
     asks for the health of dozens of containers all the time: that takes a core. The test itself starts them in order.
     """
     changed = {"restart": "no", "init": True, "healthcheck": {"interval": "1h"}}
-    made = {"condition": "service_started"}
-    services: dict[str, object] = {name: {**changed, "depends_on": {CERTS: made}} for name in MEMBERS}
+    services: dict[str, object] = dict.fromkeys(MEMBERS, changed)
     for name in (*COORDINATORS, *HOSTS):
         services[name] = {
             **changed,
-            "depends_on": dict.fromkeys(MEMBERS, made),
             "environment": {"VFLEET_FAILPOINTS": "/failpoints"},
             "volumes": [f"{directory}/failpoints/{name}:/failpoints"],
         }
@@ -175,8 +184,6 @@ async def _up(directory: Path, images: Mapping[str, str], lease_ttl_s: int) -> C
         }
         fleet = ContainerFleet(project, directory, environment)
         try:
-            await fleet.compose("up", "--no-start")
-            await fleet.find_containers()
             await fleet.start()
         except BaseException as error:
             await _down(fleet)
