@@ -80,6 +80,8 @@ lint: $(VENV)/installed-dev ## Check style, types, protos, and that the stubs ar
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	cd protos && ../$(BIN)/buf lint
+	@release=$$(git describe --tags --match 'v*' --abbrev=0 2>/dev/null) || exit 0; \
+	cd protos && ../$(BIN)/buf breaking --against "$$(git rev-parse --absolute-git-dir)#tag=$$release,subdir=protos"
 	@stubs=$$(mktemp -d) && trap 'rm -rf "$$stubs"' EXIT && \
 	$(call generate,$$stubs) && \
 	diff -rq --exclude=__pycache__ --exclude=__init__.py "$$stubs/vfleet/v1" vfleet/v1 || \

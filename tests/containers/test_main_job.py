@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+from support.containers.container import Container
+from support.containers.engine import DockerError, docker
 from support.containers.fleet import contained
 from support.local_cluster import assert_nothing_left
 
 from vfleet.v1.records_pb2 import Phase
+
+NOBODY = "65532"
 
 
 @pytest.mark.timeout(900)
@@ -24,3 +28,12 @@ async def test_functions_move_between_machines_under_drivers_at_work(tmp_path: P
             assert await cluster.homes() == {"vf1": f"{first}/nic0", "vf2": f"{second}/nic0"}
         await assert_nothing_left(cluster)
         await cluster.stop_workloads()
+        for container in (*cluster.local.daemons, *cluster.local.members.values()):
+            await check_contained(container)
+
+
+async def check_contained(container: Container) -> None:
+    """Check that what runs in a container is nobody of importance, and writes to its volume alone."""
+    assert (await docker("exec", container.container, "id", "-u")).strip() == NOBODY
+    with pytest.raises(DockerError, match="Read-only file system"):
+        await docker("exec", "--user", "root", container.container, "touch", "/written")
