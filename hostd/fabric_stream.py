@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from hostd.directory import Directory, Peer
 from vfleet.background import in_background
 from vfleet.clock import Clock, backoff_delays
-from vfleet.errors import from_rpc_error
+from vfleet.errors import VfleetError, from_rpc_error
 
 CONNECT_TIMEOUT_S = 2.0
 RECONNECT_FIRST_S = 0.02
@@ -95,6 +95,8 @@ class FabricStream(Generic[RequestT, ResponseT]):
                 _log.info("stream to segment %d: %s", self._segment, from_rpc_error(error, peer.address))
             except TimeoutError:
                 _log.info("stream to segment %d: no connection to %s", self._segment, peer.address)
+            except VfleetError as error:  # plaintext, and the host says that it is on another machine
+                _log.warning("stream to segment %d: %s", self._segment, error.message)
             await self._clock.sleep(next(delays))
 
     async def _carry(self, stream: "grpc.aio.StreamStreamCall[RequestT, ResponseT]") -> None:

@@ -16,12 +16,12 @@ GROWTH_BYTES = 200 * MIB
 
 
 @pytest.mark.parametrize("plaintext", [False, True], ids=["certificates", "plaintext"])
-async def test_clients_that_mean_harm_harm_neither_daemons_nor_drivers_nor_a_migration(
+async def test_clients_that_mean_harm_harm_neither_daemons_nor_drivers_nor_migrations(
     tmp_path: Path, plaintext: bool
 ) -> None:
     # The driver's report is checked within: nothing lost, repeated, reordered or wrong.
     found, report = await run(tmp_path, CLIENTS, SECONDS, plaintext=plaintext)
-    assert {migration.phase for migration in found.migrations} == {Phase.PHASE_DONE}
+    assert {migration.phase for migration in found.migrations} == (set() if plaintext else {Phase.PHASE_DONE})
     assert report.operations
     for name, memory in found.memory.items():
         assert memory.most <= memory.before + GROWTH_BYTES, name

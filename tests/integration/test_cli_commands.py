@@ -1029,6 +1029,10 @@ async def test_names_are_completed_from_the_cluster(
         ["get", "functions", "--host", "h1/nic0"],
         ["get", "hosts", "--context", "lab"],
         ["--context", "lab", "get", "hosts"],  # with VFLEET_COORDINATOR, too
+        ["--tls", "nowhere", "get", "hosts"],
+        ["--tls", "nowhere", "--insecure", "get", "hosts"],
+        ["--tls", "nowhere", "demo"],
+        ["--tls", "nowhere", "up", "topology.yaml"],
         ["context", "use", "lab"],
         ["context"],
         ["migrate", "vf1=h2/nic0", "--timeout", "5"],

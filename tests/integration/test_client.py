@@ -35,10 +35,14 @@ class FakeFleet(FleetServiceServicer, MigrationServiceServicer):
     """A coordinator that loses its first `silences` answers, after it has acted."""
 
     silences: int = 0
+    refusals: int = 0  # for the time being, because it is called too often
     requests: list[object] = field(default_factory=list)
     go_on: asyncio.Event | None = None  # what it waits for before it answers
 
     async def act(self, request: object, context: grpc.aio.ServicerContext) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise VfleetError(Reason.LIMIT_EXCEEDED, "too many calls", retry_after_s=0.01)
         self.requests.append(request)
         if self.go_on is not None:
             await self.go_on.wait()
@@ -176,6 +180,19 @@ async def test_the_next_coordinator_is_asked_when_one_is_down(serve: Serve) -> N
         assert (await fleet.create_function("vf1", "h1/nic0")).name == "vf1"
         await fleet.delete_function("vf1")
     assert len(fake.requests) == 2
+
+
+async def test_who_calls_too_often_comes_again_when_told_whatever_the_call(serve: Serve) -> None:
+    fake = FakeFleet(refusals=2)
+    async with FleetClient([await serve(fake)]) as fleet:
+        await fleet.delete_function("vf1")
+        assert (fake.refusals, len(fake.requests)) == (0, 1)
+    fake.refusals = 1000
+    async with FleetClient([await serve(fake)], patience_s=0) as fleet:
+        with pytest.raises(VfleetError, match="too many calls") as refused:
+            await fleet.create_function("vf1", "h1/nic0")
+    assert refused.value.reason is Reason.LIMIT_EXCEEDED
+    assert refused.value.retry_after_s == pytest.approx(0.01)
 
 
 async def test_a_coordinator_that_is_slow_is_waited_for(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,7 @@ async def all_daemons(cluster: Cluster, folder: Path, right: Callable[[tuple[str
         await eventually(is_right)
 
 
+@pytest.mark.timeout(400)
 async def test_certificates_and_then_the_ca_are_replaced_under_load(cluster: Cluster, certs: Certs) -> None:
     await cluster.fleet.create_function("vf1", "h2/mem0")
     await cluster.work("d1", "vf1", "h1", memory_bytes=2 << 20)

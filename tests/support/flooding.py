@@ -43,13 +43,14 @@ def resident_bytes(pid: int) -> int:
 
 
 async def flooded(cluster: Cluster, certs: Path | None, clients: int, seconds: float, moves: Sequence[str]) -> Flooded:
-    """Flood all daemons, and meanwhile move vf1 to each device of `moves` in turn, again and again.
+    """Flood all daemons, and meanwhile move vf1 to each device of `moves`, if there are any, in turn, again and again.
 
     The first migration is under way before the flood begins, and copies so slowly that it is in the midst of it.
     """
     daemons = cluster.local.daemons
     memory = {daemon.name: Memory(resident_bytes(daemon.process.pid)) for daemon in daemons}
-    await cluster.begin("m0", {"vf1": moves[0]}, bandwidth_mib_per_s=1)
+    if moves:
+        await cluster.begin("m0", {"vf1": moves[0]}, bandwidth_mib_per_s=1)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "support.flood", str(certs or "-"), str(clients), str(seconds)),
         *(daemon.address for daemon in daemons),
@@ -59,8 +60,8 @@ async def flooded(cluster: Cluster, certs: Path | None, clients: int, seconds: f
     watching = asyncio.create_task(_watch(daemons, memory))
     ended = asyncio.create_task(process.communicate())
     try:
-        migrations = [await cluster.over("m0")]
-        while not ended.done():
+        migrations = [await cluster.over("m0")] if moves else []
+        while moves and not ended.done():
             name = f"m{len(migrations)}"
             migrations.append(await cluster.move(name, {"vf1": moves[len(migrations) % len(moves)]}))
             await asyncio.wait((ended,), timeout=0.5)

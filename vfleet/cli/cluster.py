@@ -15,7 +15,7 @@ import typer
 
 from vfleet.caller import parse_addresses
 from vfleet.cli.output import print_table
-from vfleet.cli.session import OwnEtcdOption, run, state_file
+from vfleet.cli.session import OwnEtcdOption, refuse_certificates, run, state_file
 from vfleet.local import LocalCluster
 
 
@@ -34,6 +34,7 @@ def up(
 
     Example: vfleet up vfleet/topologies/demo.yaml
     """
+    refuse_certificates()
     endpoints = parse_addresses("--etcd", etcd) if etcd is not None else ()
     with contextlib.ExitStack() as stack:
         directory = data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vfleet-")))

@@ -22,7 +22,7 @@ from vfleet.caller import parse_addresses
 from vfleet.cli.cluster import cancelled_by_signals
 from vfleet.cli.describe import base_arithmetic, mode_word, offset_arithmetic, step_word
 from vfleet.cli.output import console, hex64, milliseconds, print_fields, print_table, size
-from vfleet.cli.session import FAILED, OwnEtcdOption, run
+from vfleet.cli.session import FAILED, OwnEtcdOption, refuse_certificates, run
 from vfleet.client import FleetClient, HostClient, move_request, request_id
 from vfleet.clock import Clock, SystemClock
 from vfleet.driver import DriverClient, Read, Write
@@ -69,6 +69,7 @@ def demo(
 
     Example: vfleet demo
     """
+    refuse_certificates()
     endpoints = parse_addresses("--etcd", etcd) if etcd is not None else ()
     topology = files("vfleet") / "topologies" / "show.yaml"
     with ExitStack() as stack:

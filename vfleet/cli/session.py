@@ -73,6 +73,13 @@ def checked_timeout(seconds: float | None) -> float | None:
     return seconds
 
 
+def refuse_certificates() -> None:
+    """Raise INVALID_FIELD if the command line names certificates for a cluster that has none."""
+    tls = chosen.get().tls
+    if tls is not None:
+        raise invalid_field("--tls", str(tls), "none: what `vfleet up` and `vfleet demo` run is in plaintext")
+
+
 def exit_code(error: VfleetError) -> int:
     """Return what a command that fails with this error exits with: 2 for what can never succeed as asked, else 1."""
     return BAD_INPUT if error.reason in _BAD_INPUT_REASONS else FAILED
