@@ -192,6 +192,10 @@ class GuestDevice:
             self._port.reply(message.reply(head + self._configuration.read(offset, length)))
             return
         place = self._place(region, offset, length)
+        identification = self._function.identification
+        if region == 0 and offset + length <= len(identification):
+            self._port.reply(message.reply(head + identification[offset : offset + length]))
+            return
         found: list[bytes] = []
 
         def answered(result: Result) -> None:

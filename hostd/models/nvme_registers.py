@@ -26,7 +26,6 @@ from hostd.models.nvme_layout import (
     INTMS,
     MAX_ENTRIES,
     QUEUES,
-    VS,
     CompletionQueue,
     Core,
     Layout,
@@ -40,6 +39,8 @@ _CONTIGUOUS_QUEUES: Final = 1 << 16
 _TIMEOUT: Final = 40 << 24  # 20 s in half seconds: a hold may fall between
 _NVM_COMMAND_SET: Final = 1 << 37
 _CAPABILITIES: Final = MAX_ENTRIES - 1 | _CONTIGUOUS_QUEUES | _TIMEOUT | _NVM_COMMAND_SET
+IDENTIFICATION: Final = _LONG.pack(_CAPABILITIES) + _WORD.pack(VERSION)
+"""CAP and VS, with which BAR 0 begins: they never change."""
 _CC_WRITABLE: Final = 0x00FFFFF1
 _CC_PAGE_SIZE_ARBITRATION_COMMAND_SET: Final = 0x3FF0  # 0 is all that CAP offers
 _AQA_WRITABLE: Final = 0x0FFF0FFF
@@ -61,8 +62,7 @@ class Registers:
     def reset(self) -> Sequence[Store]:
         """Return the stores after a function-level reset, over zeroed memory."""
         return (
-            (CAP, _LONG.pack(_CAPABILITIES)),
-            (VS, _WORD.pack(VERSION)),
+            (CAP, IDENTIFICATION),
             *self._msix.reset(),
             *self._default_features(),
         )

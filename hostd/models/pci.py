@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
-from hostd.models import accelerator, checker, nvme, nvme_layout, virtio_net
+from hostd.models import accelerator, checker, nvme, nvme_layout, nvme_registers, virtio_net
 from vfleet.errors import invalid_field
 
 VIRTIO_VENDOR: Final = 0x1AF4
@@ -33,6 +33,8 @@ class PciFunction:
     revision: int = 0
     capabilities: tuple[bytes, ...] = ()
     """Further ones, each from its identifier on; the second byte, which leads to the next, is 0 here."""
+    identification: bytes = b""
+    """What BAR 0 begins with and never changes: it is read without asking the function, also during a hold."""
 
 
 def _virtio(kind: int, offset: int, length: int, *more: int) -> bytes:
@@ -47,7 +49,14 @@ _FUNCTIONS: Final[Mapping[str, PciFunction]] = {
         0x120000, (0, 2), accelerator.VECTORS, accelerator.MSIX_TABLE, accelerator.MSIX_PENDING
     ),
     # Its BAR 2 is the medium, which no NVMe driver knows of.
-    nvme.Nvme.name: PciFunction(0x010802, (0,), nvme_layout.VECTORS, nvme_layout.MSIX_TABLE, nvme_layout.MSIX_PENDING),
+    nvme.Nvme.name: PciFunction(
+        0x010802,
+        (0,),
+        nvme_layout.VECTORS,
+        nvme_layout.MSIX_TABLE,
+        nvme_layout.MSIX_PENDING,
+        identification=nvme_registers.IDENTIFICATION,
+    ),
     virtio_net.VirtioNet.name: PciFunction(
         0x020000,
         (0,),

@@ -29,8 +29,9 @@ HOMES = ("h2", "h3")
 POINT = "coordinator.lift.before"
 QUEUE = 1  # the guest has one of each for I/O
 OPERATIONS = 200
-TIMEOUT_S = 8  # of the driver: longer than a target that is killed takes to be back
+TIMEOUT_S = 25  # of the driver: longer than a target that is killed takes to be back
 TRIES = 20
+LEASE_TTL_S = 60  # the coordinator stands still for as long
 LAYOUT = Layout(bar_span(BARS))
 ENGINE = bar_span(BARS) + Nvme.private_bytes
 
@@ -154,7 +155,9 @@ async def test_a_guest_notices_each_field_that_is_falsified(tmp_path: Path, requ
     if not request.config.getoption("--all-cells", default=False):
         pytest.skip("takes minutes, as the driver's time-outs do: make guest-matrix")
     failpoints = Failpoints(tmp_path / "failpoints")
-    async with running(tmp_path, topology=TOPOLOGY, failpoints=failpoints.directory) as cluster:
+    async with running(
+        tmp_path, topology=TOPOLOGY, lease_ttl_s=LEASE_TTL_S, failpoints=failpoints.directory
+    ) as cluster:
         await cluster.fleet.create_function("vf1", "h1/nvme0")
         socket = await attach_guest(cluster, "vf1", "g1", "h1", tmp_path, **PATIENT)
         async with virtual_machine(tmp_path / "vm", [socket], modules=("nvme",)) as machine:

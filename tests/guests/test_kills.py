@@ -21,7 +21,7 @@ from support.kill_matrix.cells import Cell, Course, Fault, Participant
 from support.kill_matrix.stage import Stage
 from support.local_cluster import running
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(1800)
 
 TOPOLOGY = Path(__file__).with_name("fleet.yaml")
 STEPS = ("begin", "create", "import", "hold", "stop", "commit", "lift", "scrub", "finish")

@@ -17,7 +17,7 @@ from support.local_cluster import Cluster, assert_nothing_left, running
 
 from vfleet.v1.records_pb2 import Phase
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 TOPOLOGY = Path(__file__).with_name("fleet.yaml")
 HOMES = ("h2/nvme0", "h3/nvme0", "h1/nvme0")

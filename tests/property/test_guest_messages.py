@@ -11,6 +11,7 @@ from hostd.guest import vfio_user
 from hostd.guest.device import Answered, GuestDevice
 from hostd.guest.memory import GuestMemory
 from hostd.guest.vfio_user import Command, Message
+from hostd.models import create_model
 from hostd.models.pci import pci_function
 from vfleet.address import bar_layout
 from vfleet.v1.access_pb2 import (
@@ -30,7 +31,8 @@ class World:
     """A port that answers at once, and remembers."""
 
     def __init__(self, model: str) -> None:
-        self.replies = 0
+        self.replies = self.accesses = 0
+        self.last_reply = b""
         self.kept: set[bytes] = set()
         self.cuts = 0
         self.layout = bar_layout(BARS[model])
@@ -47,6 +49,7 @@ class World:
     def access(
         self, kind: AccessKind.ValueType, offset: int, length: int, data: bytes, answered: Answered | None
     ) -> None:
+        self.accesses += 1
         if kind in (ACCESS_KIND_RESET, ACCESS_KIND_FENCE):
             assert (offset, length, data) == (0, 8, b"")
         else:
@@ -58,6 +61,7 @@ class World:
     def reply(self, message: bytes, after_write: int = 0) -> None:
         assert len(message) == vfio_user.HEADER.unpack_from(message)[2] <= vfio_user.MAX_MESSAGE_BYTES
         self.replies += 1
+        self.last_reply = message
 
     def cut_off(self) -> None:
         self.cuts += 1
@@ -127,3 +131,18 @@ def test_any_messages_are_answered_once_and_harm_nothing(model: str, said: list[
     world.device.gone()
     assert world.kept <= {b"configuration"}
     assert descriptors_open() <= opened
+
+
+def test_what_never_changes_is_read_without_the_function():
+    world = World("nvme")
+    world.device.connected()
+    model = create_model("nvme", 1, BARS["nvme"])
+    registers = bytearray(BARS["nvme"][0])
+    for offset, data in model.reset():
+        registers[offset : offset + len(data)] = data[: len(registers) - offset] if offset < len(registers) else b""
+    for offset, length, is_asked in ((0, 8, False), (4, 4, False), (8, 4, False), (0xC, 4, True), (0x1C, 4, True)):
+        before = world.accesses
+        world.device.handle(Message(1, Command.REGION_READ, 0, struct.pack("<QII", offset, 0, length)), [])
+        assert (world.accesses > before) == is_asked
+        if not is_asked:
+            assert world.last_reply[-length:] == bytes(registers[offset : offset + length])
