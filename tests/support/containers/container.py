@@ -11,7 +11,7 @@ from support.containers.engine import DockerError, docker, run
 
 from vfleet.errors import Reason, VfleetError
 
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 240.0
 POLL_S = 0.02
 LOG_LINES = "20"
 

@@ -14,7 +14,7 @@ import pytest
 
 SERVICE = "com.docker.compose.service"
 PROJECT = "com.docker.compose.project"
-COMMAND_TIMEOUT_S = 120.0
+COMMAND_TIMEOUT_S = 300.0
 
 
 class DockerError(Exception):

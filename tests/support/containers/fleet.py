@@ -123,7 +123,10 @@ class ContainerFleet:
             await docker("cp", f"{self.certs}:/certs/{folder}", str(self.directory))
         for names in (MEMBERS, (*COORDINATORS, *HOSTS)):
             await self._compose_up(*names)
-            await asyncio.gather(*(self.containers[name].until_ready() for name in names))
+            # Nobody goes on asking once one has failed: a network that is gone leads out of this machine.
+            async with asyncio.TaskGroup() as group:
+                for name in names:
+                    group.create_task(self.containers[name].until_ready())
 
     def _check_of(self, name: str, address: str) -> Callable[[], Awaitable[bool]]:
         async def member_serves() -> bool:

@@ -83,7 +83,8 @@ class ContainerScene(Scene):
 
     async def _sessions_settled(self, before: dict[str, int]) -> None:
         if self.cell.participant is Participant.ETCD:
-            await asyncio.gather(*(member.until_ready() for member in self.victims))
+            for member in self.victims:
+                await member.until_ready()
         # Three members may keep a lease that isn't renewed for longer than one: it is lost by now, or lives on.
         if self.cell.participant is Participant.ETCD or self.cell.fault in (Fault.PAUSE, Fault.CUT):
             await asyncio.sleep(LEASE_TTL_S + 1.0)
