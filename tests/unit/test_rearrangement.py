@@ -11,6 +11,7 @@ from coordinator import transaction
 from coordinator.planner import parts_of_targets, plan
 from coordinator.rearrangement import plan_rearrangement
 from vfleet.etcd import keys
+from vfleet.etcd.store import Event
 from vfleet.v1.migration_service_pb2 import (
     REARRANGEMENT_GOAL_EVEN,
     REARRANGEMENT_GOAL_FREE_DEVICES,
@@ -158,3 +159,22 @@ def test_those_that_would_have_to_change_places_stay():
     assert {each.function for each in response.stuck} == {"a", "b"}
     assert response.plan.moves
     assert {"a", "b"}.isdisjoint(targets(response))
+
+
+def test_a_still_snapshot_stands_while_the_fleet_goes_on():
+    fleet = three_hosts()
+    snapshot = fleet.snapshot()
+    still = snapshot.still()
+    fleet.function("new", device("h2/nic0"), 2, 1, "d1@h1")
+    fleet.host("h4", 4, device("h4/nic0"))
+    for item in fleet.items.values():
+        if item.mod_revision > snapshot.revision:
+            snapshot.take(Event(item.key, item.value, item.create_revision, item.mod_revision))
+    assert {"new", "vf1"} <= snapshot.functions.keys()
+    assert snapshot.slots_of("h2/nic0")
+    assert "new" in snapshot.entries_of("d1")
+    assert "h4/nic0" in snapshot.sites
+    assert "new" not in still.functions
+    assert not still.slots_of("h2/nic0")
+    assert "new" not in still.entries_of("d1")
+    assert "h4/nic0" not in still.sites
