@@ -34,13 +34,18 @@ class Bench:
 
     async def start(self, module: str, *arguments: str) -> None:
         """Start another bare process."""
+        process = await self.run(module, *arguments)
+        self.bare.append(json.loads(await process.first_line(READY_S))["address"])
+
+    async def run(self, module: str, *arguments: str) -> ChildProcess:
+        """Run a program."""
         command = [sys.executable, "-m", module, *arguments]
         # With the same code as the cluster's daemons, wherever that comes from.
         environment = {"PYTHONPATH": os.pathsep.join([*sys.path[1:], str(TESTS)])}
-        log = self.path / f"bare{len(self.bare)}.log"
+        log = self.path / f"{module}{len(self.bare)}.log"
         process = await ChildProcess.start(module, command, log=log, environment=environment)
         self.stack.push_async_callback(process.kill)
-        self.bare.append(json.loads(await process.first_line(READY_S))["address"])
+        return process
 
     def channel(self, number: int) -> grpc.aio.Channel:
         """Return the channel to a bare process."""
@@ -58,12 +63,12 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(bare: int = 1, bars: Mapping[int, str] | None = None) -> AsyncIterator[Bench]:
-    """Start the demo's fleet, each host's nic0 with `bars` if given, and so many bare hosts, the first in `bare`."""
+async def bench(bare: int = 1, bars: Mapping[int, str] | None = None, topology: Path = DEMO) -> AsyncIterator[Bench]:
+    """Start a fleet, the demo's with `bars` for each host's nic0 if given, and so many bare hosts, first in `bare`."""
     async with AsyncExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         cluster = await stack.enter_async_context(
-            running(path, topology=_topology(path, bars) if bars else DEMO, lease_ttl_s=LEASE_TTL_S)
+            running(path, topology=_topology(path, bars) if bars else topology, lease_ttl_s=LEASE_TTL_S)
         )
         made = Bench(cluster, stack, path)
         for _ in range(bare):

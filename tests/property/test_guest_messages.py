@@ -6,79 +6,11 @@ from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
+from support.guest_port import BARS, GuestPort
 
 from hostd.guest import vfio_user
-from hostd.guest.device import Answered, GuestDevice
-from hostd.guest.memory import GuestMemory
 from hostd.guest.vfio_user import Command, Message
 from hostd.models import create_model
-from hostd.models.pci import pci_function
-from vfleet.address import bar_layout
-from vfleet.v1.access_pb2 import (
-    ACCESS_KIND_FENCE,
-    ACCESS_KIND_RESET,
-    ACCESS_KIND_WRITE,
-    ACCESS_STATUS_OK,
-    AccessKind,
-)
-from vfleet.v1.types_pb2 import Bar, Guest, Manufacturer
-
-BARS = {"nvme": {0: 16 << 10, 2: 1 << 20}, "virtio-net": {0: 32 << 10}, "checker": {0: 4096, 2: 4096}}
-LIMIT = 1 << 20
-
-
-class World:
-    """A port that answers at once, and remembers."""
-
-    def __init__(self, model: str) -> None:
-        self.replies = self.accesses = 0
-        self.last_reply = b""
-        self.kept: set[bytes] = set()
-        self.cuts = 0
-        self.layout = bar_layout(BARS[model])
-        self.bars = {bar: size for bar, size in BARS[model].items() if bar in pci_function(model).bars}
-        guest = Guest(
-            socket="/s",
-            model=model,
-            bars=[Bar(index=index, size_bytes=size) for index, size in BARS[model].items()],
-            manufacturer=Manufacturer(vendor_id=0x1AF4, device_id=0x10C5),
-        )
-        self.memory = GuestMemory()
-        self.device = GuestDevice(guest, pci_function(model), self.memory, LIMIT, self)
-
-    def access(
-        self, kind: AccessKind.ValueType, offset: int, length: int, data: bytes, answered: Answered | None
-    ) -> None:
-        self.accesses += 1
-        if kind in (ACCESS_KIND_RESET, ACCESS_KIND_FENCE):
-            assert (offset, length, data) == (0, 8, b"")
-        else:
-            assert any(self.layout[b] <= offset <= self.layout[b] + size - length for b, size in self.bars.items())
-            assert len(data) == (length if kind == ACCESS_KIND_WRITE else 0)
-        if answered is not None:
-            answered((ACCESS_STATUS_OK, bytes(length)))
-
-    def reply(self, message: bytes, after_write: int = 0) -> None:
-        assert len(message) == vfio_user.HEADER.unpack_from(message)[2] <= vfio_user.MAX_MESSAGE_BYTES
-        self.replies += 1
-        self.last_reply = message
-
-    def cut_off(self) -> None:
-        self.cuts += 1
-
-    def reset_done(self, last_write: int) -> None:
-        self.cuts -= 1
-
-    def keep(self, key: bytes, data: bytes, descriptor: int = -1) -> None:
-        assert len(key) <= 256
-        self.kept.add(key)
-
-    def drop(self, key: bytes) -> None:
-        self.kept.discard(key)
-
-    def ring(self, key: bytes) -> None:
-        assert key in self.kept
-
 
 numbers = st.one_of(
     st.integers(0, 64), st.integers(0, 1 << 32), st.sampled_from([4096, 8192, (1 << 64) - 4096, 1 << 63])
@@ -115,7 +47,7 @@ def descriptors_open() -> set[str]:
 
 @given(model=st.sampled_from(sorted(BARS)), said=st.lists(st.tuples(messages, st.integers(0, 3)), max_size=20))
 def test_any_messages_are_answered_once_and_harm_nothing(model: str, said: list[tuple[Message, int]]):
-    world = World(model)
+    world = GuestPort(model)
     world.device.connected()
     opened = descriptors_open()
     for message, count in said:
@@ -134,7 +66,7 @@ def test_any_messages_are_answered_once_and_harm_nothing(model: str, said: list[
 
 
 def test_what_never_changes_is_read_without_the_function():
-    world = World("nvme")
+    world = GuestPort("nvme")
     world.device.connected()
     model = create_model("nvme", 1, BARS["nvme"])
     registers = bytearray(BARS["nvme"][0])
