@@ -11,7 +11,7 @@ GENERATE = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I 
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo images up down destroy test bench chaos flood kill-matrix demo-guest guest guest-image guest-matrix promtool model simulate simulate-bugs mutation lint proto clean
+.PHONY: help bench-guest demo images up down destroy test bench chaos flood kill-matrix demo-guest guest guest-image guest-matrix promtool model simulate simulate-bugs mutation lint proto clean
 .DELETE_ON_ERROR:
 
 help: ## Show this
@@ -48,6 +48,9 @@ kill-matrix: $(VENV)/installed-dev ## Kill and freeze everyone at every step of 
 	PYTHONPATH=tests $(BIN)/python -m fault.kill_matrix
 
 promtool: .cache/promtool ## Get promtool, which tests of alerts need, from Debian's package of Prometheus
+
+bench-guest: $(VENV)/installed-dev ## Measure what a guest waits for: a register, a read, a move, over bare programs
+	PYTHONPATH=tests $(BIN)/python -m benchmarks guest_access --json $(or $(JSON),bench-guest.json)
 
 demo-guest: $(VENV)/installed-dev ## Show functions of two Linux guests go from host to host ten times, and what the guests see of it
 	PYTHONPATH=tests $(BIN)/python -m guests.demo

@@ -1,6 +1,7 @@
 """A hostile virtual machine: it harms its own device at most, and a neighbour on the same host goes on."""
 
 import asyncio
+import logging
 import mmap
 import os
 import random
@@ -35,6 +36,8 @@ MIB = 1 << 20
 FULL = (1 << 64) - 2
 """As much as an eventfd can count: the next write waits until somebody has read."""
 MAY_GROW_BYTES = 48 * MIB
+
+_log = logging.getLogger(__name__)
 
 
 class World:
@@ -301,6 +304,7 @@ async def test_a_flood_leaves_the_neighbour_its_turn_and_memory_bounded(world: W
         await world.neighbour_goes_on()
     await flooding
     grown = [after - was for after, was in zip(world.memory_bytes(), before, strict=True)]
+    _log.info("hostd and the holder have grown by %s bytes from %s", grown, before)
     assert all(each < MAY_GROW_BYTES for each in grown), grown
     await world.hostile_begins_anew()
 
