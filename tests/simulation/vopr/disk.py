@@ -7,6 +7,7 @@ import contextlib
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import BinaryIO, Self
 
 from google.protobuf.message import Message
@@ -44,6 +45,8 @@ class Disk:
 
 class SimulatedLedger:
     """The ledger of one life of a daemon, on its host's disk. `before_write` may kill it right there."""
+
+    directory = Path("/nonexistent")  # guests' sockets would be there, and no guest is simulated
 
     def __init__(self, disk: Disk, life: Life, before_write: Callable[[], None]) -> None:
         self._disk = disk
