@@ -23,6 +23,7 @@ from hostd.service import add_services
 from hostd.topology import HostTopology, load_all
 from vfleet.errors import VfleetError
 from vfleet.rpc import Channels
+from vfleet.security import Security
 
 if TYPE_CHECKING:
     from simulation.vopr.world import World
@@ -151,6 +152,8 @@ class CoordinatorProcess(Process):
             etcd=("etcd:1",),
             lease_ttl_s=world.profile.lease_ttl_s,
             log_level="error",
+            # The simulated network has names that aren't loopback's, and nobody there opens a certificate.
+            security=Security(tls=Path("/nonexistent")),
         )
         new_server: Callable = lambda names: SimulatedServer(world.network, life, self.address)  # noqa: E731
         store, channels = world.etcd.client(life), Channels(world.network.connect(life))
