@@ -78,6 +78,9 @@ mutation: $(VENV)/installed-mutation ## Change the code of transactions and fenc
 	nice -n 19 $(BIN)/mutmut run
 	$(BIN)/python tests/mutation/report.py
 
+fuzz: $(VENV)/installed-dev ## Feed what reads outside input anything, for SECONDS=60 each, all or TARGETS="a b"
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(TARGETS) --seconds $(or $(SECONDS),60)
+
 lint: $(VENV)/installed-dev ## Check style, types, protos, and that the stubs are those of the protos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -96,7 +99,7 @@ proto: $(VENV)/installed-dev ## Generate the stubs from protos/
 	rm -f vfleet/v1/*_pb2* && cp "$$stubs"/vfleet/v1/* vfleet/v1/
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants
+	rm -rf $(VENV) .cache .fuzz build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define generate

@@ -7,7 +7,7 @@ It serves as long as it runs; between terms it answers what needs one with STORE
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from random import Random
 
 from prometheus_client import CollectorRegistry
@@ -135,16 +135,27 @@ class Daemon:
         restorations = inventory.restorations
         term = Term(self._context, session)
         try:
-            term.spawn(adopt_orphans(self._context, term))
-            term.spawn(finish_functions(self._context, term, Fleet(self._context)))
-            term.spawn(forget_migrations(self._context, self._config.retention))
-            term.spawn(Dispatcher(self._context, term).run())
+            term.spawn(self._lasting(lambda: adopt_orphans(self._context, term)))
+            term.spawn(self._lasting(lambda: finish_functions(self._context, term, Fleet(self._context))))
+            term.spawn(self._lasting(lambda: forget_migrations(self._context, self._config.retention)))
+            term.spawn(self._lasting(Dispatcher(self._context, term).run))
             self._term = term
             await self._wait(session, lambda: inventory.restorations != restorations)
             _log.warning("the session with etcd is lost, or etcd was restored: all work is dropped")
         finally:
             self._term = None
             await term.close()
+
+    async def _lasting(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Do work that has no end, and do it again if it has one all the same: nobody waits for it who would notice."""
+        while True:
+            try:
+                await work()
+            except VfleetError as error:
+                _log.warning("begun anew: %s", error.message)
+            except Exception:  # noqa: BLE001  # a defect must not keep all migrations from being adopted, or begun
+                _log.exception("begun anew after what nobody foresaw")
+            await self._context.clock.sleep(RETRY_LONGEST_S)
 
     async def _wait(self, session: Session, condition: Callable[[], bool]) -> None:
         """Wait until a condition on the inventory holds, or the session is lost."""

@@ -13,8 +13,8 @@ from typing import Generic, TypeVar
 from google.protobuf.message import Message
 
 from coordinator.site import Site
-from coordinator.states import is_over
-from vfleet.errors import VfleetError
+from coordinator.states import ENTRIES, is_over
+from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
 from vfleet.etcd.records import NewerSchemaError, decode
 from vfleet.etcd.store import Changes, Compare, Event, KeyValue, Listing, absent, unchanged
@@ -199,7 +199,7 @@ class Snapshot:
 
     def _set_migration(self, name: str, event: Event) -> None:
         self.active_migrations.pop(name, None)
-        _put(self.migrations, name, event, _decoder(Migration))
+        _put(self.migrations, name, event, _migration)
         stored = self.migrations.get(name)
         if stored is not None and not is_over(stored.record.phase):
             self.active_migrations[name] = stored
@@ -212,6 +212,13 @@ class Snapshot:
 
 def _text(kv: KeyValue) -> str:
     return kv.value.decode()
+
+
+def _migration(kv: KeyValue) -> Migration:
+    migration = decode(Migration, kv)
+    if migration.phase not in ENTRIES:
+        raise VfleetError(Reason.INTERNAL, f"no migration is in phase {migration.phase} there")
+    return migration
 
 
 def _decoder(kind: type[MessageT]) -> Callable[[KeyValue], MessageT]:

@@ -7,7 +7,7 @@ import asyncio
 from dataclasses import dataclass
 
 from vfleet.etcd.keys import HOSTS, host_key
-from vfleet.etcd.records import decode
+from vfleet.etcd.records import decode_if_possible
 from vfleet.etcd.store import Event, KeyValue, Listing, Store
 from vfleet.names import host_of
 from vfleet.principal import server_name
@@ -72,7 +72,9 @@ class Directory:
             self._put(KeyValue(event.key, event.value, event.create_revision, event.mod_revision))
 
     def _put(self, item: KeyValue) -> None:
-        host = decode(Host, item)
+        host = decode_if_possible(Host, item)
+        if host is None:
+            return
         self._peers[host.segment] = Peer(host.fabric_address or host.address, host.incarnation, host.name)
         self._segments[item.key] = host.segment
         self._attachments[item.key] = {device.name: frozenset(device.attachments) for device in host.devices}

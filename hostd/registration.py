@@ -15,6 +15,7 @@ from hostd.drivers import Drivers
 from hostd.functions import Functions
 from hostd.history import History
 from hostd.resolution import Resolver
+from hostd.translation import Entry
 from vfleet.clock import Clock, backoff_delays
 from vfleet.decision import lose_function
 from vfleet.errors import Reason, VfleetError
@@ -25,14 +26,27 @@ from vfleet.etcd.keys import (
     FUNCTIONS,
     SLOTS,
     entries_prefix,
+    entry_key,
     host_key,
     registration_key,
     segment_key,
     witness_key,
 )
-from vfleet.etcd.records import decode, encode
+from vfleet.etcd.records import decode, decode_if_possible, encode
 from vfleet.etcd.session import Session
-from vfleet.etcd.store import Changes, Delete, Listing, Put, Store, Transaction, absent, unchanged, value_is
+from vfleet.etcd.store import (
+    Changes,
+    Delete,
+    Event,
+    KeyValue,
+    Listing,
+    Put,
+    Store,
+    Transaction,
+    absent,
+    unchanged,
+    value_is,
+)
 from vfleet.names import host_of
 from vfleet.v1.records_pb2 import (
     FUNCTION_STATUS_ACTIVE,
@@ -194,8 +208,8 @@ class Registration:
         listing = await self._store.list(FUNCTIONS)
         await self._agree()
         # Of two functions that had one name at different times, a record says nothing of the other.
-        functions = (decode(Function, item) for item in listing.items)
-        records = {(function.name, function.identity): function for function in functions}
+        functions = (decode_if_possible(Function, item) for item in listing.items)
+        records = {(function.name, function.identity): function for function in functions if function is not None}
         for instance in instances:
             about = instance.about
             record = records.get((about.function, about.identity))
@@ -211,7 +225,7 @@ class Registration:
     async def _say_what_is_lost(self) -> None:
         """Mark functions LOST that were at home here on an earlier machine. Only the registered machine may say so."""
         functions = await self._store.list(FUNCTIONS)
-        lost = [item for item in functions.items if self._is_lost(decode(Function, item))]
+        lost = [item for item in functions.items if self._is_lost(decode_if_possible(Function, item))]
         entries = await self._store.list(ENTRIES) if lost else Listing(0, ())
         still_this_one = value_is(registration_key(self._host.name), self._host.incarnation.encode())
         for item in lost:
@@ -221,7 +235,9 @@ class Registration:
             if not (await self._store.commit(loss)).succeeded:
                 raise VfleetError(Reason.CONFLICT, f"{item.key} changed while it was marked LOST")
 
-    def _is_lost(self, function: Function) -> bool:
+    def _is_lost(self, function: Function | None) -> bool:
+        if function is None:
+            return False
         is_here = host_of(function.device) == self._host.name and function.status == FUNCTION_STATUS_ACTIVE
         # On the very machine that the record names nothing can be lost: there, the record is an old backup's.
         return is_here and function.incarnation != self._host.incarnation
@@ -258,11 +274,14 @@ class Registration:
     async def _follow(self, update: Listing | Changes) -> None:
         self._history.took_over()
         if isinstance(update, Listing):
-            entries = [_entry(item.value, item.mod_revision) for item in update.items]
+            read = [_entry(item) for item in update.items]
+            entries = [entry for entry in read if entry is not None]
             await self._make_drivers(entries)
-            self._drivers.follow(entries, update.revision, complete=True)
+            # What can't be read may be what a driver here has: nobody is detached on its word.
+            self._drivers.follow(entries, update.revision, complete=len(entries) == len(read))
             return
-        entries = [_entry(e.value, e.mod_revision) for e in update.events if e.value is not None]
+        written = (_written(event) for event in update.events)
+        entries = [entry for item in written if item is not None and (entry := _entry(item)) is not None]
         await self._make_drivers(entries)
         self._drivers.follow(entries, update.revision, complete=False)
         for event in update.events:
@@ -277,8 +296,8 @@ class Registration:
         self._make_recorded(await self._store.list(DRIVERS))
 
     def _make_recorded(self, listing: Listing) -> None:
-        for driver in (decode(Driver, item) for item in listing.items):
-            if driver.host == self._host.name:
+        for driver in (decode_if_possible(Driver, item) for item in listing.items):
+            if driver is not None and driver.host == self._host.name:
                 try:
                     guest = driver.guest if driver.HasField("guest") else None
                     self._drivers.recorded(driver.name, driver.main_memory_bytes, guest)
@@ -331,7 +350,24 @@ class Registration:
             )
 
 
-def _entry(value: bytes, mod_revision: int) -> TableEntry:
-    entry = TableEntry.FromString(value)
-    entry.revision = mod_revision
+def _written(event: Event) -> KeyValue | None:
+    if event.value is None:
+        return None
+    return KeyValue(event.key, event.value, event.create_revision, event.mod_revision)
+
+
+def _entry(item: KeyValue) -> TableEntry | None:
+    """Return a stored entry; None, after a line in the log, if it is none, or not that of its key."""
+    entry = decode_if_possible(TableEntry, item)
+    if entry is None:
+        return None
+    entry.revision = item.mod_revision
+    try:
+        Entry.from_proto(entry)
+    except VfleetError as error:
+        _log.error("passed over: the entry at %s: %s", item.key, error.message)
+        return None
+    if entry_key(entry.host, entry.driver, entry.function) != item.key:
+        _log.error("passed over: the entry at %s is that of another key", item.key)
+        return None
     return entry

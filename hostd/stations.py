@@ -12,7 +12,7 @@ from hostd.directory import Directory
 from hostd.models import NETWORK_MODELS
 from hostd.models.ethernet import MAC_BYTES, is_group, mac_address
 from vfleet.etcd.keys import FUNCTIONS
-from vfleet.etcd.records import decode
+from vfleet.etcd.records import decode_if_possible
 from vfleet.etcd.store import KeyValue, Listing, Store
 from vfleet.v1.records_pb2 import FUNCTION_STATUS_ACTIVE, Function
 
@@ -85,7 +85,7 @@ class Stations:
 
 
 def _station(item: KeyValue) -> Station | None:
-    function = decode(Function, item)
-    if function.model not in NETWORK_MODELS or function.status != FUNCTION_STATUS_ACTIVE:
+    function = decode_if_possible(Function, item)
+    if function is None or function.model not in NETWORK_MODELS or function.status != FUNCTION_STATUS_ACTIVE:
         return None
     return Station(function.name, function.identity, function.generation, function.device, function.base)

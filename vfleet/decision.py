@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.keys import function_key, migration_key
-from vfleet.etcd.records import decode, encode
+from vfleet.etcd.records import decode_if_possible, encode
 from vfleet.etcd.store import Compare, Delete, KeyValue, Put, Transaction, unchanged
 from vfleet.v1.records_pb2 import Function, FunctionStatus, Migration, Phase, Step
 from vfleet.v1.types_pb2 import Decision, ErrorReason, TableEntry
@@ -75,8 +75,8 @@ def lose_function(function: Function, mod_revision: int, entries: Iterable[KeyVa
     compares = [unchanged(function_key(function.name), mod_revision), *more]
     writes: list[Put | Delete] = [Put(function_key(function.name), encode(lost))]
     for item in entries:
-        entry = decode(TableEntry, item)
-        if entry.function == function.name:
+        entry = decode_if_possible(TableEntry, item)
+        if entry is not None and entry.function == function.name:
             entry.lost = True
             compares.append(unchanged(item.key, item.mod_revision))
             writes.append(Put(item.key, encode(entry)))

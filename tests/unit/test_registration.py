@@ -27,6 +27,7 @@ from vfleet.etcd.keys import (
 from vfleet.etcd.records import encode
 from vfleet.etcd.store import Delete, KeyValue, Put, Transaction
 from vfleet.v1.records_pb2 import Driver, Function, Host
+from vfleet.v1.types_pb2 import TableEntry
 
 BASE = 0x0001_0180 << 32
 PATIENCE_S = 60
@@ -303,3 +304,37 @@ async def test_a_host_that_was_forgotten_joins_as_a_new_one(rig: Rig) -> None:
     rig.start()
     await rig.until_registered(2)
     assert await rig.get(segment_key(1)) is not None
+
+
+# What can't be read
+
+
+async def attached(rig: Rig) -> TableEntry:
+    await rig.put(driver_key("d1"), encode(Driver(name="d1", host="h1")))
+    entry = rig.bench.message(BASE)
+    entry.ClearField("revision")
+    await rig.put(entry_key("h1", "d1", "vf1"), encode(entry))
+    await rig.registration.reconcile()
+    return entry
+
+
+@pytest.mark.parametrize("value", [b"\xff", encode(TableEntry(driver="d9", function="vf9", host="h1"))])
+async def test_an_entry_that_cannot_be_read_detaches_nobody_and_stops_nobody(rig: Rig, value: bytes) -> None:
+    entry = await attached(rig)
+    await rig.put(entry_key("h1", "d1", "vf1"), value)
+    await rig.put(entry_key("h1", "d1", "vf0"), value)
+    await rig.registration.reconcile()
+    assert "vf1" in rig.bench.drivers.require("d1").table.by_function
+    entry.function, entry.virtual_address = "vf2", entry.virtual_address + (1 << 32)
+    await rig.put(entry_key("h1", "d1", "vf2"), encode(entry))
+    await rig.registration.reconcile()
+    assert rig.bench.drivers.require("d1").table.by_function.keys() >= {"vf1", "vf2"}
+
+
+async def test_records_that_cannot_be_read_keep_no_host_from_registering(rig: Rig) -> None:
+    instance = rig.bench.create()
+    for key in (function_key("vf1"), function_key("vf9"), driver_key("d9"), host_key("h9")):
+        await rig.put(key, b"\xff")
+    rig.start()
+    await rig.until_registered()
+    assert rig.bench.functions.find("vf1", 1) is instance

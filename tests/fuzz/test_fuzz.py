@@ -1,0 +1,48 @@
+"""Each target of the fuzzer for a bounded number of inputs, always the same; `make fuzz` does more, and others."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fuzz.__main__ import TARGETS
+
+RUNS = {
+    "topology": 1500,
+    "command_line": 150,
+    "names": 20_000,
+    "metrics_page": 5000,
+    "state": 800,
+    "records": 80,
+    "requests": 80,
+}
+
+
+def test_every_target_has_a_bound():
+    assert RUNS.keys() == TARGETS.keys()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_is_found(target: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec("atheris") is None:
+        # It has wheels for some versions of Python only.
+        assert os.environ.get("CI") != "true", "there is no atheris: pip install atheris"
+        pytest.skip("NOT RUN: there is no atheris for this Python")
+    command = [
+        sys.executable,
+        "-m",
+        "fuzz",
+        target,
+        "--runs",
+        str(RUNS[target]),
+        "--seed",
+        "1",
+        "--folder",
+        str(tmp_path),
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-8000:] + ended.stdout[-2000:]
+    assert f"Done {RUNS[target]} runs" in ended.stderr + ended.stdout
