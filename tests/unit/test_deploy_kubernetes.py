@@ -4,6 +4,7 @@ kubectl and the schemas come from PyPI, so that neither a cluster nor a network 
 """
 
 import asyncio
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -355,6 +356,7 @@ def test_health_is_asked_of_the_health_service_where_the_daemon_listens(name):
     container = container_of(workloads()[name])
     commands = [container[probe]["exec"]["command"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")]
     assert commands == [["sh", "-c", 'exec python -m vfleet.health "$POD_IP:7000"']] * 3
+    assert importlib.util.find_spec("vfleet.health") is not None
     (listen,) = [each for each in container["args"] if each.startswith("--listen=")]
     assert listen == "--listen=$(POD_IP):7000"
     assert environment(workloads()[name])["VFLEET_TLS"] == "/tls"
