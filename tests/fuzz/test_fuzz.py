@@ -10,13 +10,13 @@ import pytest
 from fuzz.__main__ import TARGETS
 
 RUNS = {
-    "topology": 1500,
-    "command_line": 150,
-    "names": 20_000,
-    "metrics_page": 5000,
-    "state": 800,
-    "records": 80,
-    "requests": 80,
+    "topology": 400,
+    "command_line": 60,
+    "names": 5000,
+    "metrics_page": 1500,
+    "state": 150,
+    "records": 30,
+    "requests": 30,
 }
 
 
