@@ -30,7 +30,7 @@ eval "$images"
 set +a
 "${compose[@]}" up --detach
 
-deadline=$((SECONDS + 120))
+deadline=$((SECONDS + 300))
 for service in etcd1 etcd2 etcd3 c1 c2 h1 h2 h3; do
     until [ "$(docker inspect --format '{{.State.Health.Status}}' "$("${compose[@]}" ps --quiet $service)")" = healthy ]; do
         if [ $SECONDS -gt $deadline ]; then

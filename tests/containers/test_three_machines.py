@@ -71,6 +71,7 @@ async def test_what_the_readme_says_works(tmp_path: Path, images: dict[str, str]
         "VFLEET_FABRIC": networks[1],
         "XDG_CONFIG_HOME": str(tmp_path),
         "TAG": "tested",
+        "VFLEET_LEASE_TTL_S": "30",  # nobody loses a session because the machine is busy
     }
     try:
         seen = await shell(script, directory, environment)
