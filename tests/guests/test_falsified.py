@@ -29,6 +29,7 @@ HOMES = ("h2", "h3")
 POINT = "coordinator.lift.before"
 QUEUE = 1  # the guest has one of each for I/O
 OPERATIONS = 200
+PCI = "/sys/bus/pci/devices/0000:01:00.0"
 TIMEOUT_S = 25  # of the driver: longer than a target that is killed takes to be back
 TRIES = 20
 LEASE_TTL_S = 60  # the coordinator stands still for as long
@@ -117,7 +118,8 @@ async def end(machine: VirtualMachine) -> None:
 async def begin_anew(machine: VirtualMachine) -> None:
     """Let a driver with short time-outs have the device, and verify blocks of it without a file system."""
     await machine.run(
-        f"rmmod nvme; echo {TIMEOUT_S} >/sys/module/nvme_core/parameters/io_timeout; modprobe nvme;"
+        f"rmmod nvme; echo 1 >{PCI}/reset;"
+        f" echo {TIMEOUT_S} >/sys/module/nvme_core/parameters/io_timeout; modprobe nvme;"
         " while [ ! -b /dev/nvme0n1 ]; do sleep 0.05; done; dmesg -c >/dev/null; rm -f /tmp/stop"
     )
     await machine.start("storage", "python3", "/storage.py", "/dev/nvme0n1", "8", "raw")
