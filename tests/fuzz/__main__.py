@@ -18,6 +18,7 @@ TARGETS = {
     "state": "fuzz.state:target",
     "records": "fuzz.records:target",
     "requests": "fuzz.requests:target",
+    "guest": "fuzz.guest:messages",
 }
 MAX_INPUT_BYTES = 4096
 # No input may keep a parser busy for this long; a fleet is set up within it.

@@ -17,6 +17,7 @@ RUNS = {
     "state": 150,
     "records": 30,
     "requests": 30,
+    "guest": 2000,
 }
 
 
