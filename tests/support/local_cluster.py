@@ -24,7 +24,7 @@ from vfleet.v1.records_pb2 import Driver, Function, FunctionStatus, Host, Migrat
 from vfleet.v1.types_pb2 import DeviceState, TableEntry
 
 DEMO = Path(__file__).parents[2] / "vfleet" / "topologies" / "demo.yaml"
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 ASK_AGAIN = frozenset(
     {
         Reason.UNREACHABLE,

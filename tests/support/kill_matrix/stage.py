@@ -41,7 +41,7 @@ from vfleet.v1.types_pb2 import TransferMode
 HOLD_TIMEOUT_MS = 1_000
 PREPARE_TIMEOUT_MS = 10_000
 FREEZE_S = LEASE_TTL_S + 1.5  # etcd notices an expired lease after up to half a second
-CELL_TIMEOUT_S = 60.0
+CELL_TIMEOUT_S = 150.0
 DRIVER_HOST = "h3"
 LOCAL_MEMORY = 1 << 20  # where it lies in the function's window
 WORKLOAD_BYTES = 1 << 19
