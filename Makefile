@@ -33,6 +33,7 @@ destroy: ## End it, and nothing of it stays
 	deploy/compose/up.sh destroy
 
 test: $(VENV)/installed-dev ## Run the tests
+	-@command -v promtool >/dev/null || $(MAKE) --no-print-directory promtool
 	$(BIN)/pytest -n auto --dist worksteal
 
 bench: $(VENV)/installed-dev ## Measure against bare programs, all or NAMES="a b", print a table and write JSON=bench.json

@@ -77,7 +77,7 @@ def _no_fence() -> list[Patch]:
     return [(Fences, "prepare", admit), (Fences, "conclude", admit)]
 
 
-@_bug(found_at=1)
+@_bug(found_at=5)
 def no_fence_and_no_naming() -> list[Patch]:
     def destroy(self, request, fleet_generation=0):
         found = self.find(request.function, request.generation)
@@ -93,12 +93,12 @@ def no_fence_and_no_naming() -> list[Patch]:
     return [*_no_fence(), (Functions, "destroy", destroy), (Functions, "resume", resume)]
 
 
-@_bug(found_at=6)
+@_bug(found_at=2)
 def no_fence_and_resume_by_any_attempt() -> list[Patch]:
     return [*_no_fence(), no_fence_and_no_naming()[3]]
 
 
-@_bug(found_at=6)
+@_bug(found_at=2)
 def no_fence_and_lift_of_any_hold() -> list[Patch]:
     def lift(self, request):
         names = [(name.driver, name.function) for name in request.entries]
@@ -107,7 +107,7 @@ def no_fence_and_lift_of_any_hold() -> list[Patch]:
     return [*_no_fence(), (Drivers, "lift", lift)]
 
 
-@_bug(found_at=1)
+@_bug(found_at=3)
 def destroy_by_function() -> list[Patch]:
     def destroy(self, request, fleet_generation=0):
         self._fences.conclude(request.function, request.attempt)
@@ -118,7 +118,7 @@ def destroy_by_function() -> list[Patch]:
     return [(Functions, "destroy", destroy)]
 
 
-@_bug(found_at=1)
+@_bug(found_at=2)
 def lift_before_commit() -> list[Patch]:
     prepare = Run._prepare
 
@@ -190,7 +190,7 @@ def answers_stay_behind() -> list[Patch]:
     return [(Sequencer, "export", bare)]
 
 
-@_bug(found_at=1)
+@_bug(found_at=6)
 def answers_forgotten_when_given() -> list[Patch]:
     finish_head = AccessQueue._finish_head
 
@@ -201,7 +201,7 @@ def answers_forgotten_when_given() -> list[Patch]:
     return [(AccessQueue, "_finish_head", finish)]
 
 
-@_bug(found_at=5)
+@_bug(found_at=1)
 def lease_trusted() -> list[Patch]:
     def nothing(_: Compare) -> bool:
         return True
@@ -214,13 +214,13 @@ def lease_trusted() -> list[Patch]:
     ]
 
 
-@_bug(found_at=6)
+@_bug(found_at=4)
 def abort_not_compared() -> list[Patch]:
     without = _without(decision.abort_transaction, lambda compare: "/migrations/" in compare.key)
     return [(resolution, "abort_transaction", without), (coordinator_service, "abort_transaction", without)]
 
 
-@_bug(found_at=19)
+@_bug(found_at=1)
 def commit_not_compared() -> list[Patch]:
     return [
         (
@@ -231,7 +231,7 @@ def commit_not_compared() -> list[Patch]:
     ]
 
 
-@_bug(found_at=41)
+@_bug(found_at=1)
 def incarnation_ignored() -> list[Patch]:
     return [(transaction, "commit", _without(transaction.commit, lambda c: "/registrations/" in c.key))]
 
@@ -244,7 +244,7 @@ def lock_not_compared() -> list[Patch]:
     ]
 
 
-@_bug(found_at=4)
+@_bug(found_at=11)
 def resolved_by_phase() -> list[Patch]:
     async def resolve(self, found):
         stored = await self._store.get(f"/vfleet/migrations/{found.about.migration}")
@@ -260,12 +260,12 @@ def resolved_by_phase() -> list[Patch]:
     return [(Resolver, "_resolve_instance", resolve)]
 
 
-@_bug(found_at=48)
+@_bug(found_at=72)
 def source_runs_on() -> list[Patch]:
     return [(instance, "serves", lambda state: device_state.serves(state) or state == DEVICE_STATE_STOP_COPY)]
 
 
-@_bug(found_at=3)
+@_bug(found_at=6)
 def nothing_zeroed() -> list[Patch]:
     open_instance = Slots._open
 
@@ -279,7 +279,7 @@ def nothing_zeroed() -> list[Patch]:
     return [(Slots, "_open", by_slot)]
 
 
-@_bug(found_at=6)
+@_bug(found_at=8)
 def dirty_pages_forgotten() -> list[Patch]:
     rest = Export.rest
     return [(Export, "rest", lambda self, dirty: rest(self, set()))]
@@ -300,7 +300,7 @@ def half_an_import_taken() -> list[Patch]:
     return [(transfer, "import_state", hasty)]
 
 
-@_bug(found_at=7)
+@_bug(found_at=13)
 def holds_forgotten_at_restart() -> list[Patch]:
     init = Drivers.__init__
 
@@ -312,7 +312,7 @@ def holds_forgotten_at_restart() -> list[Patch]:
     return [(Drivers, "__init__", forgetful)]
 
 
-@_bug(found_at=1)
+@_bug(found_at=73)
 def holds_never_resolved() -> list[Patch]:
     async def never(self, migration):
         return
@@ -320,7 +320,7 @@ def holds_never_resolved() -> list[Patch]:
     return [(Resolver, "_resolve_holds", never)]
 
 
-@_bug(found_at=186)
+@_bug(found_at=196)
 def abort_that_looks_at_no_source() -> list[Patch]:
     """Only a loss of etcd just between a COMMIT and its FINISH makes a difference."""
 
@@ -346,7 +346,7 @@ def abort_that_looks_at_no_source() -> list[Patch]:
     return [(Run, "_undo_move", undo), (resolution, "_is_over", is_over), *weather]
 
 
-@_bug(found_at=1)
+@_bug(found_at=3)
 def source_not_scrubbed() -> list[Patch]:
     async def never(self, move):
         return
@@ -366,7 +366,7 @@ def repeated_access_applied_again() -> list[Patch]:
     return [(Instance, "access", again)]
 
 
-@_bug(found_at=53)
+@_bug(found_at=238)
 def sessions_not_counted() -> list[Patch]:
     """In 1 run of 200 a message of before a host's restart arrives after it; in such weather as this, in 1 of 20."""
 
