@@ -9,7 +9,7 @@ from support.kill_matrix.stage import may_kill_etcd, staged
 from vfleet import failpoint
 
 COORDINATOR, SOURCE, TARGET, DRIVER_HOST, ETCD = Participant
-KILL, STOP, RESTART = Fault
+KILL, STOP, RESTART = Fault.KILL, Fault.STOP, Fault.RESTART
 
 WITH_SECOND = [
     Cell(Course.COMMIT, "coordinator.stop.after", COORDINATOR, KILL),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fuzz.__main__ import TARGETS
 
+TESTS = Path(__file__).parents[1]
 RUNS = {
     "topology": 400,
     "command_line": 60,
@@ -44,6 +45,7 @@ def test_nothing_is_found(target: str, tmp_path: Path) -> None:
         "--folder",
         str(tmp_path),
     ]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-8000:] + ended.stdout[-2000:]
     assert f"Done {RUNS[target]} runs" in ended.stderr + ended.stdout

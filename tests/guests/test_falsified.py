@@ -153,9 +153,7 @@ async def move(cluster: Cluster, failpoints: Failpoints, name: str, target: str,
     return is_changed
 
 
-async def test_a_guest_notices_each_field_that_is_falsified(tmp_path: Path, request: pytest.FixtureRequest):
-    if not request.config.getoption("--all-cells", default=False):
-        pytest.skip("takes minutes, as the driver's time-outs do: make guest-matrix")
+async def test_a_guest_notices_each_field_that_is_falsified(tmp_path: Path):
     failpoints = Failpoints(tmp_path / "failpoints")
     async with running(
         tmp_path, topology=TOPOLOGY, lease_ttl_s=LEASE_TTL_S, failpoints=failpoints.directory

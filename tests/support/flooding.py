@@ -14,6 +14,7 @@ from support.local_cluster import Cluster
 from vfleet.local import Daemon
 from vfleet.v1.records_pb2 import Migration
 
+TESTS = Path(__file__).parents[1]
 SAMPLE_S = 0.25
 MIB = 1 << 20
 
@@ -54,6 +55,7 @@ async def flooded(cluster: Cluster, certs: Path | None, clients: int, seconds: f
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "support.flood", str(certs or "-"), str(clients), str(seconds)),
         *(daemon.address for daemon in daemons),
+        env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
