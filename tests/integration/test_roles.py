@@ -36,7 +36,8 @@ METHODS: dict[str, MethodDescriptor] = {
     f"/{service.full_name}/{method.name}": method for service in SERVICES for method in service.methods
 }
 OWN = [service for service in SERVICES if service.full_name.startswith("vfleet.")]
-ALLOWED, DENIED, NOT_CONNECTED = "allowed", "denied", "not connected"
+ALLOWED, DENIED, NOT_CONNECTED, NOT_SENT = "allowed", "denied", "not connected", "request not sent"
+CALLS = 10
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 # Health's own methods are the real ones: of no service, and one that gRPC's Python hasn't written.
 OUTCOMES = {
@@ -116,6 +117,16 @@ def credentials(certs: Path, client: str) -> grpc.ChannelCredentials:
 
 async def outcome(channel: grpc.aio.Channel, path: str, **fields: bool) -> str:
     """Call a method and return what comes of it."""
+    # Where a stream is refused before its first request is on its way, gRPC's client may say that it can't send it,
+    # and not what the server has said: nothing that the server could help.
+    for _ in range(CALLS):
+        answer = await outcome_once(channel, path, **fields)
+        if answer != NOT_SENT:
+            break
+    return answer
+
+
+async def outcome_once(channel: grpc.aio.Channel, path: str, **fields: bool) -> str:
     method = METHODS[path]
     request = importable(method)(**fields)
     kind = ("stream" if method.client_streaming else "unary", "stream" if method.server_streaming else "unary")
@@ -130,6 +141,8 @@ async def outcome(channel: grpc.aio.Channel, path: str, **fields: bool) -> str:
     except grpc.aio.AioRpcError as error:
         if error.code() is grpc.StatusCode.PERMISSION_DENIED:
             return DENIED if from_rpc_error(error, "").reason is Reason.PERMISSION_DENIED else "denied by gRPC"
+        if error.code() is grpc.StatusCode.INTERNAL and "SendMessageOperation" in (error.debug_error_string() or ""):
+            return NOT_SENT
         return OUTCOMES.get((path, error.code()), NOT_CONNECTED if error.code() is UNAVAILABLE else repr(error))
     return ALLOWED
 
