@@ -55,7 +55,7 @@ def make_ca(folder: Path, *, name: str = "vfleet trial CA", days: int = CA_DAYS)
         raise invalid_field("--name", name, "1 to 64 characters")
     key, subject = _new_key(), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     builder = (
-        _builder(subject, subject, key, _check_days(days))
+        _builder(subject, subject, key, _check_days(days), datetime.now(UTC))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(is_ca=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
@@ -88,13 +88,14 @@ def issue(
     if len(names) > MAX_SANS:
         raise invalid_field("--dns and --ip", f"{len(names)} names", f"at most {MAX_SANS}")
     ca_pem, issuer, ca_key = _open_ca(ca_folder)
-    latest = (issuer.not_valid_after_utc - datetime.now(UTC)).days
+    begin = at or datetime.now(UTC)
+    latest = (issuer.not_valid_after_utc - begin).days
     if _check_days(days) > latest:
         raise invalid_field("--days", days, f"at most {latest}: {ca_folder / CA_FILE} ends then")
     key = _new_key()
     authority = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     builder = (
-        _builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), issuer.subject, key, days, at)
+        _builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), issuer.subject, key, days, begin)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(is_ca=False), critical=True)
         # An etcd server is its own client, too, and so are vfleet's daemons each other's.
@@ -151,9 +152,8 @@ def _open_ca(folder: Path) -> tuple[bytes, x509.Certificate, ec.EllipticCurvePri
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int, at: datetime | None = None
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int, begin: datetime
 ) -> x509.CertificateBuilder:
-    begin = at or datetime.now(UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

@@ -30,7 +30,7 @@ import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # vfio-user: identifier, command, bytes of the message, flags, error.
@@ -84,9 +84,12 @@ class _Item:
 
 
 class Holder:
-    """Serve a VMM at `listener` and hostd at `control`."""
+    """Serve a VMM at `listener` and hostd at `control`, by a clock that never goes back."""
 
-    def __init__(self, listener: socket.socket, control: socket.socket, answer_within_s: float) -> None:
+    def __init__(
+        self, listener: socket.socket, control: socket.socket, answer_within_s: float, clock: Callable[[], float]
+    ) -> None:
+        self._clock = clock
         self._answer_within_s = answer_within_s
         self._selector = selectors.DefaultSelector()
         self._listener, self._control = listener, control
@@ -110,9 +113,9 @@ class Holder:
 
     def run(self) -> None:
         """Serve until told to end, or left alone."""
-        alone_since = time.monotonic()
+        alone_since = self._clock()
         while not self._is_ending:
-            now = time.monotonic()
+            now = self._clock()
             if self._vmm is not None or self._hostd is not None:
                 alone_since = now
             elif now - alone_since > _ORPHANED_S:
@@ -190,7 +193,7 @@ class Holder:
     def _put(self, kind: int, *, wants_answer: bool = False) -> None:
         """Queue the message that has been read, or that a VMM came or went."""
         self._number += 1
-        answer_by_s = time.monotonic() + self._answer_within_s
+        answer_by_s = self._clock() + self._answer_within_s
         item = _Item(self._number, kind, self._partial, self._partial_descriptors, self._partial_refused, answer_by_s)
         self._partial, self._partial_descriptors, self._partial_refused = b"", [], 0
         self._queue.append(item)
@@ -230,7 +233,7 @@ class Holder:
         assert self._vmm is not None  # noqa: S101
         self._close(self._vmm)
         self._vmm = None
-        self._next_vmm_s = time.monotonic() + _NEXT_VMM_S
+        self._next_vmm_s = self._clock() + _NEXT_VMM_S
         for descriptor in self._partial_descriptors:
             os.close(descriptor)
         self._partial, self._partial_descriptors, self._partial_refused = b"", [], 0
@@ -450,7 +453,7 @@ def main() -> None:
         sys.exit(f"can't listen at {options.socket}: {error}")
     control = _listen(options.control, socket.SOCK_SEQPACKET)
     try:
-        Holder(listener, control, options.answer_within_ms / 1000).run()
+        Holder(listener, control, options.answer_within_ms / 1000, time.monotonic).run()
     finally:
         options.socket.unlink(missing_ok=True)
         options.control.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """The CA for trials: what it makes, and what it refuses to make."""
 
 import stat
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,9 @@ def test_the_command_makes_what_daemons_take(tmp_path: Path, capsys: pytest.Capt
     folder = tmp_path / "ca" / "host-h1"
     assert str(folder) in capsys.readouterr().out
     assert str(Tls(folder).credentials.principal) == "host 'h1'"
+
+
+def test_no_certificate_outlasts_its_ca_whenever_it_begins(ca, tmp_path):
+    issue(ca, tmp_path / "near", "host", "h1", days=50, at=datetime.now(UTC) + timedelta(days=40))
+    with pytest.raises(VfleetError, match="--days is 70; expected at most"):
+        issue(ca, tmp_path / "far", "host", "h1", days=70, at=datetime.now(UTC) + timedelta(days=40))
