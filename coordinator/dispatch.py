@@ -37,8 +37,9 @@ class Dispatcher:
     async def run(self) -> None:
         """Work off the queue, for ever."""
         while True:
+            seen = self._signature()  # of before: what changes during the pass may concern those it has passed
             await self.pass_once()
-            await self._wait(self._signature())
+            await self._wait(seen)
 
     async def pass_once(self) -> None:
         """Look once at each that is queued, in order: one that has to wait holds up none that needn't."""

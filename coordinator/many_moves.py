@@ -78,15 +78,14 @@ class ManyMoves(ABC):
         yield Progress(self._all(), self._is_over(), is_first=True)
         while not self._is_over():
             told = {each.function: each for each in self._all()}
-            await self._begin()
-            if (changed := [each for each in self._all() if told[each.function] != each]) or self._is_over():
-                yield Progress(changed, self._is_over())
-                continue
+            # As old as the look at the least: what changes while somebody takes what is yielded is seen, too.
             seen = self._signature()
-            await self._wait(seen)
             self._look()
+            await self._begin()
             if changed := [each for each in self._all() if told[each.function] != each]:
                 yield Progress(changed, self._is_over())
+            else:
+                await self._wait(seen)
 
     # --- what the two are different in ---
 

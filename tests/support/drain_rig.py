@@ -67,10 +67,14 @@ class DrainRig:
         self, kind: str, name: str, parallel: int = 2, constraints: Constraints | None = None
     ) -> asyncio.Task[None]:
         """Cordon a part and drain it, until something else has to happen."""
+        return await self.follow(self.drain(kind, name, parallel, constraints))
+
+    def drain(self, kind: str, name: str, parallel: int = 2, constraints: Constraints | None = None) -> Drain:
+        """Cordon a part, and return the drain of it that is yet to run."""
         part = part_of(kind, name)
         self.fleet.put(keys.cordon_key(part_key(part)), Cordon(part=part))
         self.look()
-        return await self.follow(Drain(self.context, self.begin, part, parallel, constraints or Constraints()))
+        return Drain(self.context, self.begin, part, parallel, constraints or Constraints())
 
     async def rearrange(self, plan: Rearrangement, parallel: int = 2) -> asyncio.Task[None]:
         """Do the moves of a plan, until something else has to happen."""

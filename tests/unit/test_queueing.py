@@ -1,5 +1,6 @@
 """Who waits for a turn: limits, the order, pauses, deadlines, and what is given up."""
 
+import asyncio
 from dataclasses import replace
 from itertools import pairwise
 
@@ -114,6 +115,27 @@ async def test_what_may_pass_is_tried_again_after_pauses_until_the_deadline():
     assert (record.phase, abort_cause(record)) == (Phase.PHASE_ABORTED, Reason.LIMIT_EXCEEDED)
     assert record.abort_reason == "it could not begin before its deadline: host 'h2' is not registered"
     assert undone(record) == "it had not begun"
+
+
+async def test_a_turn_that_comes_while_another_is_looked_at_is_taken(monkeypatch: pytest.MonkeyPatch):
+    rig = QueueRig(Allowance(device=1))
+    await rig.begin("x", [move("vf1", "h2/nic0")])
+    rig.queue("a", "vf2", "h2/nic0")  # waits for x
+    rig.queue("b", "vf4", "h3/nic0")
+    rig.errors["b"] = [VfleetError(Reason.UNSATISFIABLE, "no choice of devices")]
+    begin_queued = rig.begin_queued
+
+    async def x_ends_first(queued: Stored[QueuedMigration], options: object) -> Stored[Migration]:
+        if queued.record.request.request_id == "b":
+            await rig.done("vf1")
+        return await begin_queued(queued, options)
+
+    monkeypatch.setattr(rig, "begin_queued", x_ends_first)
+    task = asyncio.create_task(rig.dispatcher.run())
+    await settle(100)
+    assert list(rig.inventory.snapshot.active_migrations) == ["a"]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_what_can_not_begin_is_given_up_at_once_and_says_why():

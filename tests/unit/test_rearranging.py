@@ -1,11 +1,15 @@
 """A rearrangement being done: in what order, what is looked at once more, and how it goes on."""
 
+import asyncio
+from contextlib import aclosing
+
 import pytest
 from support.drain_rig import DrainRig
 from support.fake_host import device
 from support.fleet_values import move
 
 from coordinator.rearrangement import Premise, asked_of, plan_rearrangement
+from coordinator.rearranging import Rearranging
 from coordinator.retries import MAX_TRIES
 from vfleet.errors import Reason
 from vfleet.etcd import keys
@@ -60,6 +64,16 @@ async def test_who_does_the_same_plan_again_goes_on_with_what_is_left(rig: Drain
     assert len(rig.begun) == 2
     await rig.until_over(await rig.rearrange(plan))
     assert len(rig.begun) == 2
+
+
+@pytest.mark.parametrize("is_drain", [False, True])
+async def test_what_ends_while_the_last_news_is_still_being_taken_is_seen(rig: DrainRig, is_drain: bool):
+    moves = rig.drain("host", "h1") if is_drain else Rearranging(rig.context, rig.begin, planned(rig), 2)
+    async with asyncio.timeout(10), aclosing(moves.run()) as responses:
+        async for _ in responses:
+            if rig.moving:
+                await rig.done(*rig.moving)
+    assert not rig.moving
 
 
 async def test_one_waits_until_those_before_it_have_moved(rig: DrainRig):
