@@ -84,6 +84,22 @@ def test_a_file_that_can_shrink_is_not_mapped(guest: GuestMemory):
     os.close(write_end)
 
 
+def test_huge_pages_are_not_mapped(guest: GuestMemory, shared: SharedMemory, monkeypatch: pytest.MonkeyPatch):
+    """A hole can be punched into them, sealed as they may be. Not every kernel has any: so its word is changed."""
+    of_pages = os.fstatvfs
+
+    def of_huge_pages(descriptor: int) -> os.statvfs_result:
+        return os.statvfs_result((2 << 20, *of_pages(descriptor)[1:]))
+
+    with monkeypatch.context() as kernel:
+        kernel.setattr(os, "fstatvfs", of_huge_pages)
+        with pytest.raises(VfleetError, match="without huge pages"):
+            guest.add(0, PAGE, shared.descriptor, 0, LIMIT, is_writable=True)
+    assert guest.read(0, 1) is None
+    guest.add(0, PAGE, shared.descriptor, 0, LIMIT, is_writable=True)
+    assert guest.read(0, 1) == b"\0"
+
+
 @pytest.mark.parametrize(("start", "length"), [(0, 2), (3, 2), (1, 1), (2, 1), (0, 8)])
 def test_pieces_do_not_overlap(guest: GuestMemory, shared: SharedMemory, start: int, length: int):
     guest.add(PAGE, 3 * PAGE, shared.descriptor, 0, LIMIT, is_writable=True)
