@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from random import Random
-from typing import TYPE_CHECKING, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -19,6 +20,8 @@ from vfleet import rpc
 from vfleet.clock import Clock, SystemClock, backoff_delays
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.health import check_health
+from vfleet.principal import server_name
+from vfleet.roles import Role
 
 if TYPE_CHECKING:
     from vfleet.tls import Tls
@@ -227,3 +230,44 @@ class Caller:
                 f"can't connect to {address} in {self._patience_s:g} s",
                 metadata={"address": address},
             ) from None
+
+
+class Client:
+    """What the clients of both daemons share: made from addresses, closed after use."""
+
+    _kind: str
+    _role: Role
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        name: str = "",
+        channels: rpc.Channels | None = None,
+        tls: "Tls | None" = None,
+        clock: Clock | None = None,
+        random: Random | None = None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self.caller = Caller(
+            self._kind,
+            addresses,
+            server=server_name(self._role, name),
+            channels=channels,
+            tls=tls,
+            clock=clock,
+            random=random,
+            patience_s=patience_s,
+        )
+
+    async def close(self) -> None:
+        """Close the connections that the client made."""
+        await self.caller.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()

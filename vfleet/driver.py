@@ -14,8 +14,8 @@ import grpc
 
 from vfleet.address import AddressError, check_access
 from vfleet.caller import is_silence
-from vfleet.client import ACCESS_TIMEOUT_S, HostClient
 from vfleet.errors import Reason, VfleetError, from_rpc_error, invalid_field
+from vfleet.host_client import HostClient
 from vfleet.limits import WINDOW
 from vfleet.names import check_name
 from vfleet.v1 import driver_service_pb2 as driver_pb2
@@ -23,6 +23,8 @@ from vfleet.v1.access_pb2 import AccessKind
 from vfleet.v1.driver_service_pb2_grpc import DriverServiceStub
 from vfleet.v1.types_pb2 import TableEntry
 
+# An access may wait for as long as a hold may last.
+ACCESS_TIMEOUT_S = 120.0
 # What grpc.aio makes of a stream that ends while a request is written, whatever the server said: asking again tells.
 _ENDED_WHILE_WRITING = "Internal error from Core"
 _TABLE_CHANGES = frozenset(

@@ -21,10 +21,11 @@ from typing import Self
 import yaml
 
 from vfleet import failpoint
-from vfleet.client import FleetClient, HostClient
+from vfleet.client import FleetClient
 from vfleet.clock import SystemClock
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.etcd.server import EtcdServer
+from vfleet.host_client import HostClient
 from vfleet.names import check_name
 from vfleet.process import LOOPBACK, ChildProcess, describe_exit, free_port
 from vfleet.security import INSECURE, Keys, Security

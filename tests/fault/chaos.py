@@ -34,9 +34,10 @@ from support.chaos.remains import AUDITOR, Remains, read_host, read_records, rea
 from support.chaos.schedule import schedule
 from support.chaos.stage import MissingEtcdError, Stage, check_etcd_can_be_killed
 
-from vfleet.client import FleetClient, HostClient
+from vfleet.client import FleetClient
 from vfleet.driver import DriverClient
 from vfleet.errors import VfleetError
+from vfleet.host_client import HostClient
 from vfleet.v1.driver_service_pb2 import WorkloadOptions, WorkloadReport
 from vfleet.v1.records_pb2 import Function
 

@@ -11,9 +11,10 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 
 from vfleet import rpc
-from vfleet.client import FleetClient, HostClient, move_request
+from vfleet.client import FleetClient, move_request
 from vfleet.driver import DriverClient, Read, Write
 from vfleet.errors import Reason, VfleetError, not_found
+from vfleet.host_client import HostClient
 from vfleet.rpc import Server
 from vfleet.v1 import driver_service_pb2 as driver_pb2
 from vfleet.v1 import fleet_service_pb2 as fleet_pb2

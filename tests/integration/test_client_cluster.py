@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vfleet.client import HostClient, move_request
+from vfleet.client import move_request
 from vfleet.driver import DriverClient, Read, Write
 from vfleet.errors import Reason, VfleetError
+from vfleet.host_client import HostClient
 from vfleet.local import LocalCluster
 from vfleet.v1.access_pb2 import AccessStatus
 from vfleet.v1.driver_service_pb2 import NotificationKind

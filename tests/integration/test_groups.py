@@ -9,10 +9,10 @@ import grpc
 import pytest
 from support.local_cluster import Cluster, assert_nothing_left, running
 
-from vfleet.client import HostClient
 from vfleet.etcd.keys import function_key
 from vfleet.etcd.records import decode, encode
 from vfleet.etcd.store import Put, Transaction, unchanged
+from vfleet.host_client import HostClient
 from vfleet.v1.function_service_pb2 import CreateFunctionRequest, DestroyFunctionRequest
 from vfleet.v1.function_service_pb2_grpc import FunctionServiceStub
 from vfleet.v1.records_pb2 import Function, Phase, Step

@@ -9,13 +9,14 @@ from random import Random
 from typing import TypeVar
 
 from vfleet.address import Location, table_offset, vf_routing_id
-from vfleet.client import PHASES_OVER, FleetClient, HostClient, move_request
+from vfleet.client import PHASES_OVER, FleetClient, move_request
 from vfleet.clock import SystemClock
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
 from vfleet.etcd.client import EtcdStore
 from vfleet.etcd.records import decode
 from vfleet.etcd.store import KeyValue
+from vfleet.host_client import HostClient
 from vfleet.local import LocalCluster
 from vfleet.v1.driver_service_pb2 import WorkloadOptions, WorkloadReport
 from vfleet.v1.function_service_pb2 import FunctionInstance

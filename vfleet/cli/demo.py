@@ -23,10 +23,11 @@ from vfleet.cli.cluster import cancelled_by_signals
 from vfleet.cli.describe import base_arithmetic, mode_word, offset_arithmetic, step_word
 from vfleet.cli.output import console, hex64, milliseconds, print_fields, print_table, size
 from vfleet.cli.session import FAILED, OwnEtcdOption, refuse_certificates, run
-from vfleet.client import FleetClient, HostClient, move_request, request_id
+from vfleet.client import FleetClient, move_request, request_id
 from vfleet.clock import Clock, SystemClock
 from vfleet.driver import DriverClient, Read, Write
 from vfleet.errors import Reason, VfleetError
+from vfleet.host_client import HostClient
 from vfleet.local import LocalCluster
 from vfleet.v1.driver_service_pb2 import WorkloadOptions, WorkloadReport
 from vfleet.v1.migration_service_pb2 import MigrationOptions

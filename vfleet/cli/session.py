@@ -23,9 +23,10 @@ import typer
 
 from vfleet.caller import PATIENCE_S, parse_addresses
 from vfleet.cli.settings import Context, load_settings
-from vfleet.client import FleetClient, HostClient
+from vfleet.client import FleetClient
 from vfleet.clock import SystemClock
 from vfleet.errors import Reason, VfleetError, invalid_field
+from vfleet.host_client import HostClient
 from vfleet.security import Keys, Security
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2

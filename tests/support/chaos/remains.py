@@ -11,8 +11,9 @@ import etcd3
 from support.chaos.drivers import LOCAL_MEMORY
 from support.chaos.history import WORD_BYTES
 
-from vfleet.client import FleetClient, HostClient
+from vfleet.client import FleetClient
 from vfleet.driver import DriverClient, Read
+from vfleet.host_client import HostClient
 from vfleet.v1.driver_service_pb2 import DriverState, WorkloadReport
 from vfleet.v1.function_service_pb2 import FunctionInstance
 from vfleet.v1.hold_service_pb2 import Hold
