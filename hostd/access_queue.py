@@ -279,7 +279,7 @@ class AccessQueue:
 
     def _admit(self) -> Instance | None:
         """Find the home on this host. Return None if the function isn't served here."""
-        if self._home is None or not self._home[0].is_serving:
+        if self._home is None or not self._home[0].answers:
             entry, reach = self._entry, self._reach
             address = translate(entry.virtual_address, entry.offset)
             session = order_of(self._session)

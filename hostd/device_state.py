@@ -13,7 +13,7 @@
 
 A request names a state to go to. Most pairs are one arc; the others are made of arcs, through the states that the
 kernel's vfio_mig_get_next_state() goes through without peer-to-peer states. A function serves accesses in RUNNING and
-PRE_COPY alone.
+PRE_COPY alone; in ERROR it answers them, as one that is broken, and takes a driver's reset.
 """
 
 from collections.abc import Mapping

@@ -334,7 +334,7 @@ class Functions:
 
         Of a driver that the function doesn't know, accesses are those of before it was forgotten.
         """
-        instance = self.serving(function, generation, address)
+        instance = self.answering(function, generation, address)
         if instance is None:
             return REFUSAL_NOT_SERVING
         sequencer = instance.image.known_sequencer(driver)
@@ -344,14 +344,14 @@ class Functions:
             sequencer.set_session(session)
         return instance, sequencer
 
-    def serving(self, function: str, generation: int, address: int) -> Instance | None:
-        """Return the home that a fabric address leads to, if it is this function's, of this generation, and runs."""
+    def answering(self, function: str, generation: int, address: int) -> Instance | None:
+        """Return the home that a fabric address leads to, if it is this function's, of this generation, and answers."""
         route = self._segment.route(location_of(address).routing_id)
         instance = self._slots.find((route.device, route.vf_index)) if route is not None else None
         if instance is None or (instance.about.function, instance.about.generation) != (function, generation):
             return None
         self.prove(instance)
-        return instance if instance.is_serving else None
+        return instance if instance.answers else None
 
     def fence_for_export(self, function: str, generation: int, attempt: Attempt) -> Instance:
         """Return a home whose state may be copied out for an attempt. Raise as `stop` does."""

@@ -119,7 +119,7 @@ def last_sequence(functions: Functions, request: GetSequenceRequest) -> int:
     check_name("function", request.function)
     found = functions.find(request.function, request.generation) if request.generation else None
     base = found.about.base if found is not None else 0
-    instance = functions.serving(request.function, request.generation, base) if found is not None else None
+    instance = functions.answering(request.function, request.generation, base) if found is not None else None
     admitted = None
     if instance is not None:
         instance.image.sequencer(request.driver)

@@ -85,6 +85,11 @@ class Instance:
         return serves(self.record.instance.state)
 
     @property
+    def answers(self) -> bool:
+        """Whether it answers accesses of its generation: also in ERROR, as a device does that is broken."""
+        return self.is_serving or self.state == AFTER_FAULT
+
+    @property
     def has_run(self) -> bool:
         """Whether it is, or was, the function's home at its generation, by the proof of an access or by etcd's word."""
         return self.about.state not in (DeviceState.DEVICE_STATE_RESUMING, DeviceState.DEVICE_STATE_STOP)
@@ -102,7 +107,7 @@ class Instance:
         self._enter(state)
 
     def fail(self) -> None:
-        """Take a device fault: nothing is served until a reset."""
+        """Take a device fault: until a reset, by a driver or an operator, accesses have no effect and read all ones."""
         self._enter(AFTER_FAULT)
 
     @property
@@ -147,7 +152,7 @@ class Instance:
     def access(
         self, sequencer: Sequencer, sequence: int, kind: AccessKind.ValueType, address: int, length: int, data: bytes
     ) -> Result:
-        """Carry out one access once: a repeated one gets its first answer. The instance is serving.
+        """Carry out one access once: a repeated one gets its first answer. The instance answers.
 
         Raise SequenceGapError if an earlier sequence is missing.
         """
@@ -158,6 +163,11 @@ class Instance:
             raise SequenceGapError(following)
         if kind in (ACCESS_KIND_RESET, ACCESS_KIND_FENCE):
             return self._fence(sequencer, sequence, kind)
+        if not self.is_serving:
+            self.unsupported_requests += 1
+            answer = b"\xff" * length if kind == ACCESS_KIND_READ else b""
+            self.image.apply(sequencer, sequence, ACCESS_STATUS_UNSUPPORTED_REQUEST, answer, ())
+            return ACCESS_STATUS_UNSUPPORTED_REQUEST, answer
         offset, memory = window_offset(address), self.image.memory
         if self._plain_start <= offset < self._plain_end:
             if kind == ACCESS_KIND_READ:
@@ -182,7 +192,9 @@ class Instance:
 
     def _fence(self, sequencer: Sequencer, sequence: int, kind: AccessKind.ValueType) -> Result:
         """Answer with the last DMA write's sequence. After a reset none of up to then takes effect any more."""
-        sent = (self.master.writes.last if self.master is not None else 0).to_bytes(8, "little")
+        # What a broken device has not sent never arrives: nobody may wait for it.
+        awaited = self.master if self.is_serving or kind == ACCESS_KIND_RESET else None
+        sent = (awaited.writes.last if awaited is not None else 0).to_bytes(8, "little")
         if kind == ACCESS_KIND_RESET:
             self.on_reset()
         self.image.apply(sequencer, sequence, ACCESS_STATUS_OK, sent, ())

@@ -214,7 +214,7 @@ class Switch:
         """Let a function take frames (DeliverFrames in the contract). Raise INVALID_FIELD for what no hostd sends."""
         _check(request)
         response = DeliverFramesResponse(refusal=FRAME_REFUSAL_NOT_SERVING)
-        instance = self._reach.functions.serving(request.function, request.generation, request.base)
+        instance = self._reach.functions.answering(request.function, request.generation, request.base)
         engine = self._reach.engines.of(instance) if instance is not None else None
         if engine is None or engine.instance.about.model not in NETWORK_MODELS:
             return response

@@ -5,7 +5,7 @@ import os
 import select
 import signal
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,20 @@ from support.vmm import CONFIGURATION, DEVICE_INFO, INTERRUPT_INFO, REGION_INFO,
 
 from vfleet.driver import DriverClient
 from vfleet.errors import Reason
+from vfleet.rpc import Channels, call
+from vfleet.v1.function_service_pb2 import FaultKind, InjectFaultRequest
+from vfleet.v1.function_service_pb2_grpc import FunctionServiceStub
 from vfleet.v1.records_pb2 import Phase
 from vfleet.v1.types_pb2 import GUEST_STATE_CONNECTED, GUEST_STATE_LOST, GUEST_STATE_WAITING, Guest, GuestState
 
 TOPOLOGY = Path(__file__).parents[1] / "guests" / "fleet.yaml"
+RESETS: Mapping[str, Callable[[NvmeGuest], object]] = {
+    "FLR": lambda driver: driver.vmm.write(CONFIGURATION, 0x48, b"\0\x80"),
+    "VFIO": lambda driver: driver.vmm.ask(RESET),
+    "CC.EN": lambda driver: driver.vmm.write(0, CC, bytes(4)),
+}
+FATAL = 3
+NOWHERE = 1 << 31
 
 
 async def do(work: Callable[[], object]) -> None:
@@ -41,6 +51,16 @@ async def driver(cluster: Cluster, tmp_path: Path) -> AsyncIterator[NvmeGuest]:
     await do(found.begin)
     yield found
     found.close()
+
+
+async def break_function(cluster: Cluster, home: str, generation: int) -> None:
+    """Let the function at its home take a device fault."""
+    channels, address = Channels(), cluster.local.hosts[home].address
+    request = InjectFaultRequest(function="vf1", generation=generation, kind=FaultKind.FAULT_KIND_DEVICE)
+    try:
+        await call(FunctionServiceStub(channels.to(address)).InjectFault, request, address=address, timeout_s=10.0)
+    finally:
+        await channels.close()
 
 
 async def until_state(cluster: Cluster, state: GuestState.ValueType) -> None:
@@ -113,13 +133,9 @@ async def test_what_was_written_to_configuration_space_outlives_hostd(cluster: C
 async def test_a_reset_ends_what_was_under_way(cluster: Cluster, driver: NvmeGuest, home: str):
     if home != "h1":
         await cluster.move("m0", {"vf1": f"{home}/nvme0"})
-    for reset in (
-        lambda: driver.vmm.write(CONFIGURATION, 0x48, b"\0\x80"),
-        lambda: driver.vmm.ask(RESET),
-        lambda: driver.vmm.write(0, CC, bytes(4)),
-    ):
+    for reset in RESETS.values():
         await do(driver.submit)
-        await do(reset)
+        await do(lambda reset=reset: reset(driver))
         assert driver.status() == 0
         # Nothing reaches the guest's memory any more once it has been told that the function is reset.
         before = driver.memory.content[:]
@@ -129,6 +145,52 @@ async def test_a_reset_ends_what_was_under_way(cluster: Cluster, driver: NvmeGue
             os.eventfd_read(driver.eventfd)
         await do(driver.enable)
         await do(driver.identify)
+
+
+async def until_status(driver: NvmeGuest, status: int) -> None:
+    """Wait until the controller says what has become of it, which no read waits for."""
+    async with asyncio.timeout(30):
+        while await asyncio.to_thread(driver.status) != status:
+            pass
+
+
+@pytest.mark.parametrize("home", ["h1", "h2"])
+@pytest.mark.parametrize("reset", RESETS.values(), ids=RESETS)
+async def test_a_reset_ends_a_fatal_status(
+    cluster: Cluster, driver: NvmeGuest, home: str, reset: Callable[[NvmeGuest], object]
+):
+    await do(lambda: reset(driver))
+    await do(lambda: driver.enable(submissions=NOWHERE))
+    await do(driver.submit)
+    await until_status(driver, FATAL)
+    if home != "h1":
+        await cluster.move("m0", {"vf1": f"{home}/nvme0"})
+    # As Linux's driver does when it is unbound and bound, or finds the status itself.
+    assert driver.status() == FATAL
+    await do(lambda: reset(driver))
+    await do(driver.enable)
+    await do(driver.identify)
+
+
+@pytest.mark.parametrize("home", ["h1", "h2"])
+async def test_a_broken_function_is_found_broken_at_once_and_comes_back_with_a_reset(
+    cluster: Cluster, driver: NvmeGuest, home: str
+):
+    if home != "h1":
+        await cluster.move("m0", {"vf1": f"{home}/nvme0"})
+    await cluster.local.hosts[home].restart("--allow-faults")
+    await do(driver.identify)
+    await break_function(cluster, home, generation=1 if home == "h1" else 2)
+    assert driver.status() == 0xFFFFFFFF
+    await do(driver.submit)
+    # Whoever begins anew finds it as it is.
+    await cluster.local.hosts["h1"].restart("--allow-faults")
+    for reset in list(RESETS.values())[:2]:
+        assert driver.status() == 0xFFFFFFFF
+        await do(lambda reset=reset: reset(driver))
+        await do(driver.enable)
+        await do(driver.identify)
+        await break_function(cluster, home, generation=1 if home == "h1" else 2)
 
 
 async def test_a_guest_that_was_powered_off_begins_anew(cluster: Cluster, driver: NvmeGuest, tmp_path: Path):

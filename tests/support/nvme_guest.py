@@ -35,10 +35,10 @@ class NvmeGuest:
         assert not self.vmm.set_eventfds(0, (self.eventfd,)).error
         self.enable()
 
-    def enable(self) -> None:
+    def enable(self, submissions: int = SUBMISSIONS) -> None:
         self.tail = self.submitted = 0
         self.memory.content[COMPLETIONS : COMPLETIONS + PAGE] = bytes(PAGE)
-        for register, value in ((AQA, 15 << 16 | 15), (ASQ, SUBMISSIONS), (ACQ, COMPLETIONS), (CC, ENABLE)):
+        for register, value in ((AQA, 15 << 16 | 15), (ASQ, submissions), (ACQ, COMPLETIONS), (CC, ENABLE)):
             self.vmm.write(0, register, value.to_bytes(4, "little"))
         assert self.status() == 1
 

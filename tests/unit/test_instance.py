@@ -184,6 +184,24 @@ def test_a_reset_by_a_driver_has_its_place_among_its_accesses_and_is_done_once(b
     assert instance.resets == 1
 
 
+def test_a_driver_finds_a_broken_function_broken_and_can_reset_it(bench: Bench):
+    instance = bench.create()
+    sequencer, base = instance.image.sequencer("d1"), instance.about.base
+    do(instance, 1, checker.SCRATCH, 0x11)
+    bench.functions.fail(instance)
+    assert isinstance(access(bench), tuple)
+    assert do(instance, 2, checker.SCRATCH, 0x22) == (ACCESS_STATUS_UNSUPPORTED_REQUEST, b"")
+    assert do(instance, 3, checker.SCRATCH) == (ACCESS_STATUS_UNSUPPORTED_REQUEST, b"\xff" * 8)
+    assert int.from_bytes(instance.image.memory[checker.SCRATCH : checker.SCRATCH + 8], "little") == 0x11
+    for _ in range(2):
+        assert instance.access(sequencer, 4, ACCESS_KIND_RESET, base, 8, b"") == (ACCESS_STATUS_OK, bytes(8))
+    assert (instance.state, instance.resets) == (RUNNING, 1)
+    do(instance, 5, checker.SCRATCH, 0x33)
+    assert do(instance, 6, checker.SCRATCH)[1] == (0x33).to_bytes(8, "little")
+    # A repeated access has the answer that it had.
+    assert do(instance, 3, checker.SCRATCH) == (ACCESS_STATUS_UNSUPPORTED_REQUEST, b"\xff" * 8)
+
+
 def test_a_fence_changes_nothing(bench: Bench):
     instance = bench.create()
     sequencer, base = instance.image.sequencer("d1"), instance.about.base
