@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Protocol
 
-from hostd.guest import holder, vfio_user
+from hostd.guest import frames, vfio_user
 from hostd.guest.configuration import SPACE_BYTES, ConfigurationSpace
+from hostd.guest.descriptors import is_eventfd
 from hostd.guest.interrupts import Interrupts
 from hostd.guest.memory import GuestMemory
 from hostd.guest.vfio_user import Command, Message, ProtocolError
@@ -127,7 +128,7 @@ class GuestDevice:
         match message.command:
             case _ if refused:
                 raise ProtocolError(f"{refused} descriptors that are neither memory nor eventfds")
-            case _ if message.flags & vfio_user.TYPE:
+            case _ if message.flags & frames.TYPE:
                 raise ProtocolError("no command, but an answer")
             case Command.REGION_WRITE:
                 self._write(message)
@@ -187,7 +188,7 @@ class GuestDevice:
 
     def _read(self, message: Message) -> None:
         region, offset, length, _ = vfio_user.region_access(message)
-        head = message.body[: vfio_user.REGION_ACCESS.size]
+        head = message.body[: frames.REGION_ACCESS.size]
         if region == vfio_user.CONFIGURATION_REGION:
             self._port.reply(message.reply(head + self._configuration.read(offset, length)))
             return
@@ -216,7 +217,7 @@ class GuestDevice:
             self._port.keep(_CONFIGURATION_KEY, self._configuration.state())
         else:
             self._port.access(ACCESS_KIND_WRITE, self._place(region, offset, length), length, data, None)
-        self._reply(message, message.body[: vfio_user.REGION_ACCESS.size])
+        self._reply(message, message.body[: frames.REGION_ACCESS.size])
 
     def _place(self, region: int, offset: int, length: int) -> int:
         """Return where in the function's window an access goes. Raise ProtocolError if it goes nowhere."""
@@ -269,7 +270,7 @@ class GuestDevice:
             raise ProtocolError(f"interrupts {first}+{count} of kind {index}, flags {flags:#x}; there are {vectors}")
         named = range(first, first + count) if count else range(vectors)
         if flags & vfio_user.SET_EVENTFD:
-            if not all(holder.is_eventfd(descriptor) for descriptor in descriptors):
+            if not all(is_eventfd(descriptor) for descriptor in descriptors):
                 raise ProtocolError("a descriptor that is no eventfd")
             for vector, descriptor in zip_longest(named, descriptors[:count]):
                 if descriptor is not None:

@@ -13,8 +13,8 @@ from functools import partial
 
 from hostd.dma_receiver import DmaReceiver
 from hostd.driver import Driver
-from hostd.guest import holder
 from hostd.guest.device import Answered, GuestDevice
+from hostd.guest.frames import Kind
 from hostd.guest.holder_link import Frame, HolderLink
 from hostd.guest.memory import GuestMemory
 from hostd.guest.vfio_user import Message
@@ -72,6 +72,7 @@ class LiveGuest:
         self._resets = 0
         self._accesses = 0
         self._is_telling = False
+        self._is_over = False
         self._has_room = asyncio.Event()
         self._waiting: set[asyncio.Task[None]] = set()
 
@@ -101,7 +102,8 @@ class LiveGuest:
         self._device.gone()
 
     def end(self) -> None:
-        """Let go of guest memory; the holder has descriptors of its own."""
+        """Let go of guest memory; the holder has descriptors of its own. Answers that come later are nobody's."""
+        self._is_over = True
         for task in self._waiting:
             task.cancel()
         self._receiver.interrupted = self._told
@@ -168,16 +170,16 @@ class LiveGuest:
 
     def _take(self, frame: Frame) -> None:
         match frame.kind:
-            case holder.HELLO:
+            case Kind.HELLO:
                 self._greet(frame)
                 return
-            case holder.KEPT:
+            case Kind.KEPT:
                 if frame.key == _CONNECTED_KEY:
                     self._changed(GUEST_STATE_CONNECTED)
                 else:
                     self._device.restore(frame.key, frame.data, frame.descriptors)
                 return
-            case holder.READY:
+            case Kind.READY:
                 self._device.interrupts.raise_all()
             case _:
                 self._carry_out(frame)
@@ -199,11 +201,11 @@ class LiveGuest:
     def _carry_out(self, frame: Frame) -> None:
         progress = self._at_hand = Progress(frame.number, self._sequence)
         self._in_progress.append(progress)
-        if frame.kind == holder.CONNECTED:
+        if frame.kind == Kind.CONNECTED:
             self.keep(_CONNECTED_KEY, b"")
             self._device.connected()
             self._changed(GUEST_STATE_CONNECTED)
-        elif frame.kind == holder.GONE:
+        elif frame.kind == Kind.GONE:
             self.drop(_CONNECTED_KEY)
             self._device.gone()
             self._changed(GUEST_STATE_WAITING)
@@ -227,6 +229,8 @@ class LiveGuest:
         self._settle(progress, answered, answer.exception() or answer.result())
 
     def _settle(self, progress: Progress, answered: Answered | None, outcome: Result | BaseException) -> None:
+        if self._is_over:
+            return
         self._accesses -= 1
         if answered is not None:
             self._at_hand = progress

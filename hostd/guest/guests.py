@@ -5,6 +5,8 @@
          ▲  └─ holder ends: another ─┘ VMM goes  │
          └───────────────────────────────────────┘
 
+A connection to a holder that breaks, and the holder lives, is made again: what wasn't done is done then.
+
 What has become of a guest is in etcd, in a key that only this host writes.
 """
 
@@ -34,6 +36,8 @@ from vfleet.v1.types_pb2 import (
 ANSWER_MARGIN_MS = 500
 """How long before the VMM gives up the holder answers by itself."""
 RETRY_S = 1.0
+RECONNECT_S = 0.05
+"""From the end of a connection to the next: a holder that is about to end has done so by then."""
 
 _KIND = "guest"
 _log = logging.getLogger(__name__)
@@ -81,7 +85,11 @@ class Guests:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        link = holder_link.connect(self._directory, name)
+        try:
+            link = holder_link.connect(self._directory, name)
+        except VfleetError as error:
+            _log.error("its end is put off until another driver comes or goes: %s", error)
+            return
         if link is not None:
             await link.quit()
         holder_link.forget(self._directory, name, record.socket)
@@ -129,11 +137,14 @@ class Guests:
         try:
             await live.run()
         except HolderGoneError:
-            record = self._ledger.get(_KIND, driver.name, GuestRecord)
-            if record is not None and record.connected:
-                self._lose(driver, live)
+            await self._clock.sleep(RECONNECT_S)
             with contextlib.suppress(OSError, ValueError):
                 holder_link.reap(int((self._directory / f"{driver.name}.pid").read_text()))
+            record = self._ledger.get(_KIND, driver.name, GuestRecord)
+            if holder_link.is_there(self._directory, driver.name):
+                _log.warning("the connection to the holder is broken, and made again")
+            elif record is not None and record.connected:
+                self._lose(driver, live)
         finally:
             live.end()
 

@@ -1,6 +1,5 @@
 """hostd's end of the connection to a holder (hostd/guest/holder.py): frames with descriptors, and its process."""
 
-import array
 import asyncio
 import contextlib
 import os
@@ -9,11 +8,14 @@ import socket
 import struct
 import sys
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hostd
 from hostd.guest import holder
-from hostd.guest.holder import FRAME, MAX_FRAME_BYTES
+from hostd.guest.descriptors import given, received
+from hostd.guest.frames import FRAME, MAX_DESCRIPTORS, MAX_FRAME_BYTES, Kind
 from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError
 
@@ -21,12 +23,11 @@ START_TIMEOUT_S = 10.0
 QUIT_TIMEOUT_S = 5.0
 _ASK_AGAIN_S = 0.02
 _FRAMES_AT_ONCE = 32
-_MAX_DESCRIPTORS = 16
 _CREDENTIALS = struct.Struct("iII")  # process, user, group
 
 
 class HolderGoneError(Exception):
-    """The holder has ended."""
+    """The connection to the holder is broken; the holder may have ended."""
 
 
 @dataclass(slots=True)
@@ -63,37 +64,43 @@ class HolderLink:
         while not (frames := self._take()):
             self._readable.clear()
             if not self._is_reading:
-                self._loop.add_reader(self._socket, self._readable.set)
+                self._loop.add_reader(self._socket, self._on_readable)
                 self._is_reading = True
             await self._readable.wait()
         return frames
 
+    def _on_readable(self) -> None:
+        # Frames may lie there until there is room for them: nobody is to be told of that again and again.
+        self._loop.remove_reader(self._socket)
+        self._is_reading = False
+        self._readable.set()
+
     def answer(self, number: int, message: bytes) -> None:
         """Answer a message of the VMM."""
-        self._send(FRAME.pack(holder.ANSWER, 0, number, 0) + message)
+        self._send(FRAME.pack(Kind.ANSWER, 0, number, 0) + message)
 
     def done(self, number: int, position: int) -> None:
         """Say that all messages up to a number are done; a successor is given the position."""
-        self._send(FRAME.pack(holder.DONE, 0, number, position))
+        self._send(FRAME.pack(Kind.DONE, 0, number, position))
 
     def keep(self, key: bytes, data: bytes, descriptor: int = -1) -> None:
         """Let the holder keep something for whoever comes after this hostd. The descriptor stays the caller's."""
-        self._send(FRAME.pack(holder.KEEP, len(key), 0, 0) + key + data, descriptor)
+        self._send(FRAME.pack(Kind.KEEP, len(key), 0, 0) + key + data, descriptor)
 
     def drop(self, key: bytes) -> None:
         """Let the holder keep something no longer."""
-        self._send(FRAME.pack(holder.DROP, len(key), 0, 0) + key)
+        self._send(FRAME.pack(Kind.DROP, len(key), 0, 0) + key)
 
     def ring(self, key: bytes) -> None:
         """Let the holder tell of an interrupt by the eventfd that it keeps by a key. Those that wait become one."""
         if key not in self._ringing:
-            self._send(FRAME.pack(holder.RING, len(key), 0, 0) + key)
+            self._send(FRAME.pack(Kind.RING, len(key), 0, 0) + key)
             if self._outbox:
                 self._ringing.add(key)
 
     async def quit(self) -> None:
         """Let the holder end, and end it if it doesn't: its VMM may keep it from all work."""
-        self._send(FRAME.pack(holder.QUIT, 0, 0, 0))
+        self._send(FRAME.pack(Kind.QUIT, 0, 0, 0))
         with contextlib.suppress(HolderGoneError):
             try:
                 async with asyncio.timeout(QUIT_TIMEOUT_S):
@@ -121,7 +128,7 @@ class HolderLink:
         while len(frames) < _FRAMES_AT_ONCE:
             try:
                 data, ancillary, flags, _ = self._socket.recvmsg(
-                    MAX_FRAME_BYTES, socket.CMSG_SPACE(4 * _MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
+                    MAX_FRAME_BYTES, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 break
@@ -133,11 +140,7 @@ class HolderLink:
                 raise HolderGoneError
             kind, key_bytes, number, position = FRAME.unpack_from(data)
             start = FRAME.size + key_bytes
-            descriptors = array.array("i")
-            for _, _, rights in ancillary:
-                descriptors.frombytes(rights)
-            frame = Frame(kind, number, position, data[FRAME.size : start], data[start:], list(descriptors))
-            frames.append(frame)
+            frames.append(Frame(kind, number, position, data[FRAME.size : start], data[start:], received(ancillary)))
             if flags & socket.MSG_CTRUNC:
                 for each in frames:
                     each.close()
@@ -150,14 +153,14 @@ class HolderLink:
             self._loop.add_writer(self._socket, self._flush)
 
     def _try_to_send(self, frame: bytes, descriptor: int) -> bool:
-        rights = array.array("i", [descriptor] if descriptor >= 0 else [])
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
         try:
-            self._socket.sendmsg([frame], ancillary)
+            self._socket.sendmsg([frame], given([descriptor] if descriptor >= 0 else []))
         except BlockingIOError:
             return False
         except OSError:
-            return True  # it has ended: `receive` says so
+            # What is lost is said again on the next connection: let `receive` say that this one is over.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
         return True
 
     def _flush(self) -> None:
@@ -169,20 +172,39 @@ class HolderLink:
 
 
 def connect(directory: Path, name: str) -> HolderLink | None:
-    """Connect to the holder of this name; None if there is none."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Connect to the holder of this name; None if there is none, or it has ended.
+
+    Raise HOST_UNAVAILABLE if it lives and has no time: its VMM keeps it from all work, and many have tried before.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # By way of the directory's descriptor, since an address of a socket has no more than 107 bytes.
-    at = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    connection.settimeout(0)
     try:
-        connection.connect(f"/proc/self/fd/{at}/{_control(name)}")
+        with _address(directory, name) as address:
+            connection.connect(address)
     except (ConnectionRefusedError, FileNotFoundError):
         connection.close()
         return None
+    except BlockingIOError:
+        connection.close()
+        raise VfleetError(Reason.HOST_UNAVAILABLE, f"the holder of guest {name!r} takes no connection") from None
+    return HolderLink(connection)
+
+
+def is_there(directory: Path, name: str) -> bool:
+    """Whether the holder of this name lives."""
+    with _address(directory, name) as address:
+        return holder.is_listened_at(Path(address))
+
+
+@contextlib.contextmanager
+def _address(directory: Path, name: str) -> Iterator[str]:
+    """Lend the address of a holder's socket: by way of a descriptor, since an address has no more than 107 bytes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    at = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{at}/{name}.control"
     finally:
         os.close(at)
-    connection.settimeout(0)
-    return HolderLink(connection)
 
 
 async def start(directory: Path, name: str, path: str, answer_within_ms: int, clock: Clock) -> HolderLink:
@@ -217,14 +239,23 @@ def forget(directory: Path, name: str, path: str) -> None:
 
 def _spawn(directory: Path, name: str, path: str, answer_within_ms: int) -> int:
     directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, holder.__file__, "--directory", str(directory), "--control", _control(name)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        holder.__name__,
+        "--directory",
+        str(directory),
+        "--control",
+        f"{name}.control",
+    ]
     command += ["--socket", path, "--answer-within-ms", str(answer_within_ms)]
     log = str(directory / f"{name}.log")
     # Without a parent's hand on it, as it outlives this process: it has a session of its own, and nobody waits for it.
     pid = os.posix_spawn(
         sys.executable,
         command,
-        os.environ,
+        {**os.environ, "PYTHONPATH": str(Path(hostd.__file__).parents[1])},
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644),
@@ -239,10 +270,6 @@ def _spawn(directory: Path, name: str, path: str, answer_within_ms: int) -> int:
 def _last_line(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "it says nothing"
-
-
-def _control(name: str) -> str:
-    return f"{name}.control"
 
 
 def _close(descriptor: int) -> None:

@@ -12,18 +12,20 @@ from enum import IntEnum
 from struct import Struct, error
 from typing import Final
 
-from hostd.guest.holder import HEADER, MAX_MESSAGE_BYTES
+from hostd.guest.frames import (
+    FAILED,
+    HEADER,
+    MAX_DESCRIPTORS,
+    MAX_MESSAGE_BYTES,
+    NO_REPLY,
+    REGION_ACCESS,
+    REPLY,
+)
 from vfleet.address import PAGE_BYTES
 
 MAJOR: Final = 0
 MINOR: Final = 1
-MAX_DESCRIPTORS: Final = 16
 MAX_DATA_BYTES: Final = 4096
-
-TYPE: Final = 0xF
-REPLY: Final = 1
-NO_REPLY: Final = 1 << 4
-FAILED: Final = 1 << 5
 
 MAP_READABLE: Final = 1 << 0
 MAP_WRITABLE: Final = 1 << 1
@@ -48,7 +50,6 @@ DEVICE_INFO = Struct("<IIII")  # bytes of this, flags, regions, kinds of interru
 REGION_INFO = Struct("<IIIIQQ")  # bytes of this, flags, index, where capabilities begin, bytes, offset
 INTERRUPT_INFO = Struct("<IIII")  # bytes of this, flags, index, number
 SET_INTERRUPTS = Struct("<IIIII")  # bytes of this, flags, index, first, number
-REGION_ACCESS = Struct("<QII")  # offset, region, bytes
 VERSION = Struct("<HH")
 
 

@@ -6,7 +6,7 @@ import struct
 from atheris import FuzzedDataProvider
 from support.guest_port import BARS, GuestPort
 
-from hostd.guest import vfio_user
+from hostd.guest import frames, vfio_user
 from hostd.guest.vfio_user import Command, Message
 
 COMMANDS = [int(command) for command in Command]
@@ -16,7 +16,7 @@ LAYOUTS = (
     vfio_user.SET_INTERRUPTS,
     vfio_user.REGION_INFO,
     vfio_user.INTERRUPT_INFO,
-    vfio_user.REGION_ACCESS,
+    frames.REGION_ACCESS,
     vfio_user.VERSION,
 )
 EDGES = (0, 1, 3, 8, 0x10, 0x48, 0x1000, 0x4000, 1 << 31, (1 << 32) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1)
@@ -32,7 +32,7 @@ def messages(given: bytes) -> None:
         message = Message(
             identifier=data.ConsumeIntInRange(0, 0xFFFF),
             command=data.PickValueInList([*COMMANDS, data.ConsumeIntInRange(0, 0xFFFF)]),
-            flags=data.PickValueInList([0, 0, vfio_user.NO_REPLY, data.ConsumeIntInRange(0, 0xFFFFFFFF)]),
+            flags=data.PickValueInList([0, 0, frames.NO_REPLY, data.ConsumeIntInRange(0, 0xFFFFFFFF)]),
             body=_body(data),
         )
         descriptors = [_descriptor(data) for _ in range(data.ConsumeIntInRange(0, 2))]

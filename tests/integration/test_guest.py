@@ -14,6 +14,8 @@ from support.local_cluster import Cluster, assert_nothing_left, eventually, refu
 from support.nvme_guest import CC, PAGE, VS, NvmeGuest, runs
 from support.vmm import CONFIGURATION, DEVICE_INFO, INTERRUPT_INFO, REGION_INFO, RESET
 
+from hostd.guest import holder_link
+from hostd.guest.holder_link import HolderGoneError, HolderLink
 from vfleet.driver import DriverClient
 from vfleet.errors import Reason
 from vfleet.rpc import Channels, call
@@ -70,6 +72,12 @@ async def until_state(cluster: Cluster, state: GuestState.ValueType) -> None:
         return (await cluster.fleet.get_driver("g1")).guest_state == state
 
     await eventually(is_said)
+
+
+async def until_gone(link: HolderLink) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            await link.receive()
 
 
 def holder_of(tmp_path: Path, host: str = "h1") -> int:
@@ -225,6 +233,23 @@ async def test_a_holder_that_ends_under_its_vmm_is_lost_and_the_fleet_says_so(
         await do(again.identify)
     finally:
         again.close()
+
+
+async def test_a_connection_to_the_holder_that_breaks_is_made_again(
+    cluster: Cluster, driver: NvmeGuest, tmp_path: Path
+):
+    await until_state(cluster, GUEST_STATE_CONNECTED)
+    for _ in range(3):
+        await do(driver.submit)
+        # The holder serves one hostd: whoever comes takes the other's place.
+        other = holder_link.connect(tmp_path / "cluster" / "h1" / "guests", "g1")
+        assert other is not None
+        with pytest.raises(HolderGoneError):
+            await until_gone(other)
+        other.close()
+        await do(driver.completed)
+        await do(driver.identify)
+    assert (await cluster.fleet.get_driver("g1")).guest_state == GUEST_STATE_CONNECTED
 
 
 async def test_a_holder_that_ends_without_a_vmm_is_started_anew(cluster: Cluster, tmp_path: Path):

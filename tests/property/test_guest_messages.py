@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.guest_port import BARS, GuestPort
 
-from hostd.guest import vfio_user
+from hostd.guest import frames, vfio_user
 from hostd.guest.vfio_user import Command, Message
 from hostd.models import create_model
 
@@ -28,15 +28,13 @@ bodies = st.one_of(
     packed(vfio_user.UNMAP, small, small, numbers, numbers),
     packed(vfio_user.SET_INTERRUPTS, small, st.integers(0, 63), st.integers(0, 5), small, small),
     packed(vfio_user.REGION_INFO, small, small, small, small, numbers, numbers),
-    st.tuples(packed(vfio_user.REGION_ACCESS, numbers, st.integers(0, 10), small), st.binary(max_size=16)).map(
-        b"".join
-    ),
+    st.tuples(packed(frames.REGION_ACCESS, numbers, st.integers(0, 10), small), st.binary(max_size=16)).map(b"".join),
 )
 messages = st.builds(
     Message,
     identifier=st.integers(0, 0xFFFF),
     command=st.one_of(st.sampled_from(Command), st.integers(0, 0xFFFF)),
-    flags=st.one_of(st.just(0), st.sampled_from([vfio_user.NO_REPLY, 1, 0xFFFFFFFF])),
+    flags=st.one_of(st.just(0), st.sampled_from([frames.NO_REPLY, 1, 0xFFFFFFFF])),
     body=bodies,
 )
 

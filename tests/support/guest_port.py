@@ -1,6 +1,6 @@
 """A guest's device with a world around it that answers at once, and sees that it asks for nothing it must not."""
 
-from hostd.guest import vfio_user
+from hostd.guest import frames
 from hostd.guest.device import Answered, GuestDevice
 from hostd.guest.memory import GuestMemory
 from hostd.models.pci import pci_function
@@ -50,7 +50,7 @@ class GuestPort:
             answered((ACCESS_STATUS_OK, bytes(length)))
 
     def reply(self, message: bytes, after_write: int = 0) -> None:
-        assert len(message) == vfio_user.HEADER.unpack_from(message)[2] <= vfio_user.MAX_MESSAGE_BYTES
+        assert len(message) == frames.HEADER.unpack_from(message)[2] <= frames.MAX_MESSAGE_BYTES
         self.replies += 1
         self.last_reply = message
 

@@ -1,0 +1,88 @@
+"""The holder's end of a VMM's connection: messages, whole, with the descriptors that came with them.
+
+A descriptor that is neither memory nor an eventfd is closed here, whose file system may be the VMM's own.
+"""
+
+import os
+import socket
+from dataclasses import dataclass, field
+
+from hostd.guest.descriptors import is_eventfd, is_memory, received
+from hostd.guest.frames import HEADER, MAX_DESCRIPTORS, MAX_MESSAGE_BYTES
+
+SEND_TIMEOUT_S = 5.0
+
+
+class VmmGoneError(Exception):
+    """The VMM has closed its socket, or has said what can't be understood."""
+
+
+@dataclass(slots=True)
+class Received:
+    """A message of the VMM, and how many of its descriptors were refused. The others belong to whoever takes it."""
+
+    data: bytes = b""
+    descriptors: list[int] = field(default_factory=list)
+    refused: int = 0
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self.descriptors.clear()
+
+
+class VmmSocket:
+    """A connection that was accepted. Its methods raise VmmGoneError."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(SEND_TIMEOUT_S)
+        self.socket = connection
+        self._partial = Received()
+
+    def read(self) -> Received | None:
+        """Read what there is of one message, its header or what is left of it, and return the message once whole."""
+        partial = self._partial
+        has_header = len(partial.data) >= HEADER.size
+        length = HEADER.unpack_from(partial.data)[2] if has_header else HEADER.size
+        try:
+            data, ancillary, flags, _ = self.socket.recvmsg(
+                length - len(partial.data), socket.CMSG_SPACE(4 * MAX_DESCRIPTORS), socket.MSG_DONTWAIT
+            )
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise VmmGoneError from error
+        self._take(received(ancillary))
+        partial.data += data
+        if not data or flags & socket.MSG_CTRUNC or len(partial.descriptors) + partial.refused > MAX_DESCRIPTORS:
+            raise VmmGoneError
+        if len(partial.data) < HEADER.size:
+            return None
+        identifier, command, length, _, _ = HEADER.unpack_from(partial.data)
+        if not HEADER.size <= length <= MAX_MESSAGE_BYTES:
+            raise VmmGoneError(f"message {identifier} (command {command}) of {length} bytes")
+        if len(partial.data) < length:
+            return None
+        self._partial = Received()
+        return partial
+
+    def send(self, message: bytes) -> None:
+        """Send a message whole, which may take up to 5 s."""
+        try:
+            self.socket.sendall(message)
+        except OSError as error:
+            raise VmmGoneError from error
+
+    def close(self) -> None:
+        """Close it, and what came with a message that wasn't whole."""
+        self._partial.close()
+        self.socket.close()
+
+    def _take(self, descriptors: list[int]) -> None:
+        for descriptor in descriptors:
+            if is_eventfd(descriptor) or is_memory(descriptor):
+                self._partial.descriptors.append(descriptor)
+            else:
+                os.close(descriptor)
+                self._partial.refused += 1
