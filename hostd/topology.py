@@ -23,31 +23,26 @@
                 vf_stride: 1
                 bars: {0: 4KiB, 2: 1MiB}  # a number of bytes, or KiB, MiB, GiB
 
+Functions and drivers may be declared beside hosts: see vfleet/declared.py.
+
 Names of bridges, physical adapters and power domains are those of the host, and are stored as given: on two hosts the
 same name means two things. Attachments are names in the fleet.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, StrictInt, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as pydantic_dataclass
-from pydantic_core import ErrorDetails, PydanticCustomError
-
+from hostd.declared import check_functions
 from hostd.models import create_model, max_drivers
 from hostd.sriov import Sriov
 from hostd.state_stream import FORMAT_VERSION
+from hostd.topology_schema import LAST_BUS, BridgeSection, DeviceSection, HostSection, read
 from hostd.yaml_file import FieldPath, YamlFile
 from vfleet.address import AddressError, format_routing_id, routing_id
 from vfleet.errors import VfleetError, invalid_field, not_found
-from vfleet.names import EXPECTED, check_name
 from vfleet.v1.records_pb2 import Device, StateVersion
 from vfleet.v1.types_pb2 import Bar, Manufacturer
-
-LAST_BUS = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +135,7 @@ def load(path: Path | str, host: str | None = None) -> HostTopology:
 def load_all(path: Path | str) -> dict[str, HostTopology]:
     """Return all hosts of a topology file by name, in its order. Raise as `load` does."""
     file = YamlFile(Path(path))
-    try:
-        fleet = TypeAdapter(_Fleet).validate_python(file.data)
-    except ValidationError as invalid:
-        raise _first_schema_error(file, invalid.errors()) from None
+    fleet = read(file)
     if not fleet.hosts:
         raise file.refuse(("hosts",), "is []; expected at least one host")
     hosts: dict[str, HostTopology] = {}
@@ -157,126 +149,8 @@ def load_all(path: Path | str) -> dict[str, HostTopology]:
                     (*at, "segment"), f"is {host.segment}; expected a segment other than that of {other.name}"
                 )
         hosts[host.name] = _HostBuilder(file, host.name).build(host, at)
+    check_functions(file, fleet.functions, {name: host.devices() for name, host in hosts.items()})
     return hosts
-
-
-# What the file may say. A validator's message is what was expected.
-
-
-def _check_int(low: int, high: int) -> BeforeValidator:
-    def check(value: object) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise PydanticCustomError("expected", "an integer from {low} to {high}", {"low": low, "high": high})
-        return value
-
-    return BeforeValidator(check)
-
-
-def _check_name(value: object) -> str:
-    try:
-        return check_name("name", value if isinstance(value, str) else "")
-    except VfleetError:
-        raise PydanticCustomError("expected", "{form}", {"form": EXPECTED}) from None
-
-
-_SIZE = re.compile(r"([0-9]{1,10}) ?(KiB|MiB|GiB)")
-_UNIT_BYTES = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-
-
-def _check_size(value: object) -> int:
-    if type(value) is int:
-        return value
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise PydanticCustomError("expected", "a number of bytes, or one of KiB, MiB or GiB, for example 64KiB")
-    return int(match[1]) * _UNIT_BYTES[match[2]]
-
-
-_Name = Annotated[str, BeforeValidator(_check_name)]
-_Bus = Annotated[int, _check_int(0, LAST_BUS)]
-_Uint16 = Annotated[int, _check_int(0, 0xFFFF)]
-_Positive16 = Annotated[int, _check_int(1, 0xFFFF)]
-
-
-_CLOSED = ConfigDict(extra="forbid")
-
-
-@pydantic_dataclass(frozen=True, kw_only=True, config=_CLOSED)
-class _Manufacturer:
-    vendor_id: _Uint16
-    device_id: _Uint16
-
-
-@pydantic_dataclass(frozen=True, kw_only=True, config=_CLOSED)
-class _Device:
-    name: _Name
-    bus: _Bus | None = None
-    device: Annotated[int, _check_int(0, 31)] = 0
-    function: Annotated[int, _check_int(0, 7)] = 0
-    model: _Name
-    manufacturer: _Manufacturer
-    io_type: Literal["network", "storage", "accelerator"]
-    physical_adapter: _Name | None = None
-    power_domain: _Name
-    attachments: tuple[_Name, ...] = ()
-    total_vfs: _Positive16
-    first_vf_offset: _Positive16
-    vf_stride: _Positive16
-    bars: dict[StrictInt, Annotated[int, BeforeValidator(_check_size)]]
-
-
-@pydantic_dataclass(frozen=True, kw_only=True, config=_CLOSED)
-class _Bridge:
-    name: _Name
-    secondary: _Bus
-    subordinate: _Bus
-    bridges: tuple["_Bridge", ...] = ()
-    devices: tuple[_Device, ...] = ()
-
-
-@pydantic_dataclass(frozen=True, kw_only=True, config=_CLOSED)
-class _Host:
-    name: _Name
-    segment: _Uint16
-    bridges: tuple[_Bridge, ...] = ()
-    devices: tuple[_Device, ...] = ()
-
-
-@pydantic_dataclass(frozen=True, kw_only=True, config=_CLOSED)
-class _Fleet:
-    hosts: tuple[_Host, ...]
-
-
-_SECTIONS: Mapping[str, type[_Host | _Bridge | _Device | _Manufacturer]] = {
-    "hosts": _Host,
-    "bridges": _Bridge,
-    "devices": _Device,
-    "manufacturer": _Manufacturer,
-}
-_KINDS = {
-    "dataclass_type": "a mapping",
-    "dict_type": "a mapping",
-    "tuple_type": "a list",
-    "int_type": "an integer",
-}
-
-
-def _first_schema_error(file: YamlFile, errors: Sequence[ErrorDetails]) -> VfleetError:
-    # A misspelt key is both unknown and missing; that it is unknown tells more.
-    told = [details for details in errors if details["type"] != "missing"] or errors
-    return min((_schema_error(file, details) for details in told), key=lambda error: int(error.metadata["line"]))
-
-
-def _schema_error(file: YamlFile, details: ErrorDetails) -> VfleetError:
-    path = tuple(step for step in details["loc"] if step != "[key]")
-    if details["type"] == "missing":
-        return file.refuse(path, "is missing; expected a value")
-    if details["type"] in ("unexpected_keyword_argument", "invalid_key"):
-        section = next((_SECTIONS[step] for step in reversed(path[:-1]) if isinstance(step, str)), _Fleet)
-        return file.refuse(path, f"is unknown; expected one of {', '.join(field.name for field in fields(section))}")
-    expected = _KINDS.get(details["type"], details["msg"].removeprefix("Input should be "))
-    shown = repr(details["input"])
-    return file.refuse(path, f"is {shown if len(shown) <= 80 else shown[:77] + '...'}; expected {expected}")
 
 
 class _HostBuilder:
@@ -289,13 +163,20 @@ class _HostBuilder:
         self._devices: set[str] = set()
         self._owners: dict[int, str] = {0: "main memory"}
 
-    def build(self, host: _Host, at: FieldPath) -> HostTopology:
+    def build(self, host: HostSection, at: FieldPath) -> HostTopology:
         bridges = self._build_bridges(host.bridges, at, "the root complex", 0, LAST_BUS, parents=("", ""))
         devices = self._build_devices(host.devices, at, 0, LAST_BUS, bridges, parents=("", ""))
         return HostTopology(host.name, host.segment, BridgeTopology("", 0, LAST_BUS, bridges, devices))
 
     def _build_bridges(
-        self, bridges: Sequence[_Bridge], at: FieldPath, above: str, low: int, high: int, *, parents: tuple[str, str]
+        self,
+        bridges: Sequence[BridgeSection],
+        at: FieldPath,
+        above: str,
+        low: int,
+        high: int,
+        *,
+        parents: tuple[str, str],
     ) -> tuple[BridgeTopology, ...]:
         built: list[BridgeTopology] = []
         for index, bridge in enumerate(bridges):
@@ -322,7 +203,7 @@ class _HostBuilder:
 
     def _build_devices(
         self,
-        devices: Sequence[_Device],
+        devices: Sequence[DeviceSection],
         at: FieldPath,
         low: int,
         high: int,
@@ -361,7 +242,7 @@ class _HostBuilder:
             )
         return tuple(built)
 
-    def _build_sriov(self, device: _Device, here: FieldPath, secondary: int) -> Sriov:
+    def _build_sriov(self, device: DeviceSection, here: FieldPath, secondary: int) -> Sriov:
         bus = secondary if device.bus is None else device.bus
         pf = routing_id(bus, device.device, device.function)
         try:
@@ -371,7 +252,7 @@ class _HostBuilder:
 
     def _claim(
         self,
-        device: _Device,
+        device: DeviceSection,
         sriov: Sriov,
         here: FieldPath,
         low: int,

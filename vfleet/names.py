@@ -37,3 +37,8 @@ def is_device_name(value: str) -> bool:
 def host_of(device: str) -> str:
     """Return the host in a device's name, HOST/DEVICE."""
     return device.partition("/")[0]
+
+
+def guest_driver_name(function: str) -> str:
+    """Return what the driver of a virtual machine is called that is given no name. It may be too long for one."""
+    return f"guest-{function}"

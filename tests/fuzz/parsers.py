@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 from unittest import mock
@@ -14,15 +14,20 @@ from atheris import FuzzedDataProvider
 from fuzz.messages import TEXTS
 from prometheus_client import CollectorRegistry
 
-from hostd.topology import load_all
+from hostd.topology import HostTopology, load_all
 from vfleet import metrics
 from vfleet.caller import parse_addresses
 from vfleet.cli import constraints, main, settings
 from vfleet.cli.migration import move_requests
+from vfleet.declared import DeclaredFunction, read_declared
 from vfleet.errors import Reason, VfleetError
 from vfleet.names import check_device_name, check_name
 
-DEMO = (Path(__file__).parents[2] / "vfleet" / "topologies" / "demo.yaml").read_text()
+DECLARED = """functions:
+  - {name: vf1, device: h1/nic0, vf_index: 1, drivers: [{guest: /tmp/a.sock, main_memory: 1MiB}, {name: d1, host: h2}]}
+  - {name: vf2, device: h2/nic1, drivers: [{name: d1, host: h2}, {name: g2, guest: /tmp/b.sock}]}
+"""
+DEMO = (Path(__file__).parents[2] / "vfleet" / "topologies" / "demo.yaml").read_text() + DECLARED
 DEMO_YAML = yaml.safe_load(DEMO)
 _FOLDER = Path(mkdtemp(prefix="vfleet-fuzz-"))
 # Commands that ask a cluster. There is none: the settings of the fuzzer's folder name none either.
@@ -125,6 +130,21 @@ def topology(given: bytes) -> None:
         for name, host in hosts.items():
             assert host.name == name
             assert all(device.name.startswith(f"{name}/") for device in host.devices())
+        _check_declared(read_declared(path), hosts)
+
+
+def _check_declared(functions: Sequence[DeclaredFunction], hosts: Mapping[str, HostTopology]) -> None:
+    """Check that what a topology declares can be asked for, in the form in which a coordinator is asked."""
+    devices = {device.name: device for host in hosts.values() for device in host.devices()}
+    assert len({function.name for function in functions}) == len(functions)
+    for function in functions:
+        check_name("function", function.name)
+        assert (function.vf_index or 1) <= devices[function.device].total_vfs
+        assert len(function.drivers) <= devices[function.device].max_drivers
+        for driver in function.drivers:
+            check_name("driver", function.driver_name(driver))
+            assert function.driver_host(driver) in hosts
+            assert driver.guest is None or driver.guest.startswith("/")
 
 
 def _changed(value: object, data: FuzzedDataProvider) -> object:
@@ -153,6 +173,9 @@ def _changed(value: object, data: FuzzedDataProvider) -> object:
                 {"a": 1},
                 "16EiB",
                 "é",
+                "h1/nic0",
+                "/tmp/a.sock",
+                "d1",
             ]
         )
     if isinstance(value, dict):

@@ -16,6 +16,7 @@ import typer
 from vfleet.caller import parse_addresses
 from vfleet.cli.output import print_table
 from vfleet.cli.session import OwnEtcdOption, refuse_certificates, run, state_file
+from vfleet.clock import SystemClock
 from vfleet.local import LocalCluster
 
 
@@ -30,7 +31,8 @@ def up(
     """Run a cluster on this machine until Ctrl-C.
 
     It has etcd, coordinators, and a hostd for each host of the topology, each a process of its own. Other vfleet
-    commands find it by themselves. A daemon that ends, or is killed, is started again.
+    commands find it by themselves. A daemon that ends, or is killed, is started again. Functions and drivers that the
+    topology declares are made if they aren't there.
 
     Example: vfleet up vfleet/topologies/demo.yaml
     """
@@ -46,8 +48,23 @@ async def _stay_up(cluster: LocalCluster) -> None:
     with contextlib.suppress(asyncio.CancelledError), cancelled_by_signals():
         async with cluster:
             with _announced(cluster):
+                await _ask_for_declared(cluster)
                 _print_cluster(cluster)
                 await cluster.keep_running(lambda line: typer.echo(line, err=True))
+
+
+async def _ask_for_declared(cluster: LocalCluster) -> None:
+    # Imported where they are needed: pydantic takes every command a tenth of a second.
+    from vfleet.cli.declaration import Declaration
+    from vfleet.declared import read_declared
+
+    async with cluster.fleet() as fleet:
+        declaration = Declaration(fleet, cluster.host, SystemClock(), typer.echo, _complain)
+        await declaration.ask_for(read_declared(cluster.topology))
+
+
+def _complain(line: str) -> None:
+    typer.echo(f"vfleet: {line}", err=True)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from vfleet.cli.output import Output, OutputOption, print_message
 from vfleet.cli.session import CoordinatorOption, EtcdOption, fleet_client, run
 from vfleet.cli.timeline import write_svg
 from vfleet.errors import invalid_field
+from vfleet.names import guest_driver_name
 from vfleet.v1.types_pb2 import Guest
 
 create_app = typer.Typer()
@@ -199,7 +200,7 @@ def attach(
         raise invalid_field("--driver", "", "a driver, unless there is --guest")
     if not guest and (longest_hold or message_timeout):
         raise invalid_field("--guest", "", "a socket, for --longest-hold-ms and --message-timeout-ms")
-    name = driver or f"guest-{function}"
+    name = driver or guest_driver_name(function)
     asked = Guest(socket=guest, longest_hold_ms=longest_hold, message_timeout_ms=message_timeout) if guest else None
     try:
         address = int(virtual_address, 0)
