@@ -6,10 +6,11 @@ it is, wherever it has gone meanwhile; what isn't, whoever ended it, is made.
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from vfleet.client import FleetClient, HostClient
+from vfleet.client import FleetClient
 from vfleet.clock import Clock
 from vfleet.declared import DeclaredDriver, DeclaredFunction
 from vfleet.errors import Reason, VfleetError
+from vfleet.host_client import HostClient
 from vfleet.v1.types_pb2 import GUEST_STATE_LOST, GUEST_STATE_UNSPECIFIED, Guest, GuestState
 
 PATIENCE_S = 30.0
