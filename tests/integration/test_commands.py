@@ -1,4 +1,4 @@
-"""An accelerator goes around the fleet with commands in flight, and daemons are killed: each command completes once."""
+"""Devices with queues go around the fleet with commands in flight, and daemons are killed: each completes once."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,27 +11,39 @@ from vfleet.v1.driver_service_pb2 import WorkloadOptions
 from vfleet.v1.records_pb2 import Phase
 from vfleet.v1.types_pb2 import TransferMode
 
-TOPOLOGY = Path(__file__).with_name("data") / "devices.yaml"
+DATA = Path(__file__).with_name("data")
 MAIN_MEMORY_BYTES = 4 << 20
 MODES = (TransferMode.TRANSFER_MODE_PRE_COPY, TransferMode.TRANSFER_MODE_POST_COPY)
-HOMES = ("h2/accel0", "h3/accel0", "h1/accel0")  # after h1/accel0; the driver is on h1
+
+
+@pytest.fixture(params=[("devices.yaml", "accel0", "accelerator"), ("nvme.yaml", "nvme0", "nvme")], ids=lambda p: p[2])
+def kind(request: pytest.FixtureRequest) -> tuple[str, str, str]:
+    """The topology, the device of each host, and the workload."""
+    return request.param
 
 
 @pytest.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
-    async with running(tmp_path, topology=TOPOLOGY) as cluster:
-        await cluster.fleet.create_function("vf1", "h1/accel0")
+async def cluster(tmp_path: Path, kind: tuple[str, str, str]) -> AsyncIterator[Cluster]:
+    """A fleet with vf1 on h1, and its driver at work there."""
+    topology, device, workload = kind
+    async with running(tmp_path, topology=DATA / topology) as cluster:
+        await cluster.fleet.create_function("vf1", f"h1/{device}")
         await cluster.fleet.attach_driver("vf1", "d1", host="h1", main_memory_bytes=MAIN_MEMORY_BYTES)
-        options = WorkloadOptions(kind="accelerator", window=64, seed=5)
-        await cluster.hosts["h1"].start_workload("d1", "vf1", options)
+        await cluster.hosts["h1"].start_workload("d1", "vf1", WorkloadOptions(kind=workload, window=64, seed=5))
         cluster.workloads["d1", "vf1"] = "h1"
         yield cluster
 
 
-async def test_every_command_completes_once_over_ten_moves_by_either_mode(cluster: Cluster) -> None:
+@pytest.fixture
+def homes(kind: tuple[str, str, str]) -> tuple[str, str, str]:
+    """Where it goes in turn."""
+    return f"h2/{kind[1]}", f"h3/{kind[1]}", f"h1/{kind[1]}"
+
+
+async def test_every_command_completes_once_over_ten_moves_by_either_mode(cluster: Cluster, homes) -> None:
     for number in range(10):
         await cluster.until_working(operations=300)
-        migration = await cluster.move(f"m{number}", {"vf1": HOMES[number % 3]}, mode=MODES[number % 2])
+        migration = await cluster.move(f"m{number}", {"vf1": homes[number % 3]}, mode=MODES[number % 2])
         assert migration.phase == Phase.PHASE_DONE, migration.abort_reason
     await cluster.until_working(operations=300)
     reports = await cluster.stop_workloads()
@@ -39,8 +51,8 @@ async def test_every_command_completes_once_over_ten_moves_by_either_mode(cluste
     await assert_nothing_left(cluster)
 
 
-async def test_a_command_completes_once_though_its_home_or_its_driver_is_killed(cluster: Cluster) -> None:
-    for number, (target, killed) in enumerate(zip(HOMES, ("h2", "h1", "h1"), strict=True)):
+async def test_a_command_completes_once_though_its_home_or_its_driver_is_killed(cluster: Cluster, homes) -> None:
+    for number, (target, killed) in enumerate(zip(homes, ("h2", "h1", "h1"), strict=True)):
         await cluster.until_working(operations=200)
         assert (await cluster.move(f"m{number}", {"vf1": target})).phase == Phase.PHASE_DONE
         await cluster.until_working(operations=50)
