@@ -50,8 +50,8 @@ kill-matrix: $(VENV)/installed-dev ## Kill and freeze everyone at every step of 
 
 promtool: .cache/promtool ## Get promtool, which tests of alerts need, from Debian's package of Prometheus
 
-bench-guest: $(VENV)/installed-dev ## Measure what a guest waits for: a register, a read, a move, over bare programs
-	PYTHONPATH=tests $(BIN)/python -m benchmarks guest_access --json $(or $(JSON),bench-guest.json)
+bench-guest: $(VENV)/installed-dev ## Measure what a guest waits for, over bare programs and beside what QEMU has, print a table and write JSON
+	PYTHONPATH=tests $(BIN)/python -m benchmarks guest_access guest_machine guest_today --json $(or $(JSON),bench-guest.json)
 
 demo-guest: $(VENV)/installed-dev ## Show functions of two Linux guests go from host to host ten times, and what the guests see of it
 	PYTHONPATH=tests $(BIN)/python -m guests.demo

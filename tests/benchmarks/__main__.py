@@ -1,7 +1,7 @@
-"""Measure: `python -m benchmarks [NAME…]`, with PYTHONPATH=tests. Without a name, all of them; `--list` names them.
+"""Measure: `python -m benchmarks [NAME…]`, with PYTHONPATH=tests. Without a name, all without virtual machines.
 
-Each module in benchmarks/figures is a benchmark: its docstring says what is compared with what, and its `run(size)`
-returns the figures.
+`--list` names them. Each module in benchmarks/figures or benchmarks/guest_figures is a benchmark: its docstring says
+what is compared with what, and its `run(size)` returns the figures.
 """
 
 import argparse
@@ -12,22 +12,25 @@ from pathlib import Path
 
 from benchmarks.measure import FULL, SMALL, Figure
 from benchmarks.report import machine, table
-from benchmarks.suite import benchmark, names
+from benchmarks.suite import benchmark, guest_names, names
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure ratios.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which to run; all by default")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="which to run; by default all without virtual machines"
+    )
     parser.add_argument("--list", action="store_true", help="name them, with what each compares, and end")
     parser.add_argument("--small", action="store_true", help="just enough to see that each runs")
     parser.add_argument("--json", type=Path, default=Path("bench.json"), help="where to write the figures")
     arguments = parser.parse_args()
-    unknown = sorted(set(arguments.names) - set(names()))
+    known = [*names(), *guest_names()]
+    unknown = sorted(set(arguments.names) - set(known))
     if unknown:
-        parser.error(f"no benchmark is called {unknown[0]!r}; there are {', '.join(names())}")
+        parser.error(f"no benchmark is called {unknown[0]!r}; there are {', '.join(known)}")
     chosen = arguments.names or names()
     if arguments.list:
-        for name in chosen:
+        for name in arguments.names or known:
             print(f"{name}\n{benchmark(name).__doc__}")
         return 0
     size = SMALL if arguments.small else FULL

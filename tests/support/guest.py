@@ -37,8 +37,10 @@ class VirtualMachine:
         self._reader = asyncio.StreamReader()
         self._writer: asyncio.StreamWriter | None = None
 
-    async def connect(self, agent: Path) -> None:
-        """Wait until the agent is there."""
+    async def connect(self, agent: Path, *, is_up: bool = False) -> None:
+        """Wait until the agent is there, which says so when the machine has booted: not if it `is_up` already."""
+        if self._writer is not None:
+            self._writer.close()
         async with asyncio.timeout(BOOT_TIMEOUT_S):
             while True:
                 try:
@@ -47,7 +49,8 @@ class VirtualMachine:
                 except OSError:
                     assert self.process.returncode is None, self.console.read_text(errors="replace")[-2000:]
                     await asyncio.sleep(0.05)
-            await self.until_ready()
+            if not is_up:
+                await self.until_ready()
 
     async def until_ready(self) -> None:
         """Wait until the agent says that it is there, after a boot."""
@@ -113,14 +116,20 @@ async def virtual_machine(
     modules: Sequence[str] = ("nvme", "crc32c_generic", "ext4"),
     message_timeout_ms: int = 60_000,
     reboots: bool = False,
+    kernel: str = "",
+    more: Sequence[str] = (),
 ) -> AsyncIterator[VirtualMachine]:
-    """Run a machine with a function behind each of these sockets, and end it."""
+    """Run a machine with a function behind each of these sockets, and end it.
+
+    `kernel` are further arguments of the kernel, `more` of QEMU, after two serial ports.
+    """
     console, agent = folder / "console", folder / "agent.sock"
     initramfs = make_initramfs(folder)
     command = [
-        *qemu(initramfs, sockets, f"modules={','.join(modules)}", message_timeout_ms),
+        *qemu(initramfs, sockets, f"modules={','.join(modules)} {kernel}", message_timeout_ms),
         *("-serial", f"file:{console}", "-serial", f"unix:{agent},server=on,wait=off"),
         *(() if reboots else ("-no-reboot",)),
+        *more,
     ]
     with (folder / "qemu.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
