@@ -34,7 +34,7 @@ class Beats:
     async def gaps_ms(
         self, machine: VirtualMachine, act: Callable[[], Awaitable[object]], *work: str
     ) -> tuple[float, float]:
-        """Let the guest work (`beats.py WORK…`), and do something to it. Return its longest gaps before, and from then on.
+        """Let the guest work (`beats.py WORK…`), and do something to it. Return its longest gaps before and since.
 
         Before: in half a second at rest. It ends when the work goes on steadily after what was done.
         """

@@ -6,7 +6,7 @@ port1: nvme    port2: virtio-net    port3: igb    port4: a virtio-net that stays
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from support.beats import Beats, port
@@ -35,14 +35,18 @@ class EmulatedMachine:
         with self._medium.open("wb") as medium:
             medium.truncate(MEDIUM_BYTES)
         self._number = 0
-        self.machine: VirtualMachine
-        self._monitor: Qmp
+        self._stack = AsyncExitStack()
 
     async def begin(self) -> None:
         """Boot it."""
         self.machine = VirtualMachine(await self._start(), self._console)
-        await self.machine.connect(self._socket("agent"))
+        self._stack.push_async_callback(self.machine.end)
         await self._connect()
+        await self.machine.connect(self._socket("agent"))
+
+    async def end(self) -> None:
+        """Power it off, at once."""
+        await self._stack.aclose()
 
     async def replug(self, name: str) -> None:
         """Unplug a device, and plug it in again as soon as the guest has let it go."""
@@ -64,7 +68,6 @@ class EmulatedMachine:
                 await asyncio.sleep(0.02)
             await machine.connect(self._socket("agent"), is_up=True)
         finally:
-            monitor.close()
             source.kill()
             await source.wait()
         return float(str(state["downtime"]))
@@ -87,6 +90,7 @@ class EmulatedMachine:
 
     async def _connect(self) -> None:
         self._monitor = await Qmp.connect(self._socket("monitor"))
+        self._stack.push_async_callback(self._monitor.close)
         self.beats.listen(self._socket("beats"))
 
     @property
@@ -105,4 +109,4 @@ async def emulated_machine(folder: Path) -> AsyncIterator[EmulatedMachine]:
         await emulated.begin()
         yield emulated
     finally:
-        await emulated.machine.end()
+        await emulated.end()

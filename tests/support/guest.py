@@ -39,8 +39,7 @@ class VirtualMachine:
 
     async def connect(self, agent: Path, *, is_up: bool = False) -> None:
         """Wait until the agent is there, which says so when the machine has booted: not if it `is_up` already."""
-        if self._writer is not None:
-            self._writer.close()
+        await self._disconnect()
         async with asyncio.timeout(BOOT_TIMEOUT_S):
             while True:
                 try:
@@ -66,6 +65,9 @@ class VirtualMachine:
         if self.process.returncode is None:
             self.process.kill()
         await self.process.wait()
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
         if self._writer is not None:
             self._writer.close()
             await asyncio.gather(self._writer.wait_closed(), return_exceptions=True)

@@ -53,8 +53,9 @@ class Qmp:
                         return
                 self._events.append(await self._line())
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._writer.close()
+        await asyncio.gather(self._writer.wait_closed(), return_exceptions=True)
 
     async def _line(self) -> dict:
         line = await self._reader.readline()

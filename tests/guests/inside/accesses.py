@@ -24,7 +24,7 @@ rounds, seconds, addresses = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
 class Controller:
     def __init__(self, address):
         place = f"/sys/bus/pci/devices/{address}"
-        (self.name,) = map(os.path.basename, glob.glob(f"{place}/nvme/nvme*"))
+        (self.disk,) = map(os.path.basename, glob.glob(f"{place}/nvme/*/nvme*n*"))
         self.registers = memoryview(mmap.mmap(os.open(f"{place}/resource0", os.O_RDWR), BLOCK)).cast("I")
 
     def register(self):
@@ -42,7 +42,7 @@ class Controller:
         return (time.monotonic() - began) / sum(counts) * 1e6
 
     def read(self, number, end, counts):
-        file, buffers = os.open(f"/dev/{self.name}n1", os.O_RDONLY | os.O_DIRECT), [mmap.mmap(-1, BLOCK)]
+        file, buffers = os.open(f"/dev/{self.disk}", os.O_RDONLY | os.O_DIRECT), [mmap.mmap(-1, BLOCK)]
         choose, count = random.Random(number).random, 0
         while time.monotonic() < end:
             os.preadv(file, buffers, int(choose() * BLOCKS) * BLOCK)

@@ -45,11 +45,13 @@ def found(pattern):
 
 
 def read(address):
-    name = found(f"{address}/nvme/nvme*")
-    file, buffers = os.open(f"/dev/{name}n1", os.O_RDONLY | os.O_DIRECT), [mmap.mmap(-1, BLOCK)]
+    name = found(f"{address}/nvme/*/nvme*n*")
+    file, buffers = os.open(f"/dev/{name}", os.O_RDONLY | os.O_DIRECT), [mmap.mmap(-1, BLOCK)]
     try:
         while not is_over():
-            os.preadv(file, buffers, random.randrange(BLOCKS) * BLOCK)
+            # Of a disk that is gone there is nothing to read.
+            if os.preadv(file, buffers, random.randrange(BLOCKS) * BLOCK) != BLOCK:
+                raise OSError("gone")
             tell()
     finally:
         os.close(file)
