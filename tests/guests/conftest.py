@@ -17,12 +17,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-cells", action="store_true", help="run what takes long too: make guest-matrix")
 
 
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out what waits for the guest's time-outs, which takes minutes, unless it is asked for."""
-    is_slow = collection_path.name == "test_falsified.py"
-    return True if is_slow and not config.getoption("--all-cells", default=False) else None
-
-
 @pytest.fixture(autouse=True)
 async def alone() -> AsyncIterator[None]:
     """Wait for one's turn. Without Debian's tools there is no QEMU: not run, which is a failure where CI=true."""

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import pytest
+from guests.fields import Field, writes_on_their_way
 from support.bench import VIRTUAL_ADDRESS, Bench, reason_of
 from support.fake_dma import FakeDmaLinks
 from support.fake_fabric import FakeFabric
@@ -227,6 +228,23 @@ async def test_what_was_sent_and_has_no_answer_is_sent_again_and_arrives_once(tm
     await rig.run()
     rig.link.carry_all()
     assert rig.interrupts() == 8
+    rig.close()
+
+
+@pytest.mark.parametrize("falsified", [None, *writes_on_their_way(Counter.private_bytes + 4096)])
+async def test_each_field_of_what_was_not_sent_counts(tmp_path: Path, monkeypatch, falsified: Field | None):
+    monkeypatch.setattr(hostd.models, "MODELS", {**hostd.models.MODELS, "counter": Counter})
+    rig = Rig(tmp_path, "h2")
+    await settle()
+    rig.link.break_off()
+    await rig.write(WANTED, 6)
+    await rig.run()
+    assert falsified is None or falsified.falsify(rig.memory)
+    rig.h2.restart()
+    rig.link.come_back()
+    await rig.run()
+    is_well = rig.interrupts() == 6 and [rig.written(n) for n in range(1, 7)] == [entry(n) for n in range(1, 7)]
+    assert is_well == (falsified is None)
     rig.close()
 
 
