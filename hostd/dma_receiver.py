@@ -12,9 +12,10 @@ import mmap
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from hostd.ledger import Ledger
+from hostd.memory import Memory, MemoryBusyError
 from hostd.models.base import MAX_DMA_BYTES
 from hostd.models.msix import MAX_VECTORS
 from hostd.translation import Entry
@@ -30,40 +31,6 @@ _REDO_BYTES = 2 * PAGE_BYTES
 _FILE_BYTES: Final = PAGE_BYTES + _REDO_BYTES
 _REDO_HEAD = struct.Struct("<IIQII")  # CRC-32, bytes of data, sequence, what, where
 _MEMORY, _INTERRUPT = 1, 2
-
-
-class Memory(Protocol):
-    """A driver's main memory, by offset. A virtual machine's has holes, and isn't there before the machine is."""
-
-    @property
-    def is_present(self) -> bool:
-        """Whether it is there. If not, what is to be done to it waits."""
-
-    def read(self, offset: int, length: int) -> bytes | None:
-        """Return bytes; None if there is a hole, or its end."""
-
-    def write(self, offset: int, data: bytes) -> bool:
-        """Put bytes there, those at the end last; nothing, and return False, if there is a hole, or its end."""
-
-
-class MappedMemory:
-    """Main memory that is one mapped file."""
-
-    is_present = True
-
-    def __init__(self, mapped: mmap.mmap) -> None:
-        self._mapped = mapped
-
-    def read(self, offset: int, length: int) -> bytes | None:
-        """Return bytes; None if they don't lie within."""
-        return self._mapped[offset : offset + length] if 0 <= offset <= len(self._mapped) - length else None
-
-    def write(self, offset: int, data: bytes) -> bool:
-        """Put bytes there. False if they don't lie within."""
-        if not 0 <= offset <= len(self._mapped) - len(data):
-            return False
-        self._mapped[offset : offset + len(data)] = data
-        return True
 
 
 Interrupted = Callable[[int, int], None]
@@ -106,7 +73,7 @@ class DmaReceiver:
         self._length = window.length_bytes
         self._is_redone = False
         if memory.is_present:
-            self._redo()
+            self._try_to_redo()
 
     @property
     def last(self) -> int:
@@ -117,11 +84,7 @@ class DmaReceiver:
     @property
     def accepts(self) -> bool:
         """Whether writes and reads may come: the main memory is there, and nobody has cut it off (`is_cut_off`)."""
-        if self.is_cut_off or not self._memory.is_present:
-            return False
-        if not self._is_redone:
-            self._redo()
-        return True
+        return not self.is_cut_off and self._memory.is_present and (self._is_redone or self._try_to_redo())
 
     def skip_to(self, sequence: int) -> None:
         """Let no write up to a sequence take effect any more: a reset of the function has cancelled them."""
@@ -162,7 +125,10 @@ class DmaReceiver:
         self._came.clear()
 
     def write(self, sequence: int, address: int, data: bytes) -> None:
-        """Apply the write with the next sequence, if it `accepts`. One that goes nowhere is counted, and done."""
+        """Apply the write with the next sequence, if it `accepts`. One that goes nowhere is counted, and done.
+
+        Raise MemoryBusyError: then it is the next still.
+        """
         offset = address - self._base
         if data and self._is_interrupt(address, data):
             vector = int.from_bytes(data, "little")
@@ -180,7 +146,10 @@ class DmaReceiver:
         self._advance(sequence)
 
     def read(self, reads: Sequence[DmaRead]) -> list[bytes] | None:
-        """Return what is in main memory; None, a DMA fault, if one of the reads isn't within it."""
+        """Return what is in main memory; None, a DMA fault, if one of the reads isn't within it.
+
+        Raise NotAtHandError if it has to be fetched.
+        """
         found: list[bytes] = []
         for read in reads:
             data = self._memory.read(read.address - self._base, read.length_bytes)
@@ -188,6 +157,13 @@ class DmaReceiver:
                 return None
             found.append(data)
         return found
+
+    async def fetch(self, reads: Sequence[DmaRead]) -> list[bytes] | None:
+        """Return what is in main memory, wherever that is, as `read` does. Raise MemoryBusyError."""
+        fetched = (self._memory.fetch(read.address - self._base, read.length_bytes) for read in reads)
+        found = await asyncio.gather(*fetched)
+        data = [each for each in found if each is not None]
+        return data if len(data) == len(found) else None
 
     def close(self) -> None:
         """Unmap the file."""
@@ -222,21 +198,23 @@ class DmaReceiver:
         record = _REDO_HEAD.pack(0, len(data), sequence, what, where)[4:] + data
         self._bytes[PAGE_BYTES : PAGE_BYTES + len(record) + 4] = zlib.crc32(record).to_bytes(4, "little") + record
 
-    def _redo(self) -> None:
-        """Do the rest of a write that a kill left begun."""
-        self._is_redone = True
+    def _try_to_redo(self) -> bool:
+        """Do the rest of a write that a kill left begun. Return False if it is to be done still."""
         crc, length, sequence, what, where = _REDO_HEAD.unpack_from(self._bytes, PAGE_BYTES)
         start = PAGE_BYTES + _REDO_HEAD.size
-        if length > MAX_DMA_BYTES or zlib.crc32(self._bytes[PAGE_BYTES + 4 : start + length]) != crc:
-            return
-        if sequence != self.last + 1:
-            return
-        data = bytes(self._bytes[start : start + length])
-        if what == _MEMORY:
-            self._memory.write(where, data)
-        else:
-            self._words[_COUNTS + where] = int.from_bytes(data, "little")
-        self._words[_LAST] = sequence
+        is_whole = length <= MAX_DMA_BYTES and zlib.crc32(self._bytes[PAGE_BYTES + 4 : start + length]) == crc
+        if is_whole and sequence == self.last + 1:
+            data = bytes(self._bytes[start : start + length])
+            if what == _MEMORY:
+                try:
+                    self._memory.write(where, data)
+                except MemoryBusyError:
+                    return False
+            else:
+                self._words[_COUNTS + where] = int.from_bytes(data, "little")
+            self._words[_LAST] = sequence
+        self._is_redone = True
+        return True
 
 
 class Receivers:

@@ -16,6 +16,7 @@ from hostd.dma_receiver import DmaReceiver
 from hostd.drivers import Drivers
 from hostd.engine_part import EnginePart, Entry
 from hostd.instance import Instance
+from hostd.memory import MemoryBusyError
 from vfleet.address import location_of
 from vfleet.background import in_background
 from vfleet.clock import Clock, backoff_delays
@@ -87,12 +88,24 @@ class DmaSender:
             self._pump_remote()
 
     def read_local(self, reads: Sequence[DmaRead]) -> list[bytes] | None:
-        """Return what is in a local driver's main memory, None for a DMA fault. Raise NotNowError."""
-        receiver = self._admit()
-        # Reads don't overtake writes.
-        if receiver is None or receiver.last < self._part.writes.last:
-            raise NotNowError
-        return receiver.read(reads)
+        """Return what is in a local driver's main memory, None for a DMA fault. Raise NotNowError, NotAtHandError."""
+        return self._reader().read(reads)
+
+    async def fetch_local(self, reads: Sequence[DmaRead]) -> list[bytes] | None:
+        """Return what is in a local driver's main memory, wherever that is, as `read_local`. Raise NotNowError."""
+        fetching = asyncio.ensure_future(self._reader().fetch(reads))
+        # As of a remote driver: who stops, or closes, waits for nothing.
+        self._read_number += 1
+        number = self._read_number
+        answer = self._reads[number] = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait((answer, fetching), return_when=asyncio.FIRST_COMPLETED)
+            return answer.result() if answer.done() else fetching.result()
+        except MemoryBusyError:
+            raise NotNowError from None
+        finally:
+            fetching.cancel()
+            self._reads.pop(number, None)
 
     async def read_remote(self, reads: Sequence[DmaRead]) -> list[bytes] | None:
         """Return what is in a remote driver's main memory, None for a DMA fault. Raise NotNowError."""
@@ -157,6 +170,13 @@ class DmaSender:
     def _waits(self) -> bool:
         return self._retry is not None and not self._retry.done()
 
+    def _reader(self) -> DmaReceiver:
+        receiver = self._admit()
+        # Reads don't overtake writes.
+        if receiver is None or receiver.last < self._part.writes.last:
+            raise NotNowError
+        return receiver
+
     def _admit(self) -> DmaReceiver | None:
         about, part = self._instance.about, self._part
         receiver = admit(self._reach.drivers, part.driver, about.function, about.generation, part.attachment)
@@ -167,10 +187,13 @@ class DmaSender:
         if receiver is None:
             self.wait()
             return
-        for entry in self._part.writes.entries(self._part.writes.head):
-            # Between these two a kill leaves it received and not acknowledged: then it is a repeated one.
-            if entry.sequence > receiver.last:
-                receiver.write(entry.sequence, entry.address, entry.data)
+        try:
+            for entry in self._part.writes.entries(self._part.writes.head):
+                # Between these two a kill leaves it received and not acknowledged: then it is a repeated one.
+                if entry.sequence > receiver.last:
+                    receiver.write(entry.sequence, entry.address, entry.data)
+        except MemoryBusyError:
+            self.wait()
         self._acknowledge(receiver.last)
 
     def _pump_remote(self) -> None:

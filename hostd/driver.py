@@ -14,9 +14,10 @@ from functools import partial
 
 from hostd.access_queue import AccessQueue
 from hostd.direct import DirectAccess
-from hostd.dma_receiver import DmaReceiver, MappedMemory, Receivers
+from hostd.dma_receiver import DmaReceiver, Receivers
 from hostd.grant import Grant
 from hostd.guest.memory import GuestMemory
+from hostd.memory import MappedMemory
 from hostd.reach import Reach
 from hostd.sequencer import Result
 from hostd.translation import Entry, TranslationTable

@@ -8,6 +8,7 @@ The engine takes no work while that has no room for the largest step; without ro
 """
 
 import asyncio
+import contextlib
 import enum
 import logging
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from hostd.dma_sender import DmaReach, DmaSender, NotNowError
 from hostd.engine_part import EnginePart
 from hostd.functions import Functions
 from hostd.instance import Instance
+from hostd.memory import NotAtHandError
 from hostd.models.base import MAX_DMA_BYTES, MAX_FRAME_BYTES, BusMaster, Frame, FrameSender, Step, Store, Work
 from vfleet import log
 from vfleet.background import in_background
@@ -219,14 +221,16 @@ class Engine:
         if reads is None:
             return None, True
         if self._sender.is_local and not has_to_wait:
-            return self._sender.read_local(reads), True
+            with contextlib.suppress(NotAtHandError):
+                return self._sender.read_local(reads), True
         attachment, resets = self._part.attachment, self.instance.resets
         if has_to_wait:
             self.faults.delays -= 1
             await self._clock.sleep(self.faults.delay_s)
             if self.instance.is_closed:
                 return None, False
-        data = await self._sender.read_remote(reads) if not self._sender.is_local else self._sender.read_local(reads)
+        sender = self._sender
+        data = await (sender.fetch_local(reads) if sender.is_local else sender.read_remote(reads))
         instance = self.instance
         if instance.is_closed or not instance.is_serving or self._part.attachment != attachment:
             return None, False

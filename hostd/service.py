@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from hostd import home, rest, transfer
 from hostd.client_access import ClientAccess
-from hostd.dma_exchange import exchange_dma
+from hostd.dma_exchange import exchange_all
 from hostd.host import Host
 from vfleet.errors import invalid_field
 from vfleet.v1 import driver_service_pb2 as driver_pb2
@@ -221,9 +221,8 @@ class FabricServicer(FabricServiceServicer):
     async def ExchangeDma(
         self, request_iterator: AsyncIterator[fabric_pb2.ExchangeDmaRequest], context: _Context
     ) -> AsyncIterator[fabric_pb2.ExchangeDmaResponse]:
-        async for request in request_iterator:
-            self._neighbours.check_masters(request)
-            yield exchange_dma(self._drivers, request)
+        async for response in exchange_all(self._drivers, request_iterator, self._neighbours.check_masters):
+            yield response
 
     async def DeliverFrames(
         self, request: fabric_pb2.DeliverFramesRequest, context: _Context

@@ -16,6 +16,7 @@ from typing import Protocol
 from hostd.guest import frames, vfio_user
 from hostd.guest.configuration import SPACE_BYTES, ConfigurationSpace
 from hostd.guest.descriptors import is_eventfd
+from hostd.guest.dma_messages import DmaMessages
 from hostd.guest.interrupts import Interrupts
 from hostd.guest.memory import GuestMemory
 from hostd.guest.vfio_user import Command, Message, ProtocolError
@@ -39,6 +40,7 @@ Answered = Callable[[Result], None]
 
 _FENCE_BYTES = 8
 _CONFIGURATION_KEY = b"configuration"
+DMA_KEY = b"dma"
 
 _log = logging.getLogger(__name__)
 
@@ -66,14 +68,13 @@ class Port(Protocol):
     def drop(self, key: bytes) -> None:
         """Let the holder keep it no longer."""
 
-    def ring(self, key: bytes) -> None:
-        """Let the holder tell of an interrupt by the eventfd that it keeps by a key."""
-
 
 class GuestDevice:
     """The function that `guest` describes, with the `limit` in bytes up to which guest memory may reach."""
 
-    def __init__(self, guest: Guest, function: PciFunction, memory: GuestMemory, limit: int, port: Port) -> None:
+    def __init__(
+        self, guest: Guest, function: PciFunction, memory: GuestMemory, messages: DmaMessages, limit: int, port: Port
+    ) -> None:
         self._function = function
         self._bars = {bar.index: bar.size_bytes for bar in guest.bars}
         self._layout = bar_layout(self._bars)
@@ -81,15 +82,18 @@ class GuestDevice:
             function, self._bars, (guest.manufacturer.vendor_id, guest.manufacturer.device_id)
         )
         self._memory = memory
+        self._messages = messages
         self._limit = limit
         self._port = port
         self._refused = 0
-        self.interrupts = Interrupts(function.vectors, lambda vector: port.ring(_vector_key(vector)))
+        self.interrupts = Interrupts(function.vectors, lambda vector: messages.ring(_vector_key(vector)))
 
     def restore(self, key: bytes, data: bytes, descriptors: Sequence[int]) -> None:
         """Take over what the holder has kept, and the descriptor that came with it, which stays the caller's."""
         if key == _CONFIGURATION_KEY:
             self._configuration.restore(data)
+        elif key == DMA_KEY:
+            self._messages.restore(data)
         elif key.startswith(b"map:"):
             try:
                 self._map(Message(0, Command.DMA_MAP, 0, data), descriptors)
@@ -108,6 +112,8 @@ class GuestDevice:
             self._port.drop(_map_key(start, length))
         for vector in self.interrupts.clear():
             self._port.drop(_vector_key(vector))
+        self._messages.end()
+        self._port.drop(DMA_KEY)
         self._reset()
 
     def handle(self, message: Message, descriptors: Sequence[int], *, refused: int = 0) -> None:
@@ -129,7 +135,11 @@ class GuestDevice:
             case _ if refused:
                 raise ProtocolError(f"{refused} descriptors that are neither memory nor eventfds")
             case _ if message.flags & frames.TYPE:
-                raise ProtocolError("no command, but an answer")
+                self._answered(message)
+            case Command.VERSION:
+                reply, transfer_bytes = vfio_user.version_reply(message), vfio_user.transfer_bytes(message)
+                self._messages.begin(transfer_bytes)
+                self._port.reply(reply)
             case Command.REGION_WRITE:
                 self._write(message)
             case Command.REGION_READ:
@@ -153,8 +163,6 @@ class GuestDevice:
     def _describe(self, message: Message) -> bytes:
         """Return the answer to a question about the function."""
         match message.command:
-            case Command.VERSION:
-                return vfio_user.version_reply(message)
             case Command.DEVICE_INFO:
                 layout = vfio_user.DEVICE_INFO
                 kinds = vfio_user.INTERRUPT_KINDS
@@ -260,6 +268,14 @@ class GuestDevice:
         for piece in gone:
             self._port.drop(_map_key(*piece))
         self._reply(message, message.body[: vfio_user.UNMAP.size])
+
+    def _answered(self, message: Message) -> None:
+        if message.flags & frames.TYPE != frames.REPLY:
+            raise ProtocolError("neither a command nor an answer")
+        if not self._messages.answered(message):
+            # To a predecessor perhaps, whose interrupt, when it came, was told before this write was in memory.
+            self.interrupts.raise_all()
+            raise ProtocolError("an answer to nothing that was asked in time")
 
     # Interrupts
 

@@ -21,12 +21,14 @@ REGION_ACCESS = struct.Struct("<QII")  # offset, region, bytes
 # A frame to or from hostd: kind, bytes of the key, number, position; then key and data.
 FRAME = struct.Struct("<IIQQ")
 MAX_FRAME_BYTES = FRAME.size + 256 + MAX_MESSAGE_BYTES
+SAID = struct.Struct("<QQ")
+"""How many messages were said to VMMs, and the last DMA write that was said, whole."""
 
 
 class Kind(IntEnum):
     """What a frame says: from HELLO on the holder to hostd, from ANSWER on hostd to the holder."""
 
-    HELLO = 1  # how far the predecessor was: the last message that was done, its position; the last that is queued
+    HELLO = 1  # the last message that is done, and its position; the key is SAID, the data the last that is queued
     KEPT = 2  # a key, what was kept by it, and its descriptor if there is one
     READY = 3  # that was all that is kept
     CONNECTED = 4  # a VMM has connected; numbered, as messages are
@@ -38,3 +40,4 @@ class Kind(IntEnum):
     DROP = 19  # keep it no longer
     QUIT = 20  # end
     RING = 21  # tell of an interrupt by the eventfd that is kept by a key
+    SAY = 22  # a message to the VMM that has CONNECTED by this number; the position: of the DMA write that it completes

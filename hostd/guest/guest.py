@@ -13,8 +13,9 @@ from functools import partial
 
 from hostd.dma_receiver import DmaReceiver
 from hostd.driver import Driver
-from hostd.guest.device import Answered, GuestDevice
-from hostd.guest.frames import Kind
+from hostd.guest.device import DMA_KEY, Answered, GuestDevice
+from hostd.guest.dma_messages import DmaMessages
+from hostd.guest.frames import SAID, Kind
 from hostd.guest.holder_link import Frame, HolderLink
 from hostd.guest.memory import GuestMemory
 from hostd.guest.vfio_user import Message
@@ -59,9 +60,12 @@ class LiveGuest:
         self._link = link
         self._changed = changed
         self._memory: GuestMemory = driver.guest_memory
-        self._device = GuestDevice(
-            guest, pci_function(guest.model), self._memory, driver.record.main_memory_bytes, self
-        )
+        self._timeout_s = guest.message_timeout_ms / 1000
+        self._messages = DmaMessages(self, self._timeout_s, asyncio.get_running_loop().time)
+        self._expiry: asyncio.TimerHandle | None = None
+        self._vmm_number = 0
+        limit = driver.record.main_memory_bytes
+        self._device = GuestDevice(guest, pci_function(guest.model), self._memory, self._messages, limit, self)
         self._receiver: DmaReceiver = driver.receivers[function]
         self._told = self._receiver.interrupted
         self._receiver.interrupted = self._interrupted
@@ -109,7 +113,11 @@ class LiveGuest:
         self._receiver.interrupted = self._told
         self._receiver.is_cut_off = False
         self._memory.is_present = False
+        self._memory.messages = None
         self._memory.clear()
+        self._messages.end()
+        if self._expiry is not None:
+            self._expiry.cancel()
 
     # As the device's port
 
@@ -163,8 +171,28 @@ class LiveGuest:
         self._link.drop(key)
 
     def ring(self, key: bytes) -> None:
-        """Let the holder tell of an interrupt by the eventfd that it keeps by a key."""
+        """Let the holder tell of an interrupt by the eventfd that it keeps by a key (as the messages' port)."""
         self._link.ring(key)
+
+    def say(self, message: bytes, *, completes: bool) -> int:
+        """Send a message to the VMM (as the messages' port)."""
+        number = self._link.say(self._vmm_number, message, self._receiver.last + 1 if completes else 0)
+        if self._expiry is None:
+            self._expiry = asyncio.get_running_loop().call_later(self._timeout_s, self._expire)
+        return number
+
+    def write_failed(self) -> None:
+        """Count a DMA write that the VMM hasn't done (as the messages' port)."""
+        self._receiver.faults += 1
+
+    def learned(self, state: bytes) -> None:
+        """Let the holder keep what is known of the VMM (as the messages' port)."""
+        self.keep(DMA_KEY, state)
+
+    def _expire(self) -> None:
+        self._messages.expire()
+        next_s = self._messages.expires_s
+        self._expiry = None if next_s is None else asyncio.get_running_loop().call_at(next_s, self._expire)
 
     # From the holder
 
@@ -175,6 +203,7 @@ class LiveGuest:
                 return
             case Kind.KEPT:
                 if frame.key == _CONNECTED_KEY:
+                    self._vmm_number = int.from_bytes(frame.data, "little")
                     self._changed(GUEST_STATE_CONNECTED)
                 else:
                     self._device.restore(frame.key, frame.data, frame.descriptors)
@@ -190,6 +219,13 @@ class LiveGuest:
     def _greet(self, frame: Frame) -> None:
         self._sequence = frame.position - 1
         self._queued_before = int.from_bytes(frame.data, "little")
+        # A holder of an older hostd says nothing to VMMs.
+        if frame.key:
+            self._link.said, written = SAID.unpack(frame.key)
+            self._memory.messages = self._messages
+            # Said, but not noted before the predecessor was killed.
+            if written == self._receiver.last + 1:
+                self._receiver.skip_to(written)
         if not frame.position:
             # A new holder: where its first message's accesses begin has to be known before there are any.
             self._sequence = self._driver.queue(self._function).last_sequence
@@ -202,7 +238,8 @@ class LiveGuest:
         progress = self._at_hand = Progress(frame.number, self._sequence)
         self._in_progress.append(progress)
         if frame.kind == Kind.CONNECTED:
-            self.keep(_CONNECTED_KEY, b"")
+            self._vmm_number = frame.number
+            self.keep(_CONNECTED_KEY, frame.number.to_bytes(8, "little"))
             self._device.connected()
             self._changed(GUEST_STATE_CONNECTED)
         elif frame.kind == Kind.GONE:

@@ -43,6 +43,7 @@ from hostd.guest.frames import (
     REGION_READ,
     REGION_WRITE,
     REPLY,
+    SAID,
     TYPE,
     Kind,
 )
@@ -69,6 +70,7 @@ class Holder:
         self._vmm: VmmSocket | None = None
         self._hostd: socket.socket | None = None
         self._number = self._done = self._position = 0
+        self._vmm_number = self._said = self._written = 0
         self._queue = MessageQueue()
         self._unanswered: dict[int, Item] = {}  # by number, and so by the time of their answers
         self._outbox: deque[tuple[bytes, Sequence[int]]] = deque()
@@ -122,6 +124,7 @@ class Holder:
             return
         self._vmm = VmmSocket(connection)
         self._put(Kind.CONNECTED, Received())
+        self._vmm_number = self._number
 
     def _read_vmm(self, vmm: VmmSocket) -> None:
         try:
@@ -149,10 +152,20 @@ class Holder:
         """Answer a message, unless it has its answer, or its VMM is gone."""
         if self._unanswered.pop(number, None) is None or self._vmm is None:
             return
+        self._tell(self._vmm, data)
+
+    def _say(self, vmm_number: int, position: int, data: bytes) -> None:
+        """Say something to a VMM, unless it is gone. Counted in any case: it is done, once and for all."""
+        self._said += 1
+        self._written = position or self._written
+        if self._vmm is not None and vmm_number == self._vmm_number:
+            self._tell(self._vmm, data)
+
+    def _tell(self, vmm: VmmSocket, data: bytes) -> None:
         try:
-            self._vmm.send(data)
+            vmm.send(data)
         except VmmGoneError:
-            self._close_vmm(self._vmm)
+            self._close_vmm(vmm)
 
     def _answer_late(self, now: float) -> None:
         while self._unanswered:
@@ -180,7 +193,8 @@ class Holder:
             self._close_hostd()
         connection.settimeout(0)
         self._hostd = connection
-        self._send(Kind.HELLO, self._done, self._position, data=self._number.to_bytes(8, "little"))
+        said, queued = SAID.pack(self._said, self._written), self._number.to_bytes(8, "little")
+        self._send(Kind.HELLO, self._done, self._position, key=said, data=queued)
         for key, (data, descriptor) in self._kept.items():
             self._send(Kind.KEPT, key=key, data=data, descriptors=() if descriptor < 0 else (descriptor,))
         self._send(Kind.READY)
@@ -247,6 +261,8 @@ class Holder:
                 self._kept[key] = (data, next(iter(received(ancillary)), -1))
         elif kind == Kind.RING:
             self._ring(key)
+        elif kind == Kind.SAY:
+            self._say(number, position, data)
         elif kind == Kind.QUIT:
             self._is_ending = True
         return True
@@ -269,6 +285,10 @@ class Holder:
 
     def _close_hostd(self) -> None:
         """Forget hostd, which has ended, or another has come. What it has said last counts."""
+        if self._hostd is not None:
+            # Whatever hostd can send still is taken; what it can't, it knows of.
+            with contextlib.suppress(OSError):
+                self._hostd.shutdown(socket.SHUT_RD)
         while self._take_frame():
             pass
         if self._hostd is not None:

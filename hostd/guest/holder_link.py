@@ -16,6 +16,7 @@ import hostd
 from hostd.guest import holder
 from hostd.guest.descriptors import given, received
 from hostd.guest.frames import FRAME, MAX_DESCRIPTORS, MAX_FRAME_BYTES, Kind
+from hostd.memory import MemoryBusyError
 from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError
 
@@ -49,12 +50,16 @@ class Frame:
 
 
 class HolderLink:
-    """A connection to a holder. Frames are to be taken with `receive`; what is sent waits in order if it has to."""
+    """A connection to a holder. Frames are to be taken with `receive`; what is sent waits in order if it has to.
+
+    `said` is how many messages were said to VMMs, also before.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._outbox: deque[tuple[bytes, int]] = deque()
         self._ringing: set[bytes] = set()
+        self.said = 0
         self._loop = asyncio.get_running_loop()
         self._readable = asyncio.Event()
         self._is_reading = False
@@ -97,6 +102,23 @@ class HolderLink:
             self._send(FRAME.pack(Kind.RING, len(key), 0, 0) + key)
             if self._outbox:
                 self._ringing.add(key)
+
+    def say(self, vmm_number: int, message: bytes, write: int = 0) -> int:
+        """Say something to the VMM that has connected by a number, once; return its own, of which it gets 16 bits.
+
+        `write` is the sequence of a DMA write that is said with it. Raise MemoryBusyError if the holder can't take it.
+        """
+        number = (self.said + 1) & 0xFFFF
+        frame = FRAME.pack(Kind.SAY, 0, vmm_number, write) + number.to_bytes(2, "little") + message[2:]
+        try:
+            # It must not wait here: what the function is told to have been written, no kill may take back.
+            if self._outbox:
+                raise MemoryBusyError
+            self._socket.sendmsg([frame])
+        except OSError:
+            raise MemoryBusyError from None
+        self.said += 1
+        return self.said
 
     async def quit(self) -> None:
         """Let the holder end, and end it if it doesn't: its VMM may keep it from all work."""

@@ -1,16 +1,20 @@
 """A guest's memory: the pieces of it that its VMM has given us to map, by the guest's physical address.
 
 A piece comes as a descriptor that can't shrink (a sealed memfd): whoever mapped another could be killed by a VMM that
-truncates it. The same goes for huge pages, which can be taken away under a map. Pieces without a descriptor are known,
-and can't be reached.
+truncates it. The same goes for huge pages, which can be taken away under a map. Pieces without a descriptor are reached
+by messages to the VMM.
 """
 
+import asyncio
 import fcntl
 import mmap
 import os
 from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
+from hostd.memory import MemoryBusyError, NotAtHandError
 from vfleet.address import PAGE_BYTES
 from vfleet.errors import invalid_field
 
@@ -21,7 +25,7 @@ _TAIL_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A range of the guest's memory. `mapped` is None if it can't be reached."""
+    """A range of the guest's memory. `mapped` is None if it came without a descriptor."""
 
     start: int
     length: int
@@ -34,11 +38,25 @@ class Piece:
         return self.start + self.length
 
 
+class Messages(Protocol):
+    """How pieces without a descriptor are reached, by the guest's physical address. Both raise MemoryBusyError."""
+
+    def read(self, address: int, length: int, answered: Callable[[bytes | None], None]) -> None:
+        """Call `answered` with bytes, or with None if the VMM refuses, or doesn't answer."""
+
+    def write(self, address: int, data: bytes, *, completes: bool) -> None:
+        """Put bytes there; `completes` if they are the last of what is written at once."""
+
+
 class GuestMemory:
-    """The pieces, without overlap. `is_present` is set once all that the VMM has given before are there."""
+    """The pieces, without overlap. `is_present` is set once all that the VMM has given before are there.
+
+    Without `messages` pieces that have no descriptor can't be reached.
+    """
 
     def __init__(self) -> None:
         self.is_present = False
+        self.messages: Messages | None = None
         self._pieces: list[Piece] = []
         self._starts: list[int] = []
 
@@ -90,39 +108,74 @@ class GuestMemory:
         return self.remove(0, ADDRESSES)
 
     def read(self, offset: int, length: int) -> bytes | None:
-        """Return bytes of the guest's memory; None if they don't all lie in pieces that can be reached."""
+        """Return bytes of the guest's memory; None if they don't all lie in pieces that can be reached.
+
+        Raise NotAtHandError if a message has to ask for them.
+        """
         found: list[bytes] = []
-        while length:
-            piece = self._find(offset)
-            if piece is None or piece.mapped is None:
+        for piece, at, count in self._parts(offset, length):
+            if not self._reaches(piece):
                 return None
-            at = offset - piece.start
-            part = piece.mapped[at : at + min(length, piece.length - at)]
-            found.append(part)
-            offset, length = offset + len(part), length - len(part)
-        return b"".join(found)
+            if piece.mapped is None:
+                raise NotAtHandError
+            found.append(piece.mapped[at : at + count])
+        return b"".join(found) if sum(map(len, found)) == length else None
+
+    async def fetch(self, offset: int, length: int) -> bytes | None:
+        """Return bytes of the guest's memory as `read` does, and ask for what isn't at hand. Raise MemoryBusyError."""
+        messages = self.messages
+        parts = list(self._parts(offset, length))
+        if sum(count for _, _, count in parts) < length or not all(self._reaches(piece) for piece, _, _ in parts):
+            return None
+        found = await asyncio.gather(*(self._fetch(*part) for part in parts))
+        if self.messages is not messages:
+            raise MemoryBusyError  # the connection to the holder is another: whom it asked may know nothing of it
+        data = [each for each in found if each is not None]
+        return b"".join(data) if len(data) == len(found) else None
 
     def write(self, offset: int, data: bytes) -> bool:
-        """Put bytes into the guest's memory, the last four of them last.
+        """Put bytes into the guest's memory, the last four of them last. Raise MemoryBusyError.
 
         The guest polls what comes last (the phase of a completion, an index), and must find there what came before.
         Nothing is written, and False returned, if they don't all lie in pieces that can be written.
         """
-        parts: list[tuple[mmap.mmap, int, bytes]] = []
-        while data:
-            piece = self._find(offset)
-            if piece is None or piece.mapped is None or not piece.is_writable:
-                return False
-            at = offset - piece.start
-            part, data = data[: piece.length - at], data[piece.length - at :]
-            offset += len(part)
-            parts.append((piece.mapped, at, part))
-        for mapped, at, part in parts:
-            if len(part) > _TAIL_BYTES:
-                mapped[at : at + len(part) - _TAIL_BYTES] = part[:-_TAIL_BYTES]
-                at, part = at + len(part) - _TAIL_BYTES, part[-_TAIL_BYTES:]
-            mapped[at : at + len(part)] = part
+        parts = list(self._parts(offset, len(data)))
+        if sum(count for _, _, count in parts) < len(data):
+            return False
+        if not all(piece.is_writable and self._reaches(piece) for piece, _, _ in parts):
+            return False
+        for piece, at, count in parts:
+            part, data = data[:count], data[count:]
+            if piece.mapped is not None:
+                _put(piece.mapped, at, part)
+            elif self.messages is not None:
+                self.messages.write(piece.start + at, part, completes=not data)
         return True
+
+    def _reaches(self, piece: Piece) -> bool:
+        return piece.mapped is not None or self.messages is not None
+
+    def _parts(self, offset: int, length: int) -> Iterator[tuple[Piece, int, int]]:
+        """Yield the pieces that a range lies in up to the first hole: piece, where in it, bytes."""
+        while length and (piece := self._find(offset)) is not None:
+            at = offset - piece.start
+            count = min(length, piece.length - at)
+            yield piece, at, count
+            offset, length = offset + count, length - count
+
+    async def _fetch(self, piece: Piece, at: int, length: int) -> bytes | None:
+        if piece.mapped is not None:
+            return piece.mapped[at : at + length]
+        if self.messages is None:
+            return None
+        answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+
+        def answered(data: bytes | None) -> None:
+            if not answer.done():
+                answer.set_result(data)
+
+        self.messages.read(piece.start + at, length, answered)
+        return await answer
 
     def _is_known(self, start: int, length: int) -> bool:
         piece = self._find(start)
@@ -134,6 +187,13 @@ class GuestMemory:
             return None
         piece = self._pieces[at]
         return piece if address < piece.end else None
+
+
+def _put(mapped: mmap.mmap, at: int, data: bytes) -> None:
+    if len(data) > _TAIL_BYTES:
+        mapped[at : at + len(data) - _TAIL_BYTES] = data[:-_TAIL_BYTES]
+        at, data = at + len(data) - _TAIL_BYTES, data[-_TAIL_BYTES:]
+    mapped[at : at + len(data)] = data
 
 
 def _map(descriptor: int, length: int, offset: int, *, is_writable: bool) -> mmap.mmap:

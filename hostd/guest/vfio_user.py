@@ -20,12 +20,15 @@ from hostd.guest.frames import (
     NO_REPLY,
     REGION_ACCESS,
     REPLY,
+    TYPE,
 )
 from vfleet.address import PAGE_BYTES
 
 MAJOR: Final = 0
 MINOR: Final = 1
 MAX_DATA_BYTES: Final = 4096
+MIN_TRANSFER_BYTES: Final = 256
+DEFAULT_TRANSFER_BYTES: Final = 1 << 20
 
 MAP_READABLE: Final = 1 << 0
 MAP_WRITABLE: Final = 1 << 1
@@ -54,7 +57,7 @@ VERSION = Struct("<HH")
 
 
 class Command(IntEnum):
-    """What a VMM asks for."""
+    """What a VMM asks for, and in the case of DMA is asked for."""
 
     VERSION = 1
     DMA_MAP = 2
@@ -65,6 +68,8 @@ class Command(IntEnum):
     SET_INTERRUPTS = 8
     REGION_READ = 9
     REGION_WRITE = 10
+    DMA_READ = 11
+    DMA_WRITE = 12
     RESET = 13
 
 
@@ -94,7 +99,12 @@ class Message:
     @property
     def wants_reply(self) -> bool:
         """Whether its sender waits for an answer."""
-        return not self.flags & NO_REPLY
+        return not self.flags & (TYPE | NO_REPLY)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it is an answer that refuses."""
+        return bool(self.flags & FAILED)
 
     def take(self, layout: Struct) -> tuple[int, ...]:
         """Return the fields at the beginning of the body. Raise ProtocolError if it is too short for them."""
@@ -124,6 +134,22 @@ def version_reply(message: Message) -> bytes:
     }
     text = json.dumps({"capabilities": capabilities}).encode() + b"\0"
     return message.reply(VERSION.pack(MAJOR, min(MINOR, minor)) + text)
+
+
+def transfer_bytes(message: Message) -> int:
+    """Return how much data a VMM takes in one message, by what it says of itself first. Raise ProtocolError."""
+    text = message.body[VERSION.size :].partition(b"\0")[0]
+    try:
+        found: object = json.loads(text or b"{}")
+    except (ValueError, RecursionError):
+        raise ProtocolError("capabilities that are no JSON") from None
+    capabilities = found.get("capabilities", {}) if isinstance(found, dict) else None
+    if not isinstance(capabilities, dict):
+        raise ProtocolError("capabilities that are no object")
+    size: object = capabilities.get("max_data_xfer_size", DEFAULT_TRANSFER_BYTES)
+    if type(size) is not int or size < MIN_TRANSFER_BYTES:
+        raise ProtocolError(f"max_data_xfer_size {size!r:.40}; expected {MIN_TRANSFER_BYTES} or more")
+    return size
 
 
 def region_access(message: Message) -> tuple[int, int, int, bytes]:

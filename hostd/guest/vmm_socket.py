@@ -11,6 +11,8 @@ from hostd.guest.descriptors import is_eventfd, is_memory, received
 from hostd.guest.frames import HEADER, MAX_DESCRIPTORS, MAX_MESSAGE_BYTES
 
 SEND_TIMEOUT_S = 5.0
+SEND_BYTES = 1 << 20
+"""Asked of the kernel, so that a VMM that stands still for a while keeps the holder from nothing."""
 
 
 class VmmGoneError(Exception):
@@ -37,6 +39,7 @@ class VmmSocket:
 
     def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(SEND_TIMEOUT_S)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         self.socket = connection
         self._partial = Received()
 

@@ -37,6 +37,23 @@ async def until_operations(machine: VirtualMachine, number: int) -> None:
         pass
 
 
+async def test_memory_that_is_not_shared_is_asked_for(cluster: Cluster, tmp_path: Path):
+    await cluster.fleet.create_function("vf1", "h1/nvme0")
+    socket = await attach_guest(cluster, "vf1", "g1", "h1", tmp_path, **PATIENT)
+    async with virtual_machine(tmp_path / "vm", [socket], shares_memory=False) as machine:
+        await machine.start("storage", "python3", "/storage.py", DEVICE, "4")
+        for number, home in enumerate(HOMES):
+            await until_operations(machine, await storage_operations(machine) + 100)
+            migration = await cluster.move(f"m{number}", {"vf1": home})
+            assert migration.phase == Phase.PHASE_DONE, migration.abort_reason
+            await until_operations(machine, await storage_operations(machine) + 100)
+            await cluster.local.hosts["h1"].restart()
+        await until_operations(machine, await storage_operations(machine) + 100)
+        report = await finish_storage(machine)
+        assert (report["mismatches"], report["errors"], report["is_over"]) == (0, 0, True), report
+        assert await dmesg_of(machine, "nvme|ext4|jbd2|blk|pci|aer|hotplug") == []
+
+
 async def test_a_file_system_goes_around_the_fleet(cluster: Cluster, tmp_path: Path):
     await cluster.fleet.create_function("vf1", "h1/nvme0")
     socket = await attach_guest(cluster, "vf1", "g1", "h1", tmp_path, **PATIENT)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from support.local_cluster import eventually
-from support.vmm import HEADER, REGION_READ, REGION_WRITE, RESET, VERSION, SharedMemory, Vmm
+from support.vmm import DMA_READ, DMA_WRITE, HEADER, REGION_READ, REGION_WRITE, RESET, VERSION, SharedMemory, Vmm
 
 from hostd.guest import holder_link, message_queue
-from hostd.guest.frames import Kind
+from hostd.guest.frames import SAID, Kind
 from hostd.guest.holder_link import Frame, HolderGoneError, HolderLink
+from hostd.memory import MemoryBusyError
 from vfleet.clock import SystemClock
 from vfleet.errors import VfleetError
 
@@ -84,6 +85,11 @@ def send_without_end(vmm: Vmm, size: int) -> None:
 def connect_without_end(bench: Bench) -> None:
     while True:
         bench.connect()
+
+
+def say_without_end(bench: Bench, connected: int, message: bytes) -> None:
+    while True:
+        bench.link.say(connected, message)
 
 
 async def test_a_hostd_that_comes_anew_gets_what_is_not_done(bench: Bench):
@@ -160,6 +166,47 @@ async def test_an_answer_goes_to_its_question(bench: Bench):
     for identifier in (second, first):
         bench.link.answer(asked[identifier], HEADER.pack(identifier, REGION_READ, HEADER.size, 1, 0))
         assert (await asyncio.to_thread(vmm.receive)).identifier == identifier
+
+
+async def test_what_is_said_to_a_vmm_is_said_once_and_to_no_other(bench: Bench):
+    await bench.start()
+    vmm = await bench.vmm()
+    connected = (await bench.frames(Kind.CONNECTED))[-1].number
+    message = HEADER.pack(0, DMA_READ, HEADER.size, 0, 0)
+    assert [bench.link.say(connected, message), bench.link.say(connected, message, write=7)] == [1, 2]
+    assert [(await asyncio.to_thread(vmm.receive_any)).identifier for _ in range(2)] == [1, 2]
+    # What a hostd has said before it was killed is said, and its successor is told of it.
+    bench.link.say(connected, message)
+    bench.connect()
+    hello = (await bench.frames(Kind.READY))[0]
+    assert SAID.unpack(hello.key) == (3, 7)
+    assert (await asyncio.to_thread(vmm.receive_any)).identifier == 3
+    vmm.close()
+    await bench.frames(Kind.GONE)
+    other = await bench.vmm()
+    found = (await bench.frames(Kind.CONNECTED))[-1].number
+    bench.link.say(connected, message)
+    bench.link.said = 9
+    bench.link.say(found, message)
+    assert (await asyncio.to_thread(other.receive_any)).identifier == 10
+
+
+async def test_what_can_not_be_said_is_not_said(bench: Bench):
+    """A VMM keeps its holder from work: nothing that the function is told to be written may wait in hostd."""
+    await bench.start()
+    connected = (await bench.frames(Kind.READY))[-1].number
+    message = HEADER.pack(0, DMA_WRITE, HEADER.size + 4096, 0, 0) + bytes(4096)
+    pid = int((bench.folder / "guests" / "g1.pid").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(MemoryBusyError):
+            say_without_end(bench, connected, message)
+        said = bench.link.said
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    bench.connect()
+    hello = (await bench.frames(Kind.READY))[0]
+    assert SAID.unpack(hello.key)[0] == said
 
 
 @pytest.mark.parametrize("length", [0, HEADER.size - 1, 1 << 16 | 1, 0xFFFFFFFF])
@@ -301,6 +348,12 @@ async def test_a_socket_that_was_left_is_taken_and_one_in_use_is_not(bench: Benc
     with pytest.raises(HolderGoneError):
         await bench.frames(Kind.READY, 2)
     assert bench.socket.exists()
+
+    async def has_ended() -> bool:
+        return not holder_link.is_there(bench.folder / "guests", "g1")
+
+    # Its connections end before it listens no more.
+    await eventually(has_ended)
     await bench.start()
     await bench.vmm()
     await bench.frames(Kind.CONNECTED)

@@ -8,13 +8,13 @@ import os
 import random
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from support.guest import attach_guest
-from support.local_cluster import Cluster, eventually, running
-from support.nvme_guest import NvmeGuest, runs
+from support.hostile_world import World, do, hostile_world
+from support.local_cluster import eventually
+from support.nvme_guest import runs
 from support.vmm import (
     CONFIGURATION,
     DMA_MAP,
@@ -26,12 +26,8 @@ from support.vmm import (
     RESET,
     SET_INTERRUPTS,
     SharedMemory,
-    Vmm,
 )
 
-from vfleet.v1.types_pb2 import GUEST_STATE_WAITING
-
-TOPOLOGY = Path(__file__).parents[1] / "guests" / "fleet.yaml"
 PAGE = 4096
 MIB = 1 << 20
 FULL = (1 << 64) - 2
@@ -41,62 +37,10 @@ MAY_GROW_BYTES = 48 * MIB
 _log = logging.getLogger(__name__)
 
 
-class World:
-    """A fleet with two guests on one host: one is hostile, the other its neighbour."""
-
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.cluster = cluster
-        self.folder = folder
-        self.hostile = NvmeGuest(folder / "hostile.sock")
-        self.neighbour = NvmeGuest(folder / "neighbour.sock")
-        self.others: list[Vmm] = []
-
-    async def neighbour_goes_on(self) -> None:
-        for _ in range(3):
-            await do(self.neighbour.identify)
-
-    async def hostile_begins_anew(self) -> None:
-        """Power the hostile machine off, and find its device as it was at the beginning."""
-        self.hostile.close()
-
-        async def is_free() -> bool:
-            return (await self.cluster.fleet.get_driver("hostile")).guest_state == GUEST_STATE_WAITING
-
-        await eventually(is_free)
-        self.hostile = NvmeGuest(self.folder / "hostile.sock")
-        await do(self.hostile.begin)
-        await do(self.hostile.identify)
-
-    def memory_bytes(self) -> list[int]:
-        """Return what hostd, and the hostile machine's holder, have in memory."""
-        process = self.cluster.local.hosts["h1"].process
-        holder = int((self.folder / "cluster" / "h1" / "guests" / "hostile.pid").read_text())
-        return [resident_bytes(process.pid), resident_bytes(holder)]
-
-
-def resident_bytes(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) << 10
-
-
-async def do(work: Callable[[], object]) -> None:
-    """Let a guest work while the cluster does."""
-    async with asyncio.timeout(60):
-        await asyncio.to_thread(work)
-
-
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    async with running(tmp_path, topology=TOPOLOGY) as cluster:
-        for function, driver in (("vf1", "hostile"), ("vf2", "neighbour")):
-            await cluster.fleet.create_function(function, "h1/nvme0")
-            await attach_guest(cluster, function, driver, "h1", tmp_path)
-        found = World(cluster, tmp_path)
-        await do(found.hostile.begin)
-        await do(found.neighbour.begin)
+    async with hostile_world(tmp_path) as found:
         yield found
-        for each in (found.hostile, found.neighbour, *found.others):
-            each.close()
 
 
 async def test_an_eventfd_that_is_full_keeps_nobody_waiting_but_its_own_device(world: World):

@@ -120,15 +120,23 @@ async def virtual_machine(
     reboots: bool = False,
     kernel: str = "",
     more: Sequence[str] = (),
+    shares_memory: bool = True,
 ) -> AsyncIterator[VirtualMachine]:
     """Run a machine with a function behind each of these sockets, and end it.
 
-    `kernel` are further arguments of the kernel, `more` of QEMU, after two serial ports.
+    `kernel` are further arguments of the kernel, `more` of QEMU, after two serial ports. Memory that isn't shared
+    has no descriptor: functions reach it by messages.
     """
     console, agent = folder / "console", folder / "agent.sock"
     initramfs = make_initramfs(folder)
     command = [
-        *qemu(initramfs, sockets, f"modules={','.join(modules)} {kernel}", message_timeout_ms),
+        *qemu(
+            initramfs,
+            sockets,
+            f"modules={','.join(modules)} {kernel}",
+            message_timeout_ms,
+            shares_memory=shares_memory,
+        ),
         *("-serial", f"file:{console}", "-serial", f"unix:{agent},server=on,wait=off"),
         *(() if reboots else ("-no-reboot",)),
         *more,
@@ -147,13 +155,20 @@ async def virtual_machine(
         initramfs.unlink()
 
 
-def qemu(initramfs: Path, sockets: Sequence[Path], arguments: str, message_timeout_ms: int = 60_000) -> list[str]:
+def qemu(
+    initramfs: Path,
+    sockets: Sequence[Path],
+    arguments: str,
+    message_timeout_ms: int = 60_000,
+    *,
+    shares_memory: bool = True,
+) -> list[str]:
     """Return the command that runs a machine, but for its serial ports. `arguments` are the kernel's."""
     made = image()
     command = [
         *(made / "qemu", "-nodefaults", "-display", "none", "-accel", "tcg,thread=multi", "-cpu", "max"),
         *("-machine", "q35,memory-backend=m0", "-m", f"{MEMORY_BYTES >> 20}M"),
-        *("-object", f"memory-backend-memfd,id=m0,size={MEMORY_BYTES},share=on"),
+        *("-object", f"memory-backend-{'memfd,share=on' if shares_memory else 'ram'},id=m0,size={MEMORY_BYTES}"),
         *("-kernel", made / "kernel", "-initrd", initramfs),
         *("-append", f"console=ttyS0 no_timer_check panic=-1 {arguments}"),
     ]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 HEADER = struct.Struct("<HHIII")
 VERSION, DMA_MAP, DMA_UNMAP, DEVICE_INFO, REGION_INFO, INTERRUPT_INFO = 1, 2, 3, 4, 5, 7
-SET_INTERRUPTS, REGION_READ, REGION_WRITE, RESET = 8, 9, 10, 13
+SET_INTERRUPTS, REGION_READ, REGION_WRITE, DMA_READ, DMA_WRITE, RESET = 8, 9, 10, 11, 12, 13
 CONFIGURATION = 7
-POSTED = 1 << 4
+COMMAND, REPLY, POSTED, FAILED = 0, 1, 1 << 4, 1 << 5
 TIMEOUT_S = 30.0
 
 
@@ -29,9 +29,16 @@ class Reply:
 
 
 class Vmm:
-    """A connection, made as soon as somebody listens. Every question waits for its answer."""
+    """A connection, made as soon as somebody listens. Every question waits for its answer.
+
+    While it waits it answers what it is asked about `content`, which isn't mapped: as the specification says,
+    or with the shorter count of QEMU 10.1 (`is_short`), or not at all (`is_silent`).
+    """
 
     def __init__(self, path: Path) -> None:
+        self.content: mmap.mmap | None = None
+        self.is_short = self.is_silent = False
+        self.dma: list[tuple[int, int, int]] = []  # command, address, bytes
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.settimeout(TIMEOUT_S)
         give_up_s = time.monotonic() + TIMEOUT_S
@@ -58,9 +65,39 @@ class Vmm:
             self.socket.sendall(data[sent:])
 
     def receive(self) -> Reply:
+        """Take the next answer. Raise EOFError if there is none any more."""
+        while not (message := self.receive_any()).flags & REPLY:
+            self.serve(message)
+        return message
+
+    def receive_any(self) -> Reply:
         """Take the next message. Raise EOFError if there is none any more."""
         identifier, command, length, flags, error = HEADER.unpack(self._take(HEADER.size))
         return Reply(identifier, command, flags, error, self._take(length - HEADER.size))
+
+    def serve(self, request: Reply) -> None:
+        """Read or write the content, as asked."""
+        layout = struct.Struct("<QI" if self.is_short else "<QQ")
+        address, count = layout.unpack_from(request.body)
+        self.dma.append((request.command, address, count))
+        if self.is_silent:
+            return
+        if self.content is None or address + count > len(self.content):
+            self.reply(request, error=errno.E2BIG)
+        elif request.command == DMA_READ:
+            filling = bytes(16 - layout.size)
+            self.reply(request, request.body[: layout.size] + self.content[address : address + count] + filling)
+        else:
+            assert request.command == DMA_WRITE
+            data = request.body[layout.size :]
+            assert len(data) == count + 16 - layout.size
+            self.content[address : address + count] = data[:count]
+            self.reply(request)
+
+    def reply(self, request: Reply, body: bytes = b"", *, error: int = 0) -> None:
+        flags = REPLY | (FAILED if error else 0)
+        header = HEADER.pack(request.identifier, request.command, HEADER.size + len(body), flags, error)
+        self.send_raw(header + body)
 
     def ask(self, command: int, body: bytes = b"", descriptors: tuple[int, ...] = ()) -> Reply:
         """Send a message and return its answer, which is not a refusal."""
@@ -93,6 +130,11 @@ class Vmm:
         size = memory.size - offset if length is None else length
         body = struct.pack("<IIQQQ", 32, 3, offset, address, size)
         return self.try_to_ask(DMA_MAP, body, (memory.descriptor,))
+
+    def map_for_messages(self, memory: "SharedMemory", address: int = 0) -> Reply:
+        """Offer memory without its descriptor."""
+        self.content = memory.content
+        return self.try_to_ask(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, address, memory.size))
 
     def set_eventfds(self, first: int, eventfds: tuple[int, ...]) -> Reply:
         body = struct.pack("<IIIII", 20, 1 << 2 | 1 << 5, 2, first, len(eventfds))

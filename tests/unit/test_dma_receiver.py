@@ -14,7 +14,8 @@ from support.manual_clock import settle
 
 import hostd.dma_receiver
 from hostd.dma_exchange import exchange_dma
-from hostd.dma_receiver import DmaReceiver, MappedMemory
+from hostd.dma_receiver import DmaReceiver
+from hostd.memory import MappedMemory
 from vfleet.errors import Reason, VfleetError
 from vfleet.limits import INTERRUPT_PAGE_ADDRESS
 from vfleet.v1.driver_service_pb2 import NOTIFICATION_KIND_INTERRUPT
