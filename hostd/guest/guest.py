@@ -29,7 +29,11 @@ from vfleet.v1.types_pb2 import GUEST_STATE_CONNECTED, GUEST_STATE_WAITING, Gues
 MAX_IN_PROGRESS = 1024
 """Messages, and accesses, without an answer, past which no more are taken from the holder."""
 ACCESSES_AT_ONCE = 32
-"""After so many accesses others have their turn."""
+"""After so many accesses and messages others have their turn."""
+TELL_WITHIN_S = 0.001
+"""How long the holder may wait to be told of what is done, so that it is told of several messages at once."""
+MAX_UNTOLD = 16
+"""After so many accesses it is told at once: answers to those that a successor repeats must still be kept (WINDOW)."""
 
 _CONNECTED_KEY = b"connected"
 
@@ -75,7 +79,9 @@ class LiveGuest:
         self._queued_before = 0
         self._resets = 0
         self._accesses = 0
-        self._is_telling = False
+        self._telling: asyncio.TimerHandle | None = None
+        self._told_sequence = 0
+        self._spent = 0
         self._is_over = False
         self._has_room = asyncio.Event()
         self._waiting: set[asyncio.Task[None]] = set()
@@ -84,15 +90,19 @@ class LiveGuest:
         """Take over from the predecessor, and carry out what comes. Raise HolderGoneError."""
         await self._driver.queue(self._function).synchronized()
         while True:
-            frames = deque(await self._link.receive())
+            frames = deque(self._link.take())
+            if not frames:
+                await self._link.readable()
+                self._spent = 0
             try:
                 while frames:
-                    first = self._sequence
-                    while frames and self._sequence - first < ACCESSES_AT_ONCE:
-                        self._take(frames[0])
-                        frames.popleft().close()
-                    self._tell()
-                    await asyncio.sleep(0)
+                    self._take(frames[0])
+                    frames.popleft().close()
+                    self._spent += 1
+                    if self._spent >= ACCESSES_AT_ONCE:
+                        self._tell()
+                        await asyncio.sleep(0)
+                        self._spent = 0
             finally:
                 for frame in frames:
                     frame.close()
@@ -108,6 +118,8 @@ class LiveGuest:
     def end(self) -> None:
         """Let go of guest memory; the holder has descriptors of its own. Answers that come later are nobody's."""
         self._is_over = True
+        if self._telling is not None:
+            self._telling.cancel()
         for task in self._waiting:
             task.cancel()
         self._receiver.interrupted = self._told
@@ -128,6 +140,7 @@ class LiveGuest:
         progress = self._at_hand
         self._sequence += 1
         self._accesses += 1
+        self._spent += 1
         progress.pending += 1
         access = Waiting(kind, self._virtual_address + offset, length, data, self._sequence, may_ask_again=True)
         try:
@@ -282,17 +295,23 @@ class LiveGuest:
 
     def _finish(self, progress: Progress) -> None:
         progress.pending -= 1
-        if not progress.pending and not self._is_telling:
-            self._is_telling = True
-            asyncio.get_running_loop().call_soon(self._tell)
+        if progress.pending:
+            return
+        if self._sequence - self._told_sequence >= MAX_UNTOLD:
+            self._tell()
+        elif self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(TELL_WITHIN_S, self._tell)
 
     def _tell(self) -> None:
         """Tell the holder how far all is done."""
-        self._is_telling = False
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
         done = None
         while self._in_progress and not self._in_progress[0].pending:
             done = self._in_progress.popleft()
         if done is not None:
+            self._told_sequence = done.sequence
             self._link.done(done.number, done.sequence + 1)
             self._has_room.set()
 

@@ -66,18 +66,23 @@ class HolderLink:
 
     async def receive(self) -> list[Frame]:
         """Wait for frames, and return those that are there, up to 32. Raise HolderGoneError."""
-        while not (frames := self._take()):
-            self._readable.clear()
-            if not self._is_reading:
-                self._loop.add_reader(self._socket, self._on_readable)
-                self._is_reading = True
-            await self._readable.wait()
+        while not (frames := self.take()):
+            await self.readable()
         return frames
 
+    async def readable(self) -> None:
+        """Wait until there may be frames."""
+        self._readable.clear()
+        if not self._is_reading:
+            self._loop.add_reader(self._socket.fileno(), self._on_readable)
+            self._is_reading = True
+        await self._readable.wait()
+
     def _on_readable(self) -> None:
-        # Frames may lie there until there is room for them: nobody is to be told of that again and again.
-        self._loop.remove_reader(self._socket)
-        self._is_reading = False
+        if self._readable.is_set():
+            # Frames may lie there until there is room for them: nobody is to be told of that again and again.
+            self._loop.remove_reader(self._socket.fileno())
+            self._is_reading = False
         self._readable.set()
 
     def answer(self, number: int, message: bytes) -> None:
@@ -145,7 +150,8 @@ class HolderLink:
             self._outbox.clear()
             self._socket.close()
 
-    def _take(self) -> list[Frame]:
+    def take(self) -> list[Frame]:
+        """Return the frames that are there, up to 32. Raise HolderGoneError."""
         frames: list[Frame] = []
         while len(frames) < _FRAMES_AT_ONCE:
             try:

@@ -44,28 +44,14 @@ class VmmSocket:
         self._partial = Received()
 
     def read(self) -> Received | None:
-        """Read what there is of one message, its header or what is left of it, and return the message once whole."""
+        """Read what there is of one message, and return the message once it is whole."""
         partial = self._partial
-        has_header = len(partial.data) >= HEADER.size
-        length = HEADER.unpack_from(partial.data)[2] if has_header else HEADER.size
-        try:
-            data, ancillary, flags, _ = self.socket.recvmsg(
-                length - len(partial.data), socket.CMSG_SPACE(4 * MAX_DESCRIPTORS), socket.MSG_DONTWAIT
-            )
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            raise VmmGoneError from error
-        self._take(received(ancillary))
-        partial.data += data
-        if not data or flags & socket.MSG_CTRUNC or len(partial.descriptors) + partial.refused > MAX_DESCRIPTORS:
-            raise VmmGoneError
-        if len(partial.data) < HEADER.size:
+        if not self._has(HEADER.size):
             return None
         identifier, command, length, _, _ = HEADER.unpack_from(partial.data)
         if not HEADER.size <= length <= MAX_MESSAGE_BYTES:
             raise VmmGoneError(f"message {identifier} (command {command}) of {length} bytes")
-        if len(partial.data) < length:
+        if not self._has(length):
             return None
         self._partial = Received()
         return partial
@@ -81,6 +67,26 @@ class VmmSocket:
         """Close it, and what came with a message that wasn't whole."""
         self._partial.close()
         self.socket.close()
+
+    def _has(self, length: int) -> bool:
+        """Read on, if need be, and return whether so many bytes of the message are there."""
+        partial = self._partial
+        missing = length - len(partial.data)
+        if missing <= 0:
+            return True
+        try:
+            data, ancillary, flags, _ = self.socket.recvmsg(
+                missing, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS), socket.MSG_DONTWAIT
+            )
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise VmmGoneError from error
+        self._take(received(ancillary))
+        partial.data += data
+        if not data or flags & socket.MSG_CTRUNC or len(partial.descriptors) + partial.refused > MAX_DESCRIPTORS:
+            raise VmmGoneError
+        return len(data) == missing
 
     def _take(self, descriptors: list[int]) -> None:
         for descriptor in descriptors:
