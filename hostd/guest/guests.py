@@ -15,6 +15,7 @@ import contextlib
 import logging
 from pathlib import Path
 
+from hostd.dma_receiver import DmaReceiver
 from hostd.driver import Driver
 from hostd.drivers import Drivers
 from hostd.guest import holder_link
@@ -55,7 +56,7 @@ class Guests:
         self._store = store
         self._clock = clock
         self._directory = directory
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._kept: dict[str, tuple[DmaReceiver, asyncio.Task[None]]] = {}  # by driver
         self._must_tell = asyncio.Event()
 
     async def run(self) -> None:
@@ -68,21 +69,25 @@ class Guests:
                     await self._follow(group)
                     await self._drivers.attachments_changed.wait()
         finally:
-            self._tasks.clear()
+            self._kept.clear()
 
     async def _follow(self, group: asyncio.TaskGroup) -> None:
-        attached = {driver.name: driver for driver in self._drivers.all() if _function_of(driver)}
-        for name, record in self._ledger.items(_KIND, GuestRecord):
-            if name not in attached:
-                await self._end(name, record)
-        for name, driver in attached.items():
-            if name not in self._tasks:
-                self._tasks[name] = group.create_task(self._keep(driver), name=f"guest {name}")
+        records = dict(self._ledger.items(_KIND, GuestRecord))
+        for name in {**records, **self._kept}:
+            driver = self._drivers.find(name)
+            attachment = _attachment_of(driver) if driver is not None else None
+            if attachment is None or (name in self._kept and self._kept[name][0] is not attachment):
+                await self._end(name, records.get(name, GuestRecord()))
+        for driver in self._drivers.all():
+            attachment = _attachment_of(driver)
+            if attachment is not None and driver.name not in self._kept:
+                task = group.create_task(self._keep(driver), name=f"guest {driver.name}")
+                self._kept[driver.name] = attachment, task
 
     async def _end(self, name: str, record: GuestRecord) -> None:
-        """End the holder of a driver that is attached no more."""
-        task = self._tasks.pop(name, None)
-        if task is not None:
+        """End the holder of a driver that is attached no more, or anew."""
+        if name in self._kept:
+            _, task = self._kept.pop(name)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         try:
@@ -94,6 +99,8 @@ class Guests:
             await link.quit()
         holder_link.forget(self._directory, name, record.socket)
         self._ledger.delete(_KIND, name)
+        if (driver := self._drivers.find(name)) is not None:
+            driver.guest_state = GuestState.GUEST_STATE_UNSPECIFIED
         self._must_tell.set()
 
     async def _keep(self, driver: Driver) -> None:
@@ -183,9 +190,10 @@ class Guests:
                 await self._must_tell.wait()
 
     async def _tell(self, told: dict[str, GuestState.ValueType]) -> None:
-        states = {name: driver.guest_state for name in self._tasks if (driver := self._drivers.find(name)) is not None}
+        drivers = [driver for name in self._kept if (driver := self._drivers.find(name)) is not None]
+        states = {driver.name: driver.guest_state for driver in drivers if driver.guest_state}
         for name, state in states.items():
-            if state and told.get(name) != state:
+            if told.get(name) != state:
                 put = Put(guest_key(self._host, name), GuestState.Name(state).encode())
                 await self._store.commit(Transaction((), (put,)))
                 told[name] = state
@@ -199,3 +207,8 @@ def _function_of(driver: Driver) -> str:
     if driver.guest_memory is None:
         return ""
     return next((function for function in driver.table.by_function if function), "")
+
+
+def _attachment_of(driver: Driver) -> DmaReceiver | None:
+    """Return what a guest's driver has for as long as it is attached; None for another driver, or none."""
+    return driver.receivers.get(_function_of(driver))

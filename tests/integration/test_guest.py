@@ -16,6 +16,7 @@ from support.vmm import CONFIGURATION, DEVICE_INFO, INTERRUPT_INFO, REGION_INFO,
 
 from hostd.guest import holder_link
 from hostd.guest.holder_link import HolderGoneError, HolderLink
+from vfleet.cli.main import run
 from vfleet.driver import DriverClient
 from vfleet.errors import Reason
 from vfleet.rpc import Channels, call
@@ -80,8 +81,8 @@ async def until_gone(link: HolderLink) -> None:
             await link.receive()
 
 
-def holder_of(tmp_path: Path, host: str = "h1") -> int:
-    return int((tmp_path / "cluster" / host / "guests" / "g1.pid").read_text())
+def holder_of(tmp_path: Path, host: str = "h1", driver: str = "g1") -> int:
+    return int((tmp_path / "cluster" / host / "guests" / f"{driver}.pid").read_text())
 
 
 async def test_a_vmm_is_told_what_the_function_is(driver: NvmeGuest):
@@ -233,6 +234,48 @@ async def test_a_holder_that_ends_under_its_vmm_is_lost_and_the_fleet_says_so(
         await do(again.identify)
     finally:
         again.close()
+
+
+async def test_a_guest_that_is_detached_and_attached_while_another_ends_begins_anew(
+    cluster: Cluster, driver: NvmeGuest, tmp_path: Path
+):
+    """Its driver stays, and hostd, which waits for the end of another's holder, sees it attached before and after."""
+    await until_state(cluster, GUEST_STATE_CONNECTED)
+    await cluster.fleet.create_function("vf2", "h1/nvme0")
+    await attach_guest(cluster, "vf2", "g2", "h1", tmp_path)
+    os.kill(holder_of(tmp_path), signal.SIGKILL)
+    await until_state(cluster, GUEST_STATE_LOST)
+    os.kill(holder_of(tmp_path, driver="g2"), signal.SIGSTOP)
+    await cluster.fleet.detach_driver("vf2", "g2")
+    await cluster.fleet.detach_driver("vf1", "g1")
+    again = NvmeGuest(await attach_guest(cluster, "vf1", "g1", "h1", tmp_path))
+    try:
+        await do(again.begin)
+        await until_state(cluster, GUEST_STATE_CONNECTED)
+        os.kill(holder_of(tmp_path), signal.SIGKILL)
+        await until_state(cluster, GUEST_STATE_LOST)
+    finally:
+        again.close()
+
+
+async def test_the_command_ends_when_the_socket_is_there_or_says_that_it_is_not(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    address = ",".join(cluster.local.coordinator_addresses)
+    attach = ["--insecure", "attach", "vf1", "--guest", str(tmp_path / "g1.sock"), "--driver", "g1"]
+    attach += ["--host", "h1", "--coordinator", address]
+    assert await asyncio.to_thread(run, attach) == 0
+    driver = NvmeGuest(tmp_path / "g1.sock")
+    try:
+        await do(driver.begin)
+        await until_state(cluster, GUEST_STATE_CONNECTED)
+        assert await asyncio.to_thread(run, attach) == 0  # asked again
+        os.kill(holder_of(tmp_path), signal.SIGKILL)
+        await until_state(cluster, GUEST_STATE_LOST)
+        assert await asyncio.to_thread(run, attach) == 1
+        assert "the guest's socket is lost after 10 s" in capsys.readouterr().err
+    finally:
+        driver.close()
 
 
 async def test_a_connection_to_the_holder_that_breaks_is_made_again(

@@ -142,7 +142,7 @@ async def test_a_guest_without_a_socket_is_not_waited_for_for_ever(rig: Rig):
     await rig.declare(DISK, NIC)
     assert rig.clock.now - began == pytest.approx(PATIENCE_S, abs=2)
     assert rig.complaints == [
-        "function disk1 of the topology, driver guest-disk1: there is no socket after 30 s",
+        "function disk1 of the topology, driver guest-disk1: the guest's socket is not there after 30 s",
     ]
     assert len(rig.said) == 4
 

@@ -6,15 +6,15 @@ it is, wherever it has gone meanwhile; what isn't, whoever ended it, is made.
 
 from collections.abc import Awaitable, Callable, Sequence
 
+from vfleet.cli.guest_states import until_told
 from vfleet.client import FleetClient
 from vfleet.clock import Clock
 from vfleet.declared import DeclaredDriver, DeclaredFunction
-from vfleet.errors import Reason, VfleetError
+from vfleet.errors import VfleetError
 from vfleet.host_client import HostClient
 from vfleet.v1.types_pb2 import GUEST_STATE_LOST, GUEST_STATE_UNSPECIFIED, Guest, GuestState
 
 PATIENCE_S = 30.0
-LOOK_AGAIN_S = 0.05
 
 
 class Declaration:
@@ -76,10 +76,5 @@ class Declaration:
 
     async def _told_state(self, host: str, driver: str, *passing: GuestState.ValueType) -> GuestState.ValueType:
         """Return what has become of a guest, by its host's own word: etcd's may be of before the cluster came up."""
-        give_up_s = self._clock.monotonic() + PATIENCE_S
         async with self._host(host) as client:
-            while (state := (await client.get_driver(driver)).guest_state) in passing:
-                if self._clock.monotonic() >= give_up_s:
-                    raise VfleetError(Reason.UNREACHABLE, f"there is no socket after {PATIENCE_S:g} s")
-                await self._clock.sleep(LOOK_AGAIN_S)
-        return state
+            return await until_told(lambda: client.get_driver(driver), self._clock, passing, PATIENCE_S)

@@ -9,12 +9,16 @@ import typer
 from google.protobuf.message import Message
 
 from vfleet.cli import complete, describe
+from vfleet.cli.guest_states import until_told
 from vfleet.cli.output import Output, OutputOption, print_message
 from vfleet.cli.session import CoordinatorOption, EtcdOption, fleet_client, run
 from vfleet.cli.timeline import write_svg
+from vfleet.clock import SystemClock
 from vfleet.errors import invalid_field
 from vfleet.names import guest_driver_name
-from vfleet.v1.types_pb2 import Guest
+from vfleet.v1.types_pb2 import GUEST_STATE_LOST, GUEST_STATE_UNSPECIFIED, Guest
+
+SOCKET_PATIENCE_S = 10.0  # a new holder takes a tenth of one, on a busy machine a few
 
 create_app = typer.Typer()
 delete_app = typer.Typer()
@@ -190,7 +194,7 @@ def attach(
     etcd: EtcdOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Attach a driver to a function. Asking again succeeds.
+    """Attach a driver to a function. Asking again succeeds. A guest's socket is there when it has.
 
     \b
     Example: vfleet attach vf1 --driver d1 --host h1
@@ -212,6 +216,10 @@ def attach(
             entry = await fleet.attach_driver(
                 function, name, host=host, virtual_address=address, main_memory_bytes=main_memory, guest=asked
             )
+            if asked is not None:
+                # What was lost may be of an attachment before this one, whose end is under way.
+                passing = (GUEST_STATE_UNSPECIFIED, GUEST_STATE_LOST)
+                await until_told(lambda: fleet.get_driver(name), SystemClock(), passing, SOCKET_PATIENCE_S)
         _show(entry, output, lambda: describe.print_entries([entry]))
 
     run(command())
