@@ -11,11 +11,16 @@ import pytest
 from support.guest import attach_guest
 from support.local_cluster import Cluster, running
 from support.nvme_guest import BUFFER, COMPLETIONS, PAGE, SUBMISSIONS, NvmeGuest
-from support.vmm import DMA_MAP, DMA_READ, DMA_WRITE, REGION_READ
+from support.vmm import DMA_MAP, DMA_READ, DMA_WRITE, HEADER, REGION_READ
 
+from hostd.guest import holder_link
+from hostd.guest.frames import SAID, Kind
+from hostd.guest.holder_link import HolderLink
 from vfleet.v1.records_pb2 import Phase
 
 COMMANDS = 300
+WRITES_A_COMMAND = 3
+"""The page, the completion, and the interrupt."""
 TOPOLOGY = Path(__file__).parents[1] / "guests" / "fleet.yaml"
 
 _log = logging.getLogger(__name__)
@@ -25,6 +30,17 @@ async def do(work: Callable[[], object]) -> None:
     """Let the driver work while the cluster does."""
     async with asyncio.timeout(60):
         await asyncio.to_thread(work)
+
+
+async def greeted(tmp_path: Path) -> tuple[HolderLink, int, int]:
+    """Come to the holder as a hostd does, and return what it says of its VMM and of how much was said to that."""
+    link = holder_link.connect(tmp_path / "cluster" / "h1" / "guests", "g1")
+    assert link is not None
+    frames = {frame.key if frame.kind == Kind.KEPT else frame.kind: frame for frame in await link.receive()}
+    for frame in frames.values():
+        frame.close()
+    said, _ = SAID.unpack(frames[Kind.HELLO].key)
+    return link, int.from_bytes(frames[b"connected"].data, "little"), said
 
 
 @pytest.fixture
@@ -68,6 +84,39 @@ async def test_hostd_is_killed_behind_the_guest(cluster: Cluster, driver: NvmeGu
         await do(driver.completed)
         await do(driver.identify)
         assert driver.status() == 1
+
+
+async def test_a_connection_to_the_holder_that_breaks_takes_nothing_with_it(
+    cluster: Cluster, driver: NvmeGuest, tmp_path: Path
+):
+    await do(driver.identify)
+    for _ in range(3):
+        await do(driver.submit)
+        (await greeted(tmp_path))[0].close()
+        await do(driver.completed)
+        await do(driver.identify)
+        assert driver.status() == 1
+
+
+async def test_a_write_that_was_said_and_not_noted_is_not_said_again(
+    cluster: Cluster, driver: NvmeGuest, tmp_path: Path
+):
+    await do(driver.identify)
+    await cluster.local.hosts["h1"].kill()
+    link, connected, said = await greeted(tmp_path)
+    # As a hostd does that is killed then: this page is what the command would write first.
+    page = struct.pack("<QQ", BUFFER, PAGE) if not driver.vmm.is_short else struct.pack("<QI", BUFFER, PAGE)
+    body = page + bytes(516) + (1).to_bytes(4, "little") + bytes(PAGE - 520) + bytes(16 - len(page))
+    link.said = said
+    link.say(connected, HEADER.pack(0, DMA_WRITE, HEADER.size + len(body), 0, 0) + body, write=WRITES_A_COMMAND + 1)
+    link.close()
+    before = len(driver.vmm.dma)
+    await do(driver.submit)
+    await cluster.local.hosts["h1"].start()
+    await do(driver.completed)
+    writes = [(address, count) for command, address, count in driver.vmm.dma[before:] if command == DMA_WRITE]
+    assert writes == [(BUFFER, PAGE), (COMPLETIONS + 16, 16)]
+    await do(driver.identify)
 
 
 async def test_a_register_that_is_read_waits_for_no_answer_of_the_vmm(cluster: Cluster, driver: NvmeGuest):
