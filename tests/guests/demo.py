@@ -72,10 +72,9 @@ async def start(stack: AsyncExitStack, cluster: Cluster, folder: Path) -> tuple[
     for machine, address in zip((first, second), ADDRESSES, strict=True):
         await machine.run(f"ip addr add {address}/24 dev eth0 && ip link set eth0 up")
     await second.start("network", "python3", "/network.py", "serve")
-    while "ready" not in await second.run("netstat -ltn | grep -q :7000 && echo ready || true"):
-        pass
-    await first.start("network", "python3", "/network.py", "send", ADDRESSES[1], str(BLOCKS_A_SECOND))
     await first.start("storage", "python3", "/storage.py", "/dev/nvme0n1", "4")
+    await second.run("until netstat -ltn | grep -q :7000; do sleep 0.1; done")
+    await first.start("network", "python3", "/network.py", "send", ADDRESSES[1], str(BLOCKS_A_SECOND))
     while not (await first.report("storage"))[0] or not (await first.report("network"))[0]:
         pass
     say("the first has ext4 on disk1 and verifies every block; a TCP stream goes from it to the second")
