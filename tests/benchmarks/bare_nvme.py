@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hostd.guest.device import Answered, GuestDevice
+from hostd.guest.dma_messages import DmaMessages
 from hostd.guest.memory import GuestMemory
 from hostd.guest.vfio_user import HEADER, MAX_DESCRIPTORS, Message
+from hostd.memory import MemoryBusyError
 from hostd.models.base import Store
 from hostd.models.nvme import Nvme
 from hostd.models.pci import pci_function
@@ -30,7 +32,10 @@ _NO_WRITES = bytes(8)
 
 
 class BareNvme:
-    """The controller, and the port of its device (hostd.guest.device.Port) to the VMM that is connected."""
+    """The controller, and the port of its device (hostd.guest.device.Port) to the VMM that is connected.
+
+    All of the guest's memory comes with descriptors, so no messages ask for it.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -41,7 +46,8 @@ class BareNvme:
         self._eventfds: dict[bytes, int] = {}
         guest = Guest(model=Nvme.name, bars=[Bar(index=index, size_bytes=size) for index, size in BARS.items()])
         guest.manufacturer.vendor_id, guest.manufacturer.device_id = MANUFACTURER
-        self._device = GuestDevice(guest, pci_function(Nvme.name), self._memory, MEMORY_BYTES, self)
+        messages = DmaMessages(self, 0.0, lambda: 0.0)
+        self._device = GuestDevice(guest, pci_function(Nvme.name), self._memory, messages, MEMORY_BYTES, self)
         self._device.connected()
 
     def serve(self) -> None:
@@ -101,6 +107,16 @@ class BareNvme:
     def ring(self, key: bytes) -> None:
         """Interrupt."""
         os.eventfd_write(self._eventfds[key], 1)
+
+    def say(self, message: bytes, *, completes: bool) -> int:
+        """Refuse: there is nothing to say."""
+        raise MemoryBusyError
+
+    def write_failed(self) -> None:
+        """Nothing: no write is said."""
+
+    def learned(self, state: bytes) -> None:
+        """Nothing: nobody comes after."""
 
     def _work(self) -> None:
         model, view, memory = self._model, self._view, self._memory

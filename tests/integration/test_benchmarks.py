@@ -1,5 +1,6 @@
 """Each benchmark runs, at its smallest size; what it measures then says nothing."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ import pytest
 from benchmarks.measure import SMALL, Figure, Rounds, Samples, at_least, at_most
 from benchmarks.report import table
 from benchmarks.suite import benchmark, names
+from support.nvme_guest import NvmeGuest
 
 TESTS = Path(__file__).parents[1]
+TIMEOUT_S = 30
 
 
 @pytest.mark.parametrize("name", names())
@@ -19,6 +22,18 @@ async def test_a_benchmark_runs(name: str):
     assert all(figure.ratio > 0 and figure.ours.values for figure in figures)
     assert table({name: figures}).count("\n") == len(figures) + 1
     assert benchmark(name).__doc__
+
+
+def test_the_bare_nvme_server_serves_a_guest(tmp_path: Path):
+    socket = tmp_path / "bare.sock"
+    command = [sys.executable, "-m", "benchmarks.bare_nvme", str(socket)]
+    with subprocess.Popen(command, env={"PYTHONPATH": os.pathsep.join([*sys.path[1:], str(TESTS)])}) as server:
+        guest = NvmeGuest(socket)
+        guest.begin()
+        for _ in range(20):
+            guest.identify()
+        guest.close()
+        assert server.wait(TIMEOUT_S) == 0
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios():
