@@ -3,41 +3,16 @@
 import asyncio
 import os
 import re
-import shutil
-import sys
 import uuid
 from pathlib import Path
 from random import Random
 
 import pytest
 from support.containers.engine import DockerError, what_is_left
-from support.containers.images import REPOSITORY
+from support.readme import blocks, checkout
 
 FEWER_LINES_THAN = 10
-NEEDED = ("Makefile", "README.md", "pyproject.toml", "vfleet", "coordinator", "hostd", "deploy")
 NETWORK_TRIES = 5
-
-
-def lines() -> list[str]:
-    """Return what the README lets a person type."""
-    section = (REPOSITORY / "README.md").read_text().partition("\n## On three machines\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 1
-    return blocks[0].splitlines()
-
-
-def checkout(directory: Path) -> Path:
-    """Make a copy of the tree, in which all is installed, so that what a person has in this one is left alone."""
-    copy = directory / "vfleet"
-    copy.mkdir()
-    for name in NEEDED:
-        ignore = shutil.ignore_patterns("__pycache__")
-        source = REPOSITORY / name
-        shutil.copytree(source, copy / name, ignore=ignore) if source.is_dir() else shutil.copy2(source, copy / name)
-    os.utime(copy / "pyproject.toml", (0, 0))  # older than what was installed by it
-    (copy / ".venv").symlink_to(sys.prefix)
-    (copy / "build").symlink_to(REPOSITORY / "build")
-    return copy
 
 
 async def shell(script: list[str], directory: Path, environment: dict[str, str]) -> str:
@@ -60,10 +35,10 @@ async def shell(script: list[str], directory: Path, environment: dict[str, str])
 
 @pytest.mark.timeout(900)
 async def test_what_the_readme_says_works(tmp_path: Path, images: dict[str, str]) -> None:
-    script = lines()
+    (script,) = blocks("On three machines")
     assert len(script) < FEWER_LINES_THAN
     assert script[-1] == "make down"
-    directory, project = checkout(tmp_path), f"vfleet-test-{uuid.uuid4().hex[:8]}"
+    directory, project = checkout(tmp_path, "deploy", links=("build",)), f"vfleet-test-{uuid.uuid4().hex[:8]}"
     networks = Random().sample([f"172.{a}.{b}" for a in range(28, 32) for b in range(256)], 2)
     environment = {
         "COMPOSE_PROJECT_NAME": project,
