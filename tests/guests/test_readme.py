@@ -32,8 +32,9 @@ async def test_what_the_readme_says_works(tmp_path: Path):
 
         async with terminal(directory, environment) as one, terminal(directory, environment) as other:
             for line in first[:-1]:
-                await one.type(mine(line), r"^Ctrl-C ends it\.$" if line.endswith("&") else "^typed> ")
-            assert "/dev/nvme0n1" in await one.type(mine(first[-1]), GUESTS_PROMPT)
+                await one.type(mine(line), r"^Ctrl-C ends it\.$|^vfleet: .*$" if line.endswith("&") else "^typed> ")
+            begun = await one.type(mine(first[-1]), f"{GUESTS_PROMPT}|^typed> ")
+            assert "/dev/nvme0n1" in begun, one.text
             (line,) = inside
             await one.type(line, f"{DATE}\n(?s:.*){DATE}")
             for line in second[:-1]:
