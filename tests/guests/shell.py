@@ -3,24 +3,18 @@
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from support.guest import make_initramfs, qemu
 
 from vfleet.limits import GUEST_MESSAGE_TIMEOUT_MS
 
-PATIENCE_S = 10.0
 MODULES = "nvme,crc32c_generic,ext4,virtio_pci,virtio_net"
 
 
 def main() -> None:
     """Become QEMU; Ctrl-A X ends it, and so does `poweroff -f` in the guest."""
     sockets = [Path(argument) for argument in sys.argv[1:]]
-    # On a busy machine they come some time after their drivers were attached.
-    give_up_s = time.monotonic() + PATIENCE_S
-    while not all(socket.is_socket() for socket in sockets) and time.monotonic() < give_up_s:
-        time.sleep(0.1)
     if not sockets or not all(socket.is_socket() for socket in sockets):
         sys.exit('guest: SOCKETS="…"; expected the sockets of `vfleet attach FUNCTION --guest SOCKET`')
     initramfs = make_initramfs(Path(tempfile.gettempdir()) / "vfleet-guest")
