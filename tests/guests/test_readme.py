@@ -43,11 +43,11 @@ async def test_what_the_readme_says_works(tmp_path: Path):
             assert re.search(r"^disk1 +to +h2/nvme0 ", moved, re.MULTILINE)
             # The guest writes on, and finds what it has written.
             await one.until(f"{DATE}\n(?s:.*){DATE}")
-            one.press(b"\x03")
-            await one.until(GUESTS_PROMPT)
+            await one.interrupt(GUESTS_PROMPT)
             count = await one.type(
                 "wc -l </mnt/log; umount /mnt && fsck.ext4 -fn /dev/nvme0n1; echo ended $?", "^ended 0$"
             )
-            assert int(re.search(r"^(\d+)$", count, re.MULTILINE)[1]) >= 4
+            # Four were seen; the last may have been interrupted on its way to the file.
+            assert int(re.search(r"^(\d+)$", count, re.MULTILINE)[1]) >= 3
             await one.type("poweroff -f")
             await one.type("kill %1; wait %1", "^typed> ")

@@ -1,6 +1,7 @@
 """A terminal with a shell, in which a test types as a person would, and reads what they would see."""
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import pty
@@ -13,6 +14,7 @@ from pathlib import Path
 
 PROMPT = "typed> "
 PATIENCE_S = 300.0
+INTERRUPT_AGAIN_S = 2.0
 SIZE = struct.pack("HHHH", 50, 200, 0, 0)
 
 
@@ -51,8 +53,15 @@ class Terminal:
         await self.until(re.escape(line[-20:]))
         return await self.until(then)
 
-    def press(self, key: bytes) -> None:
-        os.write(self._master, key)
+    async def interrupt(self, then: str) -> None:
+        """Press Ctrl-C until `then` is seen: a loop goes on when that only ends the program that it is just at."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                os.write(self._master, b"\x03")
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(INTERRUPT_AGAIN_S):
+                        await self.until(then)
+                        return
 
 
 @asynccontextmanager
