@@ -37,9 +37,10 @@ class Dispatcher:
     async def run(self) -> None:
         """Work off the queue, for ever."""
         while True:
-            seen = self._signature()  # of before: what changes during the pass may concern those it has passed
+            # Of before: what changes, or is over, during the pass may concern those it has passed.
+            seen, looked_s = self._signature(), self._context.clock.monotonic()
             await self.pass_once()
-            await self._wait(seen)
+            await self._wait(seen, looked_s)
 
     async def pass_once(self) -> None:
         """Look once at each that is queued, in order: one that has to wait holds up none that needn't."""
@@ -94,15 +95,15 @@ class Dispatcher:
         snapshot = self._context.snapshot
         return set(snapshot.queue), set(snapshot.active_migrations), set(snapshot.coordinators)
 
-    async def _wait(self, seen: object) -> None:
+    async def _wait(self, seen: object, looked_s: float) -> None:
         """Wait until something has changed that may let one begin, or a pause or a deadline is over."""
         now_s = self._context.clock.monotonic()
         pauses_s = [
-            pause_s
+            max(pause_s, 0)
             for stored in self._context.snapshot.queue.values()
             if not self._is_anothers(stored)
             for pause_s in (self._left_s(stored), self._tries(stored.record.request.request_id).due_s - now_s)
-            if pause_s > 0
+            if pause_s > looked_s - now_s
         ]
         waits = [self._context.inventory.until(lambda: self._signature() != seen)]
         if pauses_s:

@@ -79,13 +79,13 @@ class ManyMoves(ABC):
         while not self._is_over():
             told = {each.function: each for each in self._all()}
             # As old as the look at the least: what changes while somebody takes what is yielded is seen, too.
-            seen = self._signature()
+            seen, looked_s = self._signature(), self._context.clock.monotonic()
             self._look()
             await self._begin()
             if changed := [each for each in self._all() if told[each.function] != each]:
                 yield Progress(changed, self._is_over())
             else:
-                await self._wait(seen)
+                await self._wait(seen, looked_s)
 
     # --- what the two are different in ---
 
@@ -201,13 +201,13 @@ class ManyMoves(ABC):
                 self._movers[name].shown.why = passed
         return passed is None
 
-    async def _wait(self, seen: object) -> None:
-        """Wait until something has changed, or a pause is over."""
+    async def _wait(self, seen: object, looked_s: float) -> None:
+        """Wait until something has changed, or a pause is over that wasn't when it was looked at."""
         now_s = self._context.clock.monotonic()
         pauses_s = [
-            mover.retries.due_s - now_s
+            max(mover.retries.due_s - now_s, 0)
             for mover in self._movers.values()
-            if mover.shown.state == WAITING and mover.retries.due_s > now_s
+            if mover.shown.state == WAITING and mover.retries.due_s > looked_s
         ]
         if self._look_again_s is not None:
             pauses_s.append(self._look_again_s)

@@ -212,7 +212,7 @@ class DmaReceiver:
                     return False
             else:
                 self._words[_COUNTS + where] = int.from_bytes(data, "little")
-            self._words[_LAST] = sequence
+            self._advance(sequence)
         self._is_redone = True
         return True
 

@@ -73,7 +73,7 @@ class FrameOutbox:
     def peek(self, after: int = 0) -> list[tuple[int, bytes]]:
         """Return the (sequence, frame) of those not acknowledged, the oldest first, of a later sequence than `after`.
 
-        None while the function doesn't run.
+        Nothing while the function doesn't run.
         """
         if not self._instance.is_serving or self._instance.is_closed:
             return []

@@ -73,7 +73,7 @@ class DmaMessages:
         self._transfer_bytes = MAX_DATA_BYTES
         self._layout: Struct | None = None
         self._asked: dict[int, _Asked] = {}  # by identifier, the oldest first
-        self._rings: dict[tuple[int, bytes], None] = {}  # (the last write before it, key)
+        self._rings: dict[bytes, tuple[int, int]] = {}  # by key: the last write before its first and last interrupt
         self._is_probing = False
 
     @property
@@ -140,7 +140,8 @@ class DmaMessages:
         """Tell of an interrupt once the writes before it are in memory."""
         last = max((asked.number for asked in self._asked.values() if asked.command == Command.DMA_WRITE), default=0)
         if last:
-            self._rings[last, key] = None
+            first, _ = self._rings.get(key, (last, last))
+            self._rings[key] = first, last
         else:
             self._port.ring(key)
 
@@ -179,10 +180,14 @@ class DmaMessages:
         asked.answered(data)
         if asked.command == Command.DMA_WRITE and self._rings:
             writes = [each.number for each in self._asked.values() if each.command == Command.DMA_WRITE]
-            for last, key in list(self._rings):
-                if not writes or last < min(writes):
-                    del self._rings[last, key]
-                    self._port.ring(key)
+            for key, (first, last) in list(self._rings.items()):
+                if writes and first >= min(writes):
+                    continue
+                if writes and last >= min(writes):
+                    self._rings[key] = last, last
+                else:
+                    del self._rings[key]
+                self._port.ring(key)
 
     def _probed(self, data: bytes | None) -> None:
         if self._is_probing:

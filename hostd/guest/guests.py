@@ -92,11 +92,12 @@ class Guests:
             await asyncio.gather(task, return_exceptions=True)
         try:
             link = holder_link.connect(self._directory, name)
-        except VfleetError as error:
+            if link is not None:
+                await link.quit()
+                await holder_link.until_reaped(self._directory, name, self._clock)
+        except (VfleetError, OSError) as error:
             _log.error("its end is put off until another driver comes or goes: %s", error)
             return
-        if link is not None:
-            await link.quit()
         holder_link.forget(self._directory, name, record.socket)
         self._ledger.delete(_KIND, name)
         if (driver := self._drivers.find(name)) is not None:

@@ -195,10 +195,11 @@ class Holder:
         self._hostd = connection
         said, queued = SAID.pack(self._said, self._written), self._number.to_bytes(8, "little")
         self._send(Kind.HELLO, self._done, self._position, key=said, data=queued)
-        for key, (data, descriptor) in self._kept.items():
+        # Of copies: if it ends meanwhile, what it has said before its end is done at once, and changes both.
+        for key, (data, descriptor) in list(self._kept.items()):
             self._send(Kind.KEPT, key=key, data=data, descriptors=() if descriptor < 0 else (descriptor,))
         self._send(Kind.READY)
-        for item in self._queue:
+        for item in list(self._queue):
             self._send_item(item)
 
     def _send_item(self, item: Item) -> None:

@@ -22,6 +22,7 @@ from vfleet.errors import Reason, VfleetError
 
 START_TIMEOUT_S = 10.0
 QUIT_TIMEOUT_S = 5.0
+REAP_TIMEOUT_S = 2.0
 _ASK_AGAIN_S = 0.02
 _FRAMES_AT_ONCE = 32
 _CREDENTIALS = struct.Struct("iII")  # process, user, group
@@ -50,7 +51,7 @@ class Frame:
 
 
 class HolderLink:
-    """A connection to a holder. Frames are to be taken with `receive`; what is sent waits in order if it has to.
+    """A connection to a holder. Frames are to be taken all the time; what is sent waits in order if it has to.
 
     `said` is how many messages were said to VMMs, also before.
     """
@@ -128,17 +129,19 @@ class HolderLink:
     async def quit(self) -> None:
         """Let the holder end, and end it if it doesn't: its VMM may keep it from all work."""
         self._send(FRAME.pack(Kind.QUIT, 0, 0, 0))
-        with contextlib.suppress(HolderGoneError):
-            try:
-                async with asyncio.timeout(QUIT_TIMEOUT_S):
-                    while True:
-                        for frame in await self.receive():
-                            frame.close()
-            except TimeoutError:
-                # It has listened for this connection, so the number is its own as long as the connection is there.
-                credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-                os.kill(_CREDENTIALS.unpack(credentials)[0], signal.SIGKILL)
-        self.close()
+        try:
+            async with asyncio.timeout(QUIT_TIMEOUT_S):
+                while True:
+                    for frame in await self.receive():
+                        frame.close()
+        except HolderGoneError:
+            pass
+        except TimeoutError:
+            # It has listened for this connection, so the number is its own as long as the connection is there.
+            credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            os.kill(_CREDENTIALS.unpack(credentials)[0], signal.SIGKILL)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Leave the holder to whoever comes next."""
@@ -186,16 +189,18 @@ class HolderLink:
         except BlockingIOError:
             return False
         except OSError:
-            # What is lost is said again on the next connection: let `receive` say that this one is over.
+            # What is lost is said again on the next connection: let `take` say that this one is over.
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
         return True
 
     def _flush(self) -> None:
         while self._outbox and self._try_to_send(*self._outbox[0]):
-            _close(self._outbox.popleft()[1])
+            frame, descriptor = self._outbox.popleft()
+            _close(descriptor)
+            # An interrupt that comes from now on has to be told by another. (Of other frames too many are forgotten.)
+            self._ringing.discard(frame[FRAME.size :])
         if not self._outbox:
-            self._ringing.clear()
             self._loop.remove_writer(self._socket)
 
 
@@ -253,14 +258,26 @@ async def start(directory: Path, name: str, path: str, answer_within_ms: int, cl
 def reap(pid: int) -> bool:
     """Return whether a child of this process has ended. Of another process it isn't known."""
     try:
-        return os.waitpid(pid, os.WNOHANG)[0] == pid
+        return _has_ended(pid)
     except ChildProcessError:
         return False
 
 
+async def until_reaped(directory: Path, name: str, clock: Clock) -> None:
+    """Wait, a moment at most, until a holder that is about to end has ended; no zombie stays if it is a child."""
+    give_up_s = clock.monotonic() + REAP_TIMEOUT_S
+    # Another process's child, or one whose number isn't known, is not waited for.
+    with contextlib.suppress(OSError, ValueError):
+        pid = int((directory / f"{name}.pid").read_text())
+        while not _has_ended(pid) and clock.monotonic() < give_up_s:
+            await clock.sleep(_ASK_AGAIN_S)
+
+
 def forget(directory: Path, name: str, path: str) -> None:
-    """Delete what was left by a holder that has ended: its socket too, if it was killed."""
-    holder.discard(Path(path))
+    """Delete what was left by a holder that has ended: its socket too, if it was killed and that may be deleted."""
+    # The path is what somebody wrote in a request: it may lie where this process may not even look.
+    with contextlib.suppress(OSError):
+        holder.discard(Path(path))
     for suffix in ("log", "pid", "control"):
         (directory / f"{name}.{suffix}").unlink(missing_ok=True)
 
@@ -293,6 +310,11 @@ def _spawn(directory: Path, name: str, path: str, answer_within_ms: int) -> int:
     )
     (directory / f"{name}.pid").write_text(str(pid))
     return pid
+
+
+def _has_ended(child: int) -> bool:
+    """Return whether a child of this process has ended. Raise ChildProcessError of another process."""
+    return os.waitpid(child, os.WNOHANG)[0] == child
 
 
 def _last_line(path: Path) -> str:

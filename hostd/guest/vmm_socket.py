@@ -38,7 +38,7 @@ class VmmSocket:
     """A connection that was accepted. Its methods raise VmmGoneError."""
 
     def __init__(self, connection: socket.socket) -> None:
-        connection.settimeout(SEND_TIMEOUT_S)
+        connection.settimeout(0)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         self.socket = connection
         self._partial = Received()
@@ -59,7 +59,9 @@ class VmmSocket:
     def send(self, message: bytes) -> None:
         """Send a message whole, which may take up to 5 s."""
         try:
+            self.socket.settimeout(SEND_TIMEOUT_S)
             self.socket.sendall(message)
+            self.socket.settimeout(0)
         except OSError as error:
             raise VmmGoneError from error
 
@@ -75,9 +77,7 @@ class VmmSocket:
         if missing <= 0:
             return True
         try:
-            data, ancillary, flags, _ = self.socket.recvmsg(
-                missing, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS), socket.MSG_DONTWAIT
-            )
+            data, ancillary, flags, _ = self.socket.recvmsg(missing, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS))
         except BlockingIOError:
             return False
         except OSError as error:

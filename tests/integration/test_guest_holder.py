@@ -222,6 +222,19 @@ async def test_a_vmm_that_can_not_be_understood_is_let_go(bench: Bench, length: 
     await bench.frames(Kind.CONNECTED)
 
 
+async def test_a_vmm_that_says_half_a_message_keeps_its_holder_from_nothing(bench: Bench):
+    await bench.start()
+    vmm = await bench.vmm()
+    vmm.send_raw(HEADER.pack(1, REGION_WRITE, HEADER.size + 8, 0, 0))
+    await bench.frames(Kind.CONNECTED)
+    for number in range(3):
+        bench.link.keep(b"a", bytes([number]))
+        bench.connect()
+        await bench.frames(Kind.CONNECTED)
+    vmm.send_raw(bytes(8))
+    assert [frame.kind for frame in await bench.frames(Kind.MESSAGE)] == [Kind.MESSAGE]
+
+
 async def test_a_device_has_one_vmm(bench: Bench):
     await bench.start()
     vmm = await bench.vmm()
@@ -337,6 +350,18 @@ async def test_it_ends_when_told_to_and_leaves_no_socket(bench: Bench):
         await bench.frames(Kind.GONE)
     assert not bench.socket.exists()
     assert holder_link.connect(bench.folder / "guests", "g1") is None
+
+
+async def test_one_that_has_ended_leaves_no_zombie(bench: Bench):
+    await bench.start()
+    pid = int((bench.folder / "guests" / "g1.pid").read_text())
+    await bench.link.quit()
+    await holder_link.until_reaped(bench.folder / "guests", "g1", SystemClock())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    # Nor is one waited for that isn't this process's.
+    (bench.folder / "guests" / "g1.pid").write_text("1")
+    await holder_link.until_reaped(bench.folder / "guests", "g1", SystemClock())
 
 
 async def test_a_socket_that_was_left_is_taken_and_one_in_use_is_not(bench: Bench, tmp_path: Path):

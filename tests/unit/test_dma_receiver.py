@@ -15,7 +15,7 @@ from support.manual_clock import settle
 import hostd.dma_receiver
 from hostd.dma_exchange import exchange_dma
 from hostd.dma_receiver import DmaReceiver
-from hostd.memory import MappedMemory
+from hostd.memory import MappedMemory, MemoryBusyError
 from vfleet.errors import Reason, VfleetError
 from vfleet.limits import INTERRUPT_PAGE_ADDRESS
 from vfleet.v1.driver_service_pb2 import NOTIFICATION_KIND_INTERRUPT
@@ -272,3 +272,30 @@ def test_what_is_done_is_not_done_again_over_what_the_driver_has_put_there():
     main[:6] = b"driver"
     again, _, memory = receiver(mapped[:], main[:])
     assert (again.last, memory[:6]) == (1, b"driver")
+
+
+class Late(MappedMemory):
+    """A virtual machine's memory, which isn't there before the machine is, and takes writes when it likes."""
+
+    is_present = False
+    is_busy = False
+
+    def write(self, offset: int, data: bytes) -> bool:
+        if self.is_busy:
+            raise MemoryBusyError
+        return super().write(offset, data)
+
+
+async def test_who_waits_for_a_write_that_a_kill_left_begun_goes_on_once_it_is_done():
+    memory, mapped = Late(mmap.mmap(-1, 4096)), mmap.mmap(-1, 3 * 4096)
+    window = DmaWindow(base=BASE, length_bytes=4096)
+    memory.is_busy = True
+    with pytest.raises(MemoryBusyError):
+        DmaReceiver(mapped, memory, window, ATTACHED).write(1, BASE, b"begun")
+    again = DmaReceiver(mapped, memory, window, ATTACHED)
+    waiting = asyncio.create_task(again.reached(1))
+    await settle()
+    memory.is_present, memory.is_busy = True, False
+    assert again.accepts
+    await settle()
+    assert (waiting.done(), again.last, memory.read(0, 5)) == (True, 1, b"begun")

@@ -1,11 +1,14 @@
 """A drain: how many at once, in what order, how often again, and what it leaves alone."""
 
+import asyncio
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from support.drain_rig import DrainRig
 from support.fake_host import device
 from support.fleet_values import FleetValues, move
+from support.manual_clock import ManualClock
 
 from coordinator.drain_plan import Batch, plan_drain
 from coordinator.retries import MAX_TRIES
@@ -154,6 +157,30 @@ async def test_a_refused_begin_is_planned_anew(rig: DrainRig):
     await rig.until_over(await rig.start("device", "h1/nic1"))
     assert rig.states() == {"vf4": "MOVED"}
     assert len(rig.begun) == 2
+
+
+class CreepingClock(ManualClock):
+    """Time passes with each look at it."""
+
+    step_s = 0.0
+
+    def monotonic(self) -> float:
+        self.now += self.step_s
+        return self.now
+
+
+@pytest.mark.parametrize("step_ms", range(20, 300, 20))
+async def test_a_pause_that_is_over_between_the_look_and_the_wait_is_seen(rig: DrainRig, step_ms: int):
+    rig.clock = CreepingClock(rig.clock.now)
+    rig.clock.step_s = step_ms / 1000
+    rig.context = replace(rig.context, clock=rig.clock)
+    rig.refusals = [VfleetError(Reason.NO_FREE_SLOT, "somebody else was quicker")] * 2
+    task = await rig.start("device", "h1/nic1")
+    for _ in range(20):
+        await rig.clock.advance(1)
+    assert len(rig.moving) == 1
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_one_that_nothing_else_is_like_stays_and_the_others_move(rig: DrainRig):

@@ -179,6 +179,23 @@ def test_an_interrupt_waits_for_the_writes_before_it_and_for_no_others(guest: Gu
     assert guest.rung == [b"vector:0", b"vector:1", b"vector:1"]
 
 
+def test_interrupts_of_one_vector_that_wait_become_two_at_most(guest: Guest):
+    """A VMM answers all but the oldest: what waits for that does not grow."""
+    guest.written()
+    guest.messages.ring(b"vector:1")
+    for number in range(3, 100):
+        guest.written()
+        guest.messages.ring(b"vector:1")
+        guest.answer(number, DMA_WRITE)
+    assert guest.rung == []
+    guest.written()
+    guest.messages.ring(b"vector:1")
+    guest.answer(2, DMA_WRITE)
+    assert guest.rung == [b"vector:1"]
+    guest.answer(100, DMA_WRITE)
+    assert guest.rung == [b"vector:1"] * 2
+
+
 def test_an_answer_to_a_predecessors_write_tells_of_all_interrupts(guest: Guest):
     guest.device.interrupts.set(3)
     guest.answer(77, DMA_WRITE)

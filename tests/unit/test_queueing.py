@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from support.drain_rig import DrainRig
 from support.fleet_values import move
-from support.manual_clock import settle
+from support.manual_clock import ManualClock, settle
 
 from coordinator.dispatch import Dispatcher
 from coordinator.queueing import Allowance, as_migration, enqueue, give_up, in_order
@@ -134,6 +134,31 @@ async def test_a_turn_that_comes_while_another_is_looked_at_is_taken(monkeypatch
     task = asyncio.create_task(rig.dispatcher.run())
     await settle(100)
     assert list(rig.inventory.snapshot.active_migrations) == ["a"]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+class CreepingClock(ManualClock):
+    """Time passes with each look at it, a millisecond."""
+
+    def monotonic(self) -> float:
+        self.now += 0.001
+        return self.now
+
+    time = monotonic
+
+
+@pytest.mark.parametrize("wait_ms", range(1, 20))
+async def test_a_deadline_that_passes_between_the_look_and_the_wait_is_seen(wait_ms: int):
+    rig = QueueRig(Allowance(device=1))
+    await rig.begin("x", [move("vf1", "h2/nic0")])
+    rig.clock = CreepingClock(rig.clock.now)
+    rig.context = replace(rig.context, clock=rig.clock)
+    rig.dispatcher = Dispatcher(rig.context, rig)
+    rig.queue("a", "vf2", "h2/nic0", wait_s=wait_ms / 1000 + 0.0005)
+    task = asyncio.create_task(rig.dispatcher.run())
+    await rig.clock.advance(1)
+    assert "a" not in rig.inventory.snapshot.queue
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
