@@ -70,7 +70,7 @@ from vfleet.v1.records_pb2 import (
     Step,
     StepDuration,
 )
-from vfleet.v1.types_pb2 import Attempt, Bar, ErrorReason, Manufacturer, TableEntry
+from vfleet.v1.types_pb2 import GUEST_STATE_WAITING, Attempt, Bar, ErrorReason, Manufacturer, TableEntry
 
 BASE = 0x0001_0180_0000_0000
 VIRTUAL_ADDRESS = 0x1000_0000
@@ -180,6 +180,7 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
     moves: list[str] = field(default_factory=lambda: ["vf1", "vf2"])
     functions: list[Function] = field(default_factory=lambda: [FUNCTION])
     migrations: list[str] = field(default_factory=lambda: ["m-1"])
+    guests: list[Driver] = field(default_factory=list)
     cause: ErrorReason.ValueType = ErrorReason.ERROR_REASON_UNREACHABLE
     requests: list[object] = field(default_factory=list)
 
@@ -209,7 +210,7 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
     async def ListDrivers(self, request, context):
         self.seen(request)
         driver = Driver(name="d1", host="h1", main_memory_bytes=4096, entries=[ENTRY])
-        return fleet_pb2.FleetServiceListDriversResponse(drivers=[driver])
+        return fleet_pb2.FleetServiceListDriversResponse(drivers=[driver, *self.guests])
 
     async def CreateFunction(self, request, context):
         self.seen(request)
@@ -221,6 +222,8 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
 
     async def AttachDriver(self, request, context):
         self.seen(request)
+        if request.HasField("guest"):
+            self.guests.append(Driver(name=request.driver, host=request.host, guest_state=GUEST_STATE_WAITING))
         return fleet_pb2.AttachDriverResponse(entry=ENTRY)
 
     async def DetachDriver(self, request, context):

@@ -15,7 +15,7 @@ from support.vmm import DMA_MAP, DMA_READ, DMA_WRITE, HEADER, REGION_READ
 
 from hostd.guest import holder_link
 from hostd.guest.frames import SAID, Kind
-from hostd.guest.holder_link import HolderLink
+from hostd.guest.holder_link import Frame, HolderLink
 from vfleet.v1.records_pb2 import Phase
 
 COMMANDS = 300
@@ -36,9 +36,11 @@ async def greeted(tmp_path: Path) -> tuple[HolderLink, int, int]:
     """Come to the holder as a hostd does, and return what it says of its VMM and of how much was said to that."""
     link = holder_link.connect(tmp_path / "cluster" / "h1" / "guests", "g1")
     assert link is not None
-    frames = {frame.key if frame.kind == Kind.KEPT else frame.kind: frame for frame in await link.receive()}
-    for frame in frames.values():
-        frame.close()
+    frames: dict[bytes | Kind, Frame] = {}
+    while b"connected" not in frames:
+        for frame in await link.receive():
+            frames[frame.key if frame.kind == Kind.KEPT else frame.kind] = frame
+            frame.close()
     said, _ = SAID.unpack(frames[Kind.HELLO].key)
     return link, int.from_bytes(frames[b"connected"].data, "little"), said
 

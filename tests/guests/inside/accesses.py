@@ -24,7 +24,9 @@ rounds, seconds, addresses = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
 class Controller:
     def __init__(self, address):
         place = f"/sys/bus/pci/devices/{address}"
-        (self.disk,) = map(os.path.basename, glob.glob(f"{place}/nvme/*/nvme*n*"))
+        while not (disks := glob.glob(f"{place}/nvme/*/nvme*n*")):
+            time.sleep(0.05)  # the kernel is still looking
+        (self.disk,) = map(os.path.basename, disks)
         self.registers = memoryview(mmap.mmap(os.open(f"{place}/resource0", os.O_RDWR), BLOCK)).cast("I")
 
     def register(self):

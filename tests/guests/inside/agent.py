@@ -29,6 +29,7 @@ def handle(request):
         started[request["start"]] = subprocess.Popen(request["program"], stdout=output, stderr=subprocess.STDOUT)
         return {}
     name = request["report"]
+    running = started[name].poll() is None
     with open(f"/tmp/{name}.out", "rb") as output:
         output.seek(max(output.seek(0, os.SEEK_END) - 4096, 0))
         told = output.read()
@@ -37,8 +38,8 @@ def handle(request):
     try:
         report = json.loads(lines[-1]) if lines else None
     except ValueError:
-        report = {"error": "\n".join(lines[-20:])}
-    return {"report": report, "running": started[name].poll() is None}
+        report = {"error": "\n".join(lines[-20:])} if not running else None
+    return {"report": report, "running": running}
 
 
 port = os.open(PORT, os.O_RDWR | os.O_NOCTTY)
