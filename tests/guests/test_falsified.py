@@ -37,7 +37,7 @@ PATIENCE_S = 120.0
 # A cut, of what is noticed by each of: the verification, the kernel, a command's time-out.
 CUT = (
     *("core.busy", "heads.head", "completion.phase", "commands.kind", "commands.listed", "lists.page"),
-    *("engine.from zero", "namespace"),
+    "namespace",
 )
 
 
