@@ -364,6 +364,20 @@ async def test_one_that_has_ended_leaves_no_zombie(bench: Bench):
     await holder_link.until_reaped(bench.folder / "guests", "g1", SystemClock())
 
 
+async def test_one_that_nobody_waits_for_any_more_is_not_left_behind(bench: Bench):
+    starting = asyncio.create_task(bench.start())
+    pid_file = bench.folder / "guests" / "g1.pid"
+
+    async def is_spawned() -> bool:
+        return pid_file.exists() and bool(pid_file.read_text())
+
+    await eventually(is_spawned)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+
+
 async def test_a_socket_that_was_left_is_taken_and_one_in_use_is_not(bench: Bench, tmp_path: Path):
     await bench.start()
     other = Bench(tmp_path)
