@@ -20,8 +20,8 @@ from vfleet.v1.fabric_service_pb2 import (
     ExchangeDmaResponse,
 )
 
-MAX_FETCHING = 64
-"""Reads of one stream that wait for a virtual machine's answer, past which more are refused."""
+MAX_FETCHING = 32
+"""Batches of one stream for one driver whose reads wait for its virtual machine, past which more are refused."""
 
 
 def admit(
@@ -48,7 +48,7 @@ async def exchange_all(
     """Carry out what a stream brings, each batch after `check`. What has to be fetched keeps no other batch waiting."""
     incoming = aiter(requests)
     coming: asyncio.Future[ExchangeDmaRequest | None] | None = None
-    fetching: set[asyncio.Future[ExchangeDmaResponse]] = set()
+    fetching: dict[asyncio.Future[ExchangeDmaResponse], str] = {}  # for a driver
     something = asyncio.Event()
     try:
         while True:
@@ -59,7 +59,7 @@ async def exchange_all(
                 await something.wait()
                 something.clear()
                 for fetched in [each for each in fetching if each.done()]:
-                    fetching.discard(fetched)
+                    del fetching[fetched]
                     yield fetched.result()
                 if not coming.done():
                     continue
@@ -71,9 +71,11 @@ async def exchange_all(
             try:
                 yield exchange_dma(drivers, request)
             except NotAtHandError:
-                if len(fetching) < MAX_FETCHING:
-                    fetching.add(fetch := asyncio.ensure_future(fetch_dma(drivers, request)))
+                # By driver, so that virtual machines that never answer take nothing from others.
+                if list(fetching.values()).count(request.driver) < MAX_FETCHING:
+                    fetch = asyncio.ensure_future(fetch_dma(drivers, request))
                     fetch.add_done_callback(lambda _: something.set())
+                    fetching[fetch] = request.driver
                 else:
                     yield _response(request, DMA_REFUSAL_NOT_ATTACHED)
     finally:

@@ -246,19 +246,23 @@ async def start(directory: Path, name: str, path: str, answer_within_ms: int, cl
     It outlives this process. Its process ID is in the directory, for whoever wants to see that none is left.
     """
     pid = _spawn(directory, name, path, answer_within_ms)
-    give_up_s = clock.monotonic() + START_TIMEOUT_S
     try:
-        while (link := connect(directory, name)) is None:
-            if reap(pid) or clock.monotonic() >= give_up_s:
-                said = _last_line(directory / f"{name}.log")
-                raise VfleetError(Reason.HOST_UNAVAILABLE, f"the holder of {path} doesn't start: {said}")
-            await clock.sleep(_ASK_AGAIN_S)
+        return await _listening(directory, name, pid, clock)
     except BaseException:
         # It may listen yet, when nobody knows of it any more.
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         await until_reaped(directory, name, clock)
         raise
+
+
+async def _listening(directory: Path, name: str, pid: int, clock: Clock) -> HolderLink:
+    give_up_s = clock.monotonic() + START_TIMEOUT_S
+    while (link := connect(directory, name)) is None:
+        if reap(pid) or clock.monotonic() >= give_up_s:
+            said = _last_line(directory / f"{name}.log")
+            raise VfleetError(Reason.HOST_UNAVAILABLE, f"guest {name!r}'s holder doesn't start: {said}")
+        await clock.sleep(_ASK_AGAIN_S)
     return link
 
 

@@ -22,7 +22,6 @@ from vfleet.v1.fabric_service_pb2 import (
 from vfleet.v1.types_pb2 import Guest
 
 PAGE = 4096
-BASE = 1 << 48
 FIRST = 0x0001_0180 << 32
 ATTACHED = DmaAttachment(fleet_generation=1, revision=1, session=1)
 
@@ -51,17 +50,21 @@ class Stream:
     """The stream of a function's home to host h1, where its driver is a guest."""
 
     def __init__(self, path: Path) -> None:
-        self.vmm = Vmm()
         self.bench = Bench(path)
-        driver = self.bench.drivers.recorded("d1", 16 * PAGE, Guest(socket="/s", model="nvme"))
-        self.bench.drivers.attach(self.bench.message(FIRST))
-        assert driver.guest_memory is not None
-        driver.guest_memory.messages = self.vmm
-        driver.guest_memory.is_present = True
-        driver.guest_memory.add(0, 8 * PAGE, None, 0, 16 * PAGE, is_writable=True)
+        self.vmm = self.attach("d1", "vf1")
         self.sent: asyncio.Queue[ExchangeDmaRequest | None] = asyncio.Queue()
         self.answers: list[ExchangeDmaResponse] = []
         self.task = asyncio.create_task(self._run())
+
+    def attach(self, name: str, function: str) -> Vmm:
+        """Attach a guest, and return its VMM."""
+        driver = self.bench.drivers.recorded(name, 16 * PAGE, Guest(socket="/s", model="nvme"))
+        self.bench.drivers.attach(self.bench.message(FIRST, driver=name, function=function))
+        assert driver.guest_memory is not None
+        driver.guest_memory.messages = vmm = Vmm()
+        driver.guest_memory.is_present = True
+        driver.guest_memory.add(0, 8 * PAGE, None, 0, 16 * PAGE, is_writable=True)
+        return vmm
 
     async def _run(self) -> None:
         async for answer in exchange_all(self.bench.drivers, self._requests(), lambda _: None):
@@ -71,16 +74,19 @@ class Stream:
         while (request := await self.sent.get()) is not None:
             yield request
 
-    async def send(self, *, first: int = 0, writes: int = 0, read_number: int = 0) -> None:
+    async def send(
+        self, *, driver: str = "d1", function: str = "vf1", first: int = 0, writes: int = 0, read_number: int = 0
+    ) -> None:
+        base = self.bench.drivers.require(driver).receivers[function].window.base
         request = ExchangeDmaRequest(
-            driver="d1",
-            function="vf1",
+            driver=driver,
+            function=function,
             generation=1,
             attachment=ATTACHED,
             first_sequence=first,
-            writes=[DmaWrite(address=BASE + 64, data=b"data")] * writes,
+            writes=[DmaWrite(address=base + 64, data=b"data")] * writes,
             read_number=read_number,
-            reads=[DmaRead(address=BASE, length_bytes=8)] if read_number else [],
+            reads=[DmaRead(address=base, length_bytes=8)] if read_number else [],
         )
         self.sent.put_nowait(request)
         await settle()
@@ -133,12 +139,17 @@ async def test_a_write_that_finds_no_room_is_the_next_still(stream: Stream):
     assert stream.vmm.writes == [(64, b"data", True)] * 4
 
 
-async def test_only_so_many_reads_wait(stream: Stream):
+async def test_only_so_many_reads_wait_and_none_of_another_guest_for_want_of_room(stream: Stream):
+    other = stream.attach("d2", "vf2")
     for number in range(1, MAX_FETCHING + 2):
         await stream.send(read_number=number)
     assert [(answer.read_number, answer.refusal) for answer in stream.answers] == [
         (MAX_FETCHING + 1, DMA_REFUSAL_NOT_ATTACHED)
     ]
+    await stream.send(driver="d2", function="vf2", read_number=1)
+    other.reads[0][1](b"12345678")
+    await settle()
+    assert [(answer.driver, list(answer.data)) for answer in stream.answers[1:]] == [("d2", [b"12345678"])]
 
 
 async def test_a_stream_that_ends_waits_for_nothing(stream: Stream):
