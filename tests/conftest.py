@@ -9,6 +9,7 @@ from random import Random
 import pytest
 from hypothesis import HealthCheck, settings
 
+from vfleet import process
 from vfleet.clock import SystemClock
 from vfleet.etcd.client import EtcdStore
 from vfleet.etcd.server import EtcdServer
@@ -20,6 +21,12 @@ settings.load_profile("busy")
 # Who runs the tests in the background of a script ignores it, and all that they start would.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A daemon that was killed comes back on its ports, which no other worker may have taken meanwhile.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    share = len(process.PORTS) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    first = process.PORTS.start + share * int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    process.PORTS = range(first, first + share)
 
 WORKERS_PER_CORE = 2
 

@@ -46,7 +46,7 @@ class Controller:
     def read(self, number, end, counts):
         file, buffers = os.open(f"/dev/{self.disk}", os.O_RDONLY | os.O_DIRECT), [mmap.mmap(-1, BLOCK)]
         choose, count = random.Random(number).random, 0
-        while time.monotonic() < end:
+        while not count or time.monotonic() < end:
             os.preadv(file, buffers, int(choose() * BLOCKS) * BLOCK)
             count += 1
         counts.append(count)
@@ -55,10 +55,10 @@ class Controller:
 
 def microseconds(work):
     began, count = time.monotonic(), 0
-    while (passed := time.monotonic() - began) < seconds:
+    while not count or time.monotonic() - began < seconds:
         work()
         count += 1
-    return passed / count * 1e6
+    return (time.monotonic() - began) / count * 1e6
 
 
 controllers = [Controller(address) for address in addresses]
