@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from vfleet.clock import Clock, SystemClock
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.names import check_name
 from vfleet.principal import (
@@ -49,13 +50,13 @@ _CLOCKS_DIFFER = timedelta(minutes=5)
 _SERVERS = (Role.COORDINATOR, Role.HOST, ETCD)
 
 
-def make_ca(folder: Path, *, name: str = "vfleet trial CA", days: int = CA_DAYS) -> None:
+def make_ca(folder: Path, *, name: str = "vfleet trial CA", days: int = CA_DAYS, clock: Clock | None = None) -> None:
     """Make a CA: ca.crt, which everybody gets, and ca.key, which issues. Raise INVALID_FIELD or ALREADY_EXISTS."""
     if not 1 <= len(name) <= 64:
         raise invalid_field("--name", name, "1 to 64 characters")
     key, subject = _new_key(), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     builder = (
-        _builder(subject, subject, key, _check_days(days), datetime.now(UTC))
+        _builder(subject, subject, key, _check_days(days), _now(clock))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(is_ca=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
@@ -72,12 +73,12 @@ def issue(
     dns: Sequence[str] = (),
     addresses: Sequence[str] = (),
     days: int = DAYS,
-    at: datetime | None = None,
+    clock: Clock | None = None,
 ) -> None:
     """Issue a certificate for who has a role, or for an etcd server, into `folder`, with ca.crt and the key.
 
     `dns` and `addresses` are further names of a server: what is not vfleet's own looks for them. It is valid for `days`
-    from now, or from `at`, on. Raise INVALID_FIELD, or ALREADY_EXISTS rather than overwrite.
+    from now on. Raise INVALID_FIELD, or ALREADY_EXISTS rather than overwrite.
     """
     if kind not in KINDS:
         raise invalid_field("role", kind, f"one of {', '.join(KINDS)}")
@@ -88,7 +89,7 @@ def issue(
     if len(names) > MAX_SANS:
         raise invalid_field("--dns and --ip", f"{len(names)} names", f"at most {MAX_SANS}")
     ca_pem, issuer, ca_key = _open_ca(ca_folder)
-    begin = at or datetime.now(UTC)
+    begin = _now(clock)
     latest = (issuer.not_valid_after_utc - begin).days
     if _check_days(days) > latest:
         raise invalid_field("--days", days, f"at most {latest}: {ca_folder / CA_FILE} ends then")
@@ -207,3 +208,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
         mode = 0o600 if name.endswith(".key") else 0o644
         with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content)
+
+
+def _now(clock: Clock | None) -> datetime:
+    return datetime.fromtimestamp((clock or SystemClock()).time(), UTC)

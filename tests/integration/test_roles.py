@@ -4,8 +4,8 @@ The RPCs are those of the services' own descriptions, so that a new one without 
 """
 
 import importlib
+import time
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -15,6 +15,7 @@ from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from support.certs import make_certs
+from support.manual_clock import ManualClock
 from support.role_table import documented, text
 
 import vfleet.v1
@@ -38,6 +39,7 @@ METHODS: dict[str, MethodDescriptor] = {
 OWN = [service for service in SERVICES if service.full_name.startswith("vfleet.")]
 ALLOWED, DENIED, NOT_CONNECTED, NOT_SENT = "allowed", "denied", "not connected", "request not sent"
 CALLS = 10
+DAY_S = 86_400
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 # Health's own methods are the real ones: of no service, and one that gRPC's Python hasn't written.
 OUTCOMES = {
@@ -65,7 +67,7 @@ def test_the_documented_table_is_that_of_the_code() -> None:
 @pytest.fixture
 def certs(tmp_path: Path) -> Path:
     folder = make_certs(tmp_path / "certs")
-    issue(folder, folder / "expired", "operator", "late", days=1, at=datetime.now(UTC) - timedelta(days=2))
+    issue(folder, folder / "expired", "operator", "late", days=1, clock=ManualClock(time.time() - 2 * DAY_S))
     make_ca(tmp_path / "other")
     issue(tmp_path / "other", folder / "other", "operator", "local")
     return folder

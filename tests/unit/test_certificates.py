@@ -1,17 +1,20 @@
 """The CA for trials: what it makes, and what it refuses to make."""
 
 import stat
-from datetime import UTC, datetime, timedelta
+import time
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from support.manual_clock import ManualClock
 
 from vfleet.certificates import KINDS, issue, make_ca
 from vfleet.cli.main import run
 from vfleet.errors import Reason, VfleetError
 from vfleet.tls import Tls
+
+DAY_S = 86_400
 
 
 @pytest.fixture
@@ -122,6 +125,6 @@ def test_the_command_makes_what_daemons_take(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_no_certificate_outlasts_its_ca_whenever_it_begins(ca, tmp_path):
-    issue(ca, tmp_path / "near", "host", "h1", days=50, at=datetime.now(UTC) + timedelta(days=40))
+    issue(ca, tmp_path / "near", "host", "h1", days=50, clock=ManualClock(time.time() + 40 * DAY_S))
     with pytest.raises(VfleetError, match="--days is 70; expected at most"):
-        issue(ca, tmp_path / "far", "host", "h1", days=70, at=datetime.now(UTC) + timedelta(days=40))
+        issue(ca, tmp_path / "far", "host", "h1", days=70, clock=ManualClock(time.time() + 40 * DAY_S))
