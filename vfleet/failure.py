@@ -31,7 +31,7 @@ _ADVICE: Mapping[Reason, str] = {
     Reason.INCARNATION_CHANGED: "try again: the host was started anew",
     Reason.LIMIT_EXCEEDED: "try again when there is less load, with a larger limit, or with --mode post-copy",
     Reason.STORE_UNAVAILABLE: "look after etcd, then try again",
-    Reason.UNREACHABLE: "look after the host, or name another target",
+    Reason.UNREACHABLE: "try again; if it fails again, look after the host, or name another target",
 }
 _UNDONE: Mapping[Step.ValueType, str] = {
     Step.STEP_CREATE: "the instances at the targets are destroyed",

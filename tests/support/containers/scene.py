@@ -10,9 +10,14 @@ from support.containers.container import Container
 from support.failpoints import until_stopped
 from support.kill_matrix.cells import LEASE_TTL_S, Cell, Course, Fault, Participant
 from support.kill_matrix.stage import FREEZE_S, Scene
+from support.local_cluster import PATIENCE_S, when_possible
 
+from vfleet.client import move_request
 from vfleet.clock import SystemClock
+from vfleet.errors import Reason
 from vfleet.etcd.client import EtcdStore
+from vfleet.failure import abort_cause
+from vfleet.v1.records_pb2 import Migration, Phase
 
 STEPS = ("begin", "create", "import", "hold", "stop", "commit", "lift", "scrub", "finish")
 PARTS = tuple(Participant)
@@ -88,3 +93,22 @@ class ContainerScene(Scene):
         # Three members may keep a lease that isn't renewed for longer than one: it is lost by now, or lives on.
         if self.cell.participant is Participant.ETCD or self.cell.fault in (Fault.PAUSE, Fault.CUT):
             await asyncio.sleep(LEASE_TTL_S + 1.0)
+        # A connection of before a cut may say nothing for seconds, and then that it is broken. That is found by moves
+        # of which each may fail for it, as operators find it: one to each of the two hosts.
+        for target in (self.source, self.target):
+            await self._move_to(target)
+
+    async def _move_to(self, target: str) -> None:
+        fleet, device = self.stage.cluster.fleet, f"{target}/{self.stage.device}"
+
+        async def is_there() -> bool:
+            return (await fleet.get_function("vf1")).device == device
+
+        async def moved() -> Migration:
+            name = (await fleet.create_migration([move_request("vf1", device)])).name
+            return await self.stage.cluster.over(name)
+
+        async with asyncio.timeout(PATIENCE_S):
+            while not await when_possible(is_there):
+                migration = await when_possible(moved)
+                assert migration.phase == Phase.PHASE_DONE or abort_cause(migration) is Reason.UNREACHABLE, migration

@@ -8,7 +8,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,21 +27,23 @@ from support.local_cluster import (
 )
 
 from vfleet.address import PAGE_BYTES
-from vfleet.client import FleetClient, move_request
+from vfleet.client import PHASES_OVER, FleetClient, move_request
 from vfleet.driver import DriverClient
 from vfleet.errors import VfleetError
 from vfleet.etcd import keys
 from vfleet.etcd.client import can_lose_data
+from vfleet.etcd.records import decode
 from vfleet.etcd.server import find_binary
 from vfleet.local import Daemon
 from vfleet.v1.migration_service_pb2 import MigrationOptions
-from vfleet.v1.records_pb2 import Phase
+from vfleet.v1.records_pb2 import Migration, Phase
 from vfleet.v1.types_pb2 import TransferMode
 
 HOLD_TIMEOUT_MS = 1_000
 PREPARE_TIMEOUT_MS = 10_000
 FREEZE_S = LEASE_TTL_S + 1.5  # etcd notices an expired lease after up to half a second
 CELL_TIMEOUT_S = 150.0
+LOOK_S = 1.0  # between looks for a migration that is over before it has come to its cell's failpoint
 DRIVER_HOST = "h3"
 LOCAL_MEMORY = 1 << 20  # where it lies in the function's window
 WORKLOAD_BYTES = 1 << 19
@@ -229,9 +231,13 @@ class Scene:
         """Wait until the failpoint is reached. Return when, in seconds since 1970."""
         point, failpoints = self.cell.point, self.stage.failpoints
         markers = {daemon: failpoints.marker(daemon, point) for daemon in armed}
+        look_s = time.monotonic() + LOOK_S
         while not any(marker.exists() for marker in markers.values()):
             if beginning.done():
                 beginning.result()
+                if time.monotonic() > look_s:
+                    await self._assert_not_over(markers.values())
+                    look_s = time.monotonic() + LOOK_S
             await asyncio.sleep(0.01)
         for daemon in armed:
             failpoints.disarm(daemon, point)
@@ -241,6 +247,13 @@ class Scene:
         elif self.cell.participant is not Participant.ETCD:
             self.victims = [self.stage.daemon(self._host())]
         return min(markers[daemon].stat().st_ctime for daemon in reached)
+
+    async def _assert_not_over(self, markers: Iterable[Path]) -> None:
+        """Check that the migration is not over before it has come to the failpoint: it never would, then."""
+        stored = await when_possible(lambda: self.stage.cluster.store.get(keys.migration_key(self.name)))
+        record = decode(Migration, stored) if stored is not None else Migration()
+        is_over = record.phase in PHASES_OVER
+        assert not is_over or any(marker.exists() for marker in markers), f"{self.cell.point} was not reached: {record}"
 
     async def _let_it_happen(self) -> None:
         if self.cell.participant is Participant.ETCD:
