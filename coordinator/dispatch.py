@@ -76,7 +76,10 @@ class Dispatcher:
                 await self._give_up(stored, error.message, error.reason)
                 return
             self._tries(name).why = error.message
-            self._tries(name).failed(error.reason, context.clock.monotonic())
+            if error.retry_after_s is None:
+                self._tries(name).failed(error.reason, context.clock.monotonic())
+            else:
+                self._tries(name).put_off(error.retry_after_s, context.clock.monotonic())
 
     async def _give_up(self, stored: Stored[QueuedMigration], message: str, cause: Reason) -> None:
         await self._context.catch_up(await end_queued(self._context, stored, message, cause))

@@ -110,7 +110,7 @@ class ManyMoves(ABC):
         snapshot = self._context.snapshot
         locks = [snapshot.locks.get(name) for name in self._movers]
         homes = [stored.record.device if (stored := snapshot.functions.get(name)) else "" for name in self._movers]
-        return homes, [lock.record if lock else "" for lock in locks], len(snapshot.active_migrations)
+        return homes, [lock.record if lock else "" for lock in locks], set(snapshot.active_migrations)
 
     def _failed(self, name: str, cause: Reason | None, why: str) -> None:
         """Note that a function could not be moved; it is tried again if that is worth it."""
@@ -124,6 +124,13 @@ class ManyMoves(ABC):
             mover.show(WAITING, mover.shown.device)
 
     # --- what they do alike ---
+
+    def _put_off(self, name: str, pause_s: float, why: str) -> None:
+        """Note that a function has to wait for others, which is no failure of its own."""
+        mover = self._movers[name]
+        mover.retries.put_off(pause_s, self._context.clock.monotonic())
+        mover.why = why
+        mover.show(WAITING, mover.shown.device)
 
     def _all(self) -> list[MoveProgress]:
         copies = []
@@ -170,7 +177,10 @@ class ManyMoves(ABC):
                 migration = await self._begin_migration(f"m-{self._context.random.getrandbits(64):016x}", moves)
             except VfleetError as error:
                 for name in batch.functions:
-                    self._failed(name, error.reason, error.message)
+                    if error.retry_after_s is None:
+                        self._failed(name, error.reason, error.message)
+                    else:
+                        self._put_off(name, error.retry_after_s, error.message)
             else:
                 for name in batch.functions:
                     self._movers[name].migration = migration.record.name

@@ -4,7 +4,6 @@ What would pass a limit waits in etcd, under queue/MIGRATION: its coordinator be
 if that one is gone, and any of them can cancel it. It leaves the queue in the transaction that makes its record.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -37,24 +36,19 @@ class Allowance:
 
     def passed(self, snapshot: Snapshot, devices: Iterable[str]) -> str | None:
         """Return the limit that one migration more would pass that takes place on these devices, or None."""
-        active = snapshot.active_migrations.values()
-        if len(active) >= self.fleet:
-            return f"{len(active)} migrations are under way in the fleet, which may have {self.fleet}"
-        places = [devices_of(stored.record) for stored in active]
-        for at, limit in ((str, self.device), (host_of, self.host)):
-            counts = Counter(each for place in places for each in {at(device) for device in place})
-            for each in sorted({at(device) for device in devices}):
-                if counts[each] >= limit:
-                    return f"{counts[each]} migrations are under way from or to {each}, which may have {limit}"
+        active = len(snapshot.active_migrations)
+        if active >= self.fleet:
+            return f"{active} migrations are under way in the fleet, which may have {self.fleet}"
+        names = set(devices)
+        for places, limit in ((names, self.device), (set(map(host_of, names)), self.host)):
+            for place in sorted(places):
+                if snapshot.active_at[place] >= limit:
+                    count = snapshot.active_at[place]
+                    return f"{count} migrations are under way from or to {place}, which may have {limit}"
         return None
 
 
 DEFAULT_ALLOWANCE = Allowance()
-
-
-def devices_of(migration: Migration) -> set[str]:
-    """Return the devices that a migration takes functions from or to."""
-    return {place.device for move in migration.moves for place in (move.source, move.target) if place.device}
 
 
 def known_devices(snapshot: Snapshot, queued: QueuedMigration) -> set[str]:

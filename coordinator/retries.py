@@ -25,3 +25,7 @@ class Retries:
         self.failures += 1
         self.due_s = now_s + next(self._delays)
         return is_passing(cause) and self.failures < MAX_TRIES
+
+    def put_off(self, pause_s: float, now_s: float) -> None:
+        """Note that it has to wait, which is no failure."""
+        self.due_s = now_s + pause_s

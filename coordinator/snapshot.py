@@ -6,6 +6,7 @@ reads it without waiting sees one consistent fleet. Only the inventory moves it.
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -60,6 +61,8 @@ class Snapshot:
         self.entries: dict[str, Stored[TableEntry]] = {}
         self.migrations: dict[str, Stored[Migration]] = {}
         self.active_migrations: dict[str, Stored[Migration]] = {}
+        # How many of these take functions from or to each device, and each host.
+        self.active_at: Counter[str] = Counter()
         self.queue: dict[str, Stored[QueuedMigration]] = {}
         self.owners: dict[str, Stored[str]] = {}
         self.guests: dict[str, Stored[str]] = {}
@@ -137,8 +140,10 @@ class Snapshot:
         later = copy.copy(self)
         later.locks, later.active_migrations = dict(self.locks), dict(self.active_migrations)
         later._slots_by_device = dict(self._slots_by_device)  # noqa: SLF001
+        later.active_at = self.active_at.copy()
         for migration in plans:
             later.active_migrations[migration.name] = Stored(migration, 0, 0)
+            later.active_at.update(places_of(migration))
             for move in migration.moves:
                 slot = Stored(Slot(function=move.function, migration=migration.name), 0, 0)
                 later.locks[move.function] = Stored(migration.name, 0, 0)
@@ -198,16 +203,33 @@ class Snapshot:
         _put_nested(self._slots_by_device, device, int(index), self.slots.get(name))
 
     def _set_migration(self, name: str, event: Event) -> None:
-        self.active_migrations.pop(name, None)
+        before = self.active_migrations.pop(name, None)
+        if before is not None:
+            for place in places_of(before.record):
+                self.active_at[place] -= 1
+                if not self.active_at[place]:
+                    del self.active_at[place]
         _put(self.migrations, name, event, _migration)
         stored = self.migrations.get(name)
         if stored is not None and not is_over(stored.record.phase):
             self.active_migrations[name] = stored
+            self.active_at.update(places_of(stored.record))
 
     def _set_entry(self, name: str, event: Event) -> None:
         _, driver, function = name.split("/")
         _put(self.entries, name, event, _decoder(TableEntry))
         _put_nested(self._entries_by_driver, driver, function, self.entries.get(name))
+
+
+def devices_of(migration: Migration) -> set[str]:
+    """Return the devices that a migration takes functions from or to."""
+    return {place.device for move in migration.moves for place in (move.source, move.target) if place.device}
+
+
+def places_of(migration: Migration) -> set[str]:
+    """Return the same with the hosts that the devices are on."""
+    devices = devices_of(migration)
+    return devices | set(map(host_of, devices))
 
 
 def _text(kv: KeyValue) -> str:

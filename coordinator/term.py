@@ -15,8 +15,8 @@ from coordinator.guests import within_longest_hold
 from coordinator.journal import RETRY_FIRST_S, RETRY_LONGEST_S, UNCERTAIN
 from coordinator.migration import Options, Run
 from coordinator.planner import parts_of_targets, plan
-from coordinator.queueing import DEFAULT_DEADLINE_MS, MAX_QUEUED, as_migration, devices_of, enqueue
-from coordinator.snapshot import Stored
+from coordinator.queueing import DEFAULT_DEADLINE_MS, MAX_QUEUED, as_migration, enqueue
+from coordinator.snapshot import Stored, devices_of
 from coordinator.tasks import Tasks
 from vfleet import failpoint, log, tracing
 from vfleet.clock import backoff_delays
@@ -28,6 +28,7 @@ from vfleet.v1.migration_service_pb2 import CreateMigrationRequest, MoveRequest,
 from vfleet.v1.records_pb2 import Migration
 
 TRIES = 16
+LOOK_AGAIN_S = 0.5  # at limits that plans have taken up which may yet come to nothing
 
 # What a plan may fail at because of other plans, which may yet come to nothing.
 _IN_EACH_OTHERS_WAY = frozenset({Reason.IN_MIGRATION, Reason.NO_FREE_SLOT, Reason.SLOT_TAKEN, Reason.UNSATISFIABLE})
@@ -69,16 +70,16 @@ class Term:
     ) -> Stored[Migration]:
         """Begin the migration that is asked for, or return the one of that name if it has the same moves; drive it.
 
-        If that would pass a limit it is queued instead, unless it may not wait: then raise LIMIT_EXCEEDED. Raise what
-        `plan` raises, ALREADY_EXISTS for a name that is that of other moves, CONFLICT if the fleet changes faster than
-        it can be planned for.
+        If that would pass a limit it is queued instead, unless it may not wait: then raise LIMIT_EXCEEDED, saying when
+        to try again. Raise what `plan` raises, ALREADY_EXISTS for a name that is that of other moves, CONFLICT if the
+        fleet changes faster than it can be planned for.
         """
         return await self._one_at_a_time(request.request_id, self._begin(request, options, None, may_wait=may_wait))
 
     async def begin_queued(self, queued: Stored[QueuedMigration], options: Options) -> Stored[Migration]:
-        """Begin a migration that is queued, unless it would pass a limit still. Raise as `begin` does."""
+        """Begin a migration that is queued. Raise as `begin` does, LIMIT_EXCEEDED if it would pass a limit still."""
         request = queued.record.request
-        return await self._one_at_a_time(request.request_id, self._begin(request, options, queued, may_wait=True))
+        return await self._one_at_a_time(request.request_id, self._begin(request, options, queued, may_wait=False))
 
     async def _one_at_a_time(self, name: str, work: Coroutine[None, None, Stored[Migration]]) -> Stored[Migration]:
         while name in self._beginning:
@@ -146,9 +147,9 @@ class Term:
             options = within_longest_hold(context.snapshot, migration, options, asked_ms)
             passed = self._passed_limit(migration)
             if passed is not None and not may_wait:
-                raise VfleetError(Reason.LIMIT_EXCEEDED, passed)
+                raise VfleetError(Reason.LIMIT_EXCEEDED, passed, retry_after_s=LOOK_AGAIN_S)
             if passed is not None:
-                waiting = as_migration(queued) if queued else await self._enqueue(request, passed)
+                waiting = await self._enqueue(request, passed)
                 if waiting is None:
                     continue
                 return waiting

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 from support.drain_rig import DrainRig
+from support.fake_host import device
 from support.fleet_values import move
 from support.manual_clock import ManualClock, settle
 
@@ -14,9 +15,10 @@ from coordinator.queueing import Allowance, as_migration, enqueue, give_up, in_o
 from coordinator.snapshot import Stored
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd import keys
+from vfleet.etcd.store import Event, KeyValue
 from vfleet.failure import abort_cause, undone
 from vfleet.v1.migration_service_pb2 import CreateMigrationRequest, QueuedMigration
-from vfleet.v1.records_pb2 import Coordinator, Migration, Phase
+from vfleet.v1.records_pb2 import Coordinator, Cordon, Migration, Phase
 
 
 class QueueRig(DrainRig):
@@ -99,6 +101,34 @@ async def test_each_limit_names_what_is_full_and_how_much_it_takes():
         assert passed is not None
         assert words in passed
     assert Allowance(host=1, device=1).passed(snapshot, ["h3/nic0"]) is None
+
+
+async def test_what_is_under_way_is_counted_where_it_is_until_it_is_over():
+    rig = QueueRig(Allowance())
+    snapshot = rig.inventory.snapshot
+    stored: dict[str, KeyValue] = {}
+
+    def follow() -> None:
+        """Let the one snapshot take over what has changed."""
+        for key in [key for key in stored if key not in rig.fleet.items]:
+            del stored[key]
+            snapshot.take(Event(key, None, 0, rig.fleet.revision))
+        for key, item in rig.fleet.items.items():
+            if key.startswith(keys.MIGRATIONS) and stored.get(key) != item:
+                stored[key] = item
+                snapshot.take(Event(key, item.value, item.create_revision, item.mod_revision))
+
+    await rig.begin("a", [move("vf1", "h2/nic0"), move("vf4", "h2/nic0")])
+    await rig.begin("b", [move("vf2", "h1/nic1")])
+    follow()
+    assert snapshot.active_at == {"h1": 2, "h1/nic0": 2, "h1/nic1": 2, "h2": 1, "h2/nic0": 1}
+    assert snapshot.once_begun([rig.record("a")]).active_at["h2"] == 2
+    await rig.done("vf1")
+    follow()
+    assert snapshot.active_at == {"h1": 1, "h1/nic0": 1, "h1/nic1": 1}
+    await rig.fail("vf2", None)
+    follow()
+    assert dict(snapshot.active_at) == {}
 
 
 async def test_what_may_pass_is_tried_again_after_pauses_until_the_deadline():
@@ -212,3 +242,25 @@ async def test_a_drain_keeps_to_the_limits_and_fails_nothing_for_them():
     await task
     assert set(rig.states().values()) == {"MOVED"}
     assert len(rig.begun) == 4
+
+
+async def test_a_drain_sees_that_there_is_room_also_if_another_migration_has_begun_at_the_same_moment(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Both are news of one message of the watch: as many are under way as before, but elsewhere."""
+    rig = QueueRig(Allowance(device=1))
+    rig.fleet.function("other", device("h3/nic0"), 3, 1)
+    rig.fleet.put(keys.cordon_key("h3"), Cordon())
+    rig.look()
+    await rig.begin("x", [move("vf4", "h2/nic0")])
+    task = await rig.start("device", "h1/nic0", parallel=1)
+    assert rig.moving == {"vf4": "x"}
+    with monkeypatch.context() as silence:
+        silence.setattr(rig.inventory, "notify", lambda: None)
+        await rig.done("vf4")
+        await rig.begin("y", [move("other", "h1/nic1")])
+    rig.look()
+    await settle()
+    assert rig.moving.keys() & {"vf1", "vf2", "vf3"}
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
