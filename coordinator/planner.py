@@ -58,7 +58,9 @@ def plan(
     answer = question.answer()
     if answer is None:
         raise unsatisfiable(question)
-    return draft(snapshot, requests, answer, name=name, coordinator=coordinator, limits=limits)
+    return draft(
+        snapshot, requests, answer, name=name, coordinator=coordinator, limits=limits, constraints=question.constraints
+    )
 
 
 def ask(
@@ -124,6 +126,7 @@ def draft(
     name: str,
     coordinator: str,
     limits: Limits,
+    constraints: Constraints,
 ) -> Migration:
     """Return the migration that takes each function to the device of the answer.
 
@@ -148,7 +151,7 @@ def draft(
         moves=moves,
         coordinator=coordinator,
     )
-    check_size(snapshot, migration, limits)
+    check_size(snapshot, migration, limits, bystanders(snapshot, migration, constraints))
     return migration
 
 
@@ -156,6 +159,13 @@ def parts_of_targets(snapshot: Snapshot, migration: Migration) -> list[str]:
     """Return the keys of all parts of the fleet that a plan's targets are in."""
     devices = [snapshot.sites[move.target.device] for move in migration.moves]
     return list(dict.fromkeys(part for device in devices for part in device.parts))
+
+
+def bystanders(snapshot: Snapshot, migration: Migration, constraints: Constraints) -> dict[str, int]:
+    """Return the functions that only rules name, on whose homes a plan counts, and what last wrote their records."""
+    moving = {move.function for move in migration.moves}
+    named = dict.fromkeys(name for rule in constraints.groups for name in rule.functions if name not in moving)
+    return {name: snapshot.functions[name].mod_revision for name in named}
 
 
 def movable(snapshot: Snapshot, name: str) -> Function:
@@ -284,9 +294,12 @@ def place(snapshot: Snapshot, device: Device, vf_index: int, generation: int) ->
     )
 
 
-def check_size(snapshot: Snapshot, migration: Migration, limits: Limits) -> None:
-    """Raise GROUP_TOO_LARGE, saying how many of the moves would fit, unless each transaction of the migration fits."""
-    if _fits_by_far(migration, limits):
+def check_size(snapshot: Snapshot, migration: Migration, limits: Limits, beside: Mapping[str, int]) -> None:
+    """Raise GROUP_TOO_LARGE, saying how many of the moves would fit, unless each transaction of the migration fits.
+
+    `beside` are its bystanders.
+    """
+    if _fits_by_far(migration, limits, beside):
         return
 
     def is_too_large(moves: int) -> bool:
@@ -296,39 +309,40 @@ def check_size(snapshot: Snapshot, migration: Migration, limits: Limits) -> None
         return any(
             each.size > limits.operations
             or transaction.request_bytes(each) + RECORD_GROWTH_BYTES > limits.request_bytes
-            for each in _transactions(snapshot, part)
+            for each in _transactions(snapshot, part, beside)
         )
 
     total = len(migration.moves)
     if not is_too_large(total):
         return
     fitting = bisect_left(range(1, total + 1), 1, key=is_too_large)
+    others = f", with {len(beside)} more functions that rules name," if beside else ""
     raise VfleetError(
         Reason.GROUP_TOO_LARGE,
-        f"{total} moves don't fit into one etcd transaction; the first {fitting} would "
+        f"{total} moves{others} don't fit into one etcd transaction; the first {fitting} would "
         f"(it may have {limits.operations} operations and {limits.request_bytes} bytes)",
         metadata={"moves": str(total), "fitting": str(fitting)},
     )
 
 
-def _fits_by_far(migration: Migration, limits: Limits) -> bool:
+def _fits_by_far(migration: Migration, limits: Limits, beside: Mapping[str, int]) -> bool:
     """Return whether the transactions need not be made to see that each fits, as is so with nearly all of them.
 
-    A move has at most 14 comparisons and two for each entry. A key and what encloses it are less than 1 KiB; the record
-    is in a transaction once, and what it says of functions and entries once more.
+    A move has at most 14 comparisons and two for each entry, a bystander two. A key and what encloses it are less than
+    1 KiB; the record is in a transaction once, and what it says of functions and entries once more.
     """
-    operations = 8 + sum(14 + 2 * len(move.entries) for move in migration.moves)
+    operations = 8 + sum(14 + 2 * len(move.entries) for move in migration.moves) + 2 * len(beside)
     request_bytes = RECORD_GROWTH_BYTES + 4 * migration.ByteSize() + 1024 * operations
     return operations <= limits.operations and request_bytes <= limits.request_bytes
 
 
-def _transactions(snapshot: Snapshot, migration: Migration) -> list[Transaction]:
+def _transactions(snapshot: Snapshot, migration: Migration, beside: Mapping[str, int]) -> list[Transaction]:
     parts = {phase: Migration() for phase in (Phase.PHASE_PREPARING, Phase.PHASE_COMMITTED, Phase.PHASE_ABORTING)}
     for phase, part in parts.items():
         part.CopyFrom(migration)
         part.phase = phase
     return [
-        transaction.begin(migration, 0, absent(FLEET_GENERATION), parts_of_targets(snapshot, migration), 1),
+        transaction.begin(migration, 0, absent(FLEET_GENERATION), parts_of_targets(snapshot, migration), 1, beside),
         transaction.commit(parts[Phase.PHASE_PREPARING], 1, 0),
         transaction.finish(parts[Phase.PHASE_COMMITTED], 1, finished_by=migration.coordinator, now=0),
         transaction.finish(parts[Phase.PHASE_ABORTING], 1, finished_by=migration.coordinator, now=0),

@@ -177,7 +177,7 @@ class MigrationService(ManyMovesService):
         answer = question.answer()
         response = migration_pb.PlanMigrationResponse(explanation=explain(question, answer))
         if answer is not None:
-            drafted = draft(snapshot, moves, answer, name="", coordinator=name, limits=limits)
+            drafted = draft(snapshot, moves, answer, name="", coordinator=name, limits=limits, constraints=constraints)
             response.migration.CopyFrom(drafted)
         if response.ByteSize() > MAX_MESSAGE_BYTES:
             message = f"the explanation has {response.ByteSize()} bytes; expected at most {MAX_MESSAGE_BYTES}"

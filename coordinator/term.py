@@ -14,7 +14,7 @@ from coordinator.context import Context
 from coordinator.guests import within_longest_hold
 from coordinator.journal import RETRY_FIRST_S, RETRY_LONGEST_S, UNCERTAIN
 from coordinator.migration import Options, Run
-from coordinator.planner import parts_of_targets, plan
+from coordinator.planner import bystanders, parts_of_targets, plan
 from coordinator.queueing import DEFAULT_DEADLINE_MS, MAX_QUEUED, as_migration, enqueue
 from coordinator.snapshot import Stored, devices_of
 from coordinator.tasks import Tasks
@@ -157,13 +157,18 @@ class Term:
             asked_for = queued.record.trace_parent if queued else tracing.current()
             with tracing.span(f"begin {name}", asked_for, migration=name, coordinator=context.name) as begun_in:
                 migration.trace_parent = asked_for or begun_in
-                stored = await self._begin_planned(migration, options, queued.mod_revision if queued else 0, began_s)
+                stored = await self._begin_planned(migration, request, options, queued, began_s)
             if stored is not None:
                 return stored
         raise VfleetError(Reason.CONFLICT, f"the fleet changed {TRIES} times while the migration was planned")
 
     async def _begin_planned(
-        self, migration: Migration, options: Options, queue_revision: int, began_s: float
+        self,
+        migration: Migration,
+        request: CreateMigrationRequest,
+        options: Options,
+        queued: Stored[QueuedMigration] | None,
+        began_s: float,
     ) -> Stored[Migration] | None:
         """Carry out BEGIN and drive the migration; return None if the fleet is not as it was planned for any more."""
         context, name = self._context, migration.name
@@ -173,7 +178,8 @@ class Term:
             self._session.lease,
             context.snapshot.fleet_generation_is_this,
             parts_of_targets(context.snapshot, migration),
-            queue_revision,
+            queued.mod_revision if queued else 0,
+            bystanders(context.snapshot, migration, request.constraints),
         )
         commit_began_s = context.clock.monotonic()
         with self._taking(migration):

@@ -4,7 +4,7 @@ Nothing here reads, waits or decides; each function turns records and the revisi
 Transaction. ABORT is in `vfleet.decision`, because hosts write it too.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from coordinator.snapshot import Stored
 from coordinator.states import is_over
@@ -42,13 +42,15 @@ def begin(
     fleet_generation: Compare,
     parts: Iterable[str] | None = None,
     queue_revision: int = 0,
+    bystanders: Mapping[str, int] | None = None,
 ) -> Transaction:
     """Return BEGIN for a plan: nothing that it saw has changed, and none of its functions is in a migration.
 
     That none of `parts`, those that the targets are in (by default, their hosts), is cordoned is compared, so that what
     begins after a cordon goes elsewhere. `fleet_generation` holds while the fleet generation is the plan's. That the
     lease is alive needs no comparison: etcd refuses a put with a lease that is gone. A migration that was queued leaves
-    the queue, where it was last written at `queue_revision`.
+    the queue, where it was last written at `queue_revision`. `bystanders` are functions that don't move but that the
+    plan counts on to be where they are, with the revisions that last wrote their records.
     """
     _expect(migration, Phase.PHASE_UNSPECIFIED)
     name = migration.name
@@ -79,6 +81,8 @@ def begin(
     if parts is None:
         parts = dict.fromkeys(move.target.host for move in migration.moves)
     compares += [absent(cordon_key(part)) for part in parts]
+    for name, revision in (bystanders or {}).items():
+        compares += [unchanged(function_key(name), revision), absent(lock_key(name))]
     return Transaction(tuple(compares), tuple(writes))
 
 

@@ -10,13 +10,15 @@ from support.fleet_store import FleetStore
 from support.fleet_values import FleetValues, move
 from support.manual_clock import settle
 
+from coordinator.dispatch import Dispatcher
 from coordinator.migration import Options
-from coordinator.queueing import Allowance
+from coordinator.queueing import Allowance, enqueue
 from coordinator.snapshot import Stored
 from coordinator.term import Term
 from vfleet.errors import Reason, VfleetError
+from vfleet.etcd import keys
 from vfleet.etcd.store import Committed, Transaction
-from vfleet.v1.migration_service_pb2 import CreateMigrationRequest
+from vfleet.v1.migration_service_pb2 import CreateMigrationRequest, QueuedMigration
 from vfleet.v1.placement_pb2 import Boundary, Constraints, GroupRule, Relation
 from vfleet.v1.records_pb2 import Migration
 
@@ -62,14 +64,20 @@ class TermRig(DrainRig):
         self.term = Term(self.context, LiveSession())
 
     def ask(
-        self, name: str, function: str, target: str, vf_index: int = 0, apart: Sequence[str] = ()
+        self,
+        name: str,
+        function: str,
+        target: str,
+        vf_index: int = 0,
+        apart: Sequence[str] = (),
+        term: Term | None = None,
     ) -> asyncio.Task[Stored[Migration]]:
         different = Relation.RELATION_DIFFERENT
         rules = [GroupRule(functions=apart, boundary=Boundary.BOUNDARY_HOST, relation=different)] if apart else []
         request = CreateMigrationRequest(
             request_id=name, moves=[move(function, target, vf_index)], constraints=Constraints(groups=rules)
         )
-        return asyncio.create_task(self.term.begin(request, Options(), may_wait=False))
+        return asyncio.create_task((term or self.term).begin(request, Options(), may_wait=False))
 
 
 @pytest.fixture
@@ -115,3 +123,40 @@ async def test_those_that_are_about_to_begin_count_for_the_limits(rig: TermRig):
     assert caught.value.reason is Reason.LIMIT_EXCEEDED
     rig.store.arrive.set()
     assert {(await each).record.name for each in asked} == {"m1", "m2"}
+
+
+async def test_a_queued_one_begins_if_one_that_took_its_place_comes_to_nothing(rig: TermRig):
+    """Nothing changes in the fleet by that: none is under way, before and after."""
+    rig.context = replace(rig.context, allowance=Allowance(fleet=1))
+    rig.term = Term(rig.context, LiveSession())
+    asked = rig.ask("m1", "vf1", "h2/nic0")
+    await settle()
+    entry = QueuedMigration(request=CreateMigrationRequest(request_id="q", moves=[move("vf2", "h2/nic0")]))
+    entry.expire_time.FromSeconds(round(rig.clock.now) + 3600)
+    assert rig.fleet.commit(enqueue(entry))
+    rig.look()
+    dispatching = asyncio.create_task(Dispatcher(rig.context, rig.term).run())
+    await settle()
+    del rig.fleet.items[keys.function_key("vf1")]
+    rig.store.arrive.set()
+    with pytest.raises(VfleetError, match="no function named 'vf1'"):
+        await asked
+    await rig.clock.advance(10)
+    assert set(rig.inventory.snapshot.active_migrations) == {"q"}
+    dispatching.cancel()
+    await asyncio.gather(dispatching, return_exceptions=True)
+    await rig.term.close()
+
+
+async def test_two_coordinators_keep_functions_apart_that_they_move_at_the_same_moment(rig: TermRig):
+    other = Term(replace(rig.context, name="c2"), LiveSession())
+    apart = ["vf1", "vf2"]
+    first = rig.ask("m1", "vf1", "h2/nic0", 1, apart)
+    second = rig.ask("m2", "vf2", "h2/nic0", 2, apart, term=other)
+    await settle()
+    rig.store.arrive.set()
+    assert (await first).record.name == "m1"
+    with pytest.raises(VfleetError, match="'vf1' is in migration 'm1'"):
+        await second
+    assert set(rig.inventory.snapshot.active_migrations) == {"m1"}
+    await other.close()
