@@ -75,6 +75,8 @@ class Drain(ManyMoves):
         waiting = [name for name, mover in self._movers.items() if mover.shown.state == WAITING]
         if not waiting:
             return ()
+        if self._plan is not None and not self._holds(self._plan):
+            self._plan = None
         if self._plan is None:
             try:
                 plan = plan_drain(self._context.snapshot, waiting, self._constraints, self._failed_hosts)
@@ -91,3 +93,18 @@ class Drain(ManyMoves):
                 self._failed(name, cause, why.message)
             self._plan = plan
         return self._plan.batches
+
+    def _holds(self, plan: DrainPlan) -> bool:
+        """Return whether a plan can be gone on with: nobody else has moved, or moves, what it counts on."""
+        snapshot = self._context.snapshot
+        for name, home in plan.homes.items():
+            stored = snapshot.functions.get(name)
+            if name in snapshot.locks or stored is None or stored.record.device != home:
+                return False
+        for batch in plan.batches:
+            gone = [name for name in batch.functions if self._movers[name].shown.state != WAITING]
+            if 0 < len(gone) < len(batch.functions):
+                return False
+            if any(self._movers[name].shown.device != plan.devices[name] for name in gone):
+                return False
+        return True

@@ -7,15 +7,17 @@ doesn't come to where that one still is.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 
-from coordinator.explanation import unsatisfiable
+from coordinator.explanation import relaxations, unsatisfiable
 from coordinator.placement import Question
+from coordinator.placement_filters import Needs
 from coordinator.planner import ask, find_device, movable
 from coordinator.snapshot import Snapshot
 from vfleet.errors import Reason, VfleetError
 from vfleet.v1.migration_service_pb2 import MoveRequest
-from vfleet.v1.placement_pb2 import Constraints, GroupRule, Relation
+from vfleet.v1.placement_pb2 import Constraints, GroupRule, Relation, Relaxation
 
 Unit = frozenset[str]
 
@@ -30,11 +32,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class DrainPlan:
-    """Where functions go, in what batches, in their order; and why the others can't move."""
+    """Where functions go, in what batches, in their order; and why the others can't move.
+
+    `homes` are those of functions that rules name and that don't move: the plan counts on them.
+    """
 
     devices: Mapping[str, str]
     batches: Sequence[Batch]
     stuck: Mapping[str, VfleetError]
+    homes: Mapping[str, str]
 
 
 def plan_drain(
@@ -56,11 +62,12 @@ def plan_drain(
         question = _question(snapshot, movers, constraints, shunned)
         answer = _answer(question)
         if answer is not None:
-            return DrainPlan(answer, _batches(question, answer), stuck)
+            return DrainPlan(answer, _batches(question, answer), stuck, question.homes)
+        reasons = _Reasons(question, constraints)
         for name in _too_many(question):
-            stuck[name] = _why(snapshot, question, name, constraints)
+            stuck[name] = reasons.why(name)
             movers.remove(name)
-    return DrainPlan({}, (), stuck)
+    return DrainPlan({}, (), stuck, {})
 
 
 def binding_rules(snapshot: Snapshot, movers: Collection[str], constraints: Constraints) -> list[GroupRule]:
@@ -107,14 +114,33 @@ def _too_many(question: Question) -> list[str]:
     return question.without_device() or bound or list(question.movers)
 
 
-def _why(snapshot: Snapshot, question: Question, name: str, constraints: Constraints) -> VfleetError:
-    alone = _question(snapshot, [name], constraints)
-    if _answer(alone) is None:
-        return unsatisfiable(alone)
-    if any(name in rule.functions for rule in question.constraints.groups):
-        return unsatisfiable(question)
-    message = f"other functions that move need all free slots of the devices that would do for {name!r}"
-    return VfleetError(Reason.UNSATISFIABLE, message)
+class _Reasons:
+    """Why functions have to stay, looked into once for all that need the same: there may be hundreds of them."""
+
+    def __init__(self, question: Question, constraints: Constraints) -> None:
+        self._question = question
+        self._constraints = constraints
+        # What would let each move by itself; None if it could.
+        self._ways_out: dict[tuple[Needs, str], Sequence[Relaxation] | None] = {}
+
+    def why(self, name: str) -> VfleetError:
+        """Return why a function has to stay."""
+        alone = _question(self._question.snapshot, [name], self._constraints)
+        needs = alone.needs[name]
+        key = needs, name if needs.groups else ""  # a way out may name the functions of a rule
+        if key not in self._ways_out:
+            self._ways_out[key] = relaxations(alone) if _answer(alone) is None else None
+        ways_out = self._ways_out[key]
+        if ways_out is not None:
+            return unsatisfiable(alone, ways_out)
+        if any(name in rule.functions for rule in self._question.constraints.groups):
+            return self._together
+        message = f"other functions that move need all free slots of the devices that would do for {name!r}"
+        return VfleetError(Reason.UNSATISFIABLE, message)
+
+    @cached_property
+    def _together(self) -> VfleetError:
+        return unsatisfiable(self._question)
 
 
 def _batches(question: Question, answer: Mapping[str, str]) -> list[Batch]:

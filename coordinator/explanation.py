@@ -5,7 +5,7 @@ that can't be met, each single constraint without which it could.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from coordinator.placement import Question
 from coordinator.placement_filters import FREE_SLOT, Rule, Values, free_slots, group_values
@@ -31,22 +31,22 @@ def explain(question: Question, answer: Mapping[str, str] | None) -> Explanation
     """Return why the answer is as it is."""
     explanation = Explanation(placements=[_placement(question, answer, name) for name in question.movers])
     if answer is None:
-        explanation.relaxations.extend(_relaxations(question))
+        explanation.relaxations.extend(relaxations(question))
     return explanation
 
 
-def unsatisfiable(question: Question) -> VfleetError:
-    """Return the error for a question that has no answer: it names what would give it one."""
-    relaxations = _relaxations(question)
-    remedies = "; or ".join(each.remedy for each in relaxations[:MAX_OBSTACLES])
-    wanted = f"for it to be possible: {remedies}" if relaxations else "no single change would make it possible"
+def unsatisfiable(question: Question, ways_out: Sequence[Relaxation] | None = None) -> VfleetError:
+    """Return the error for a question that has no answer: it names what would give it one, `ways_out` if known."""
+    found = relaxations(question) if ways_out is None else ways_out
+    remedies = "; or ".join(each.remedy for each in found[:MAX_OBSTACLES])
+    wanted = f"for it to be possible: {remedies}" if found else "no single change would make it possible"
     message = f"no choice of devices meets what is asked for {_listed(question.movers)}; {wanted}"
     return VfleetError(
         Reason.UNSATISFIABLE,
         message,
         obstacles=tuple(
             Obstacle(PlacementFilter.Name(each.filter), _listed(each.devices), each.remedy)
-            for each in relaxations[:MAX_OBSTACLES]
+            for each in found[:MAX_OBSTACLES]
         ),
     )
 
@@ -98,9 +98,9 @@ def _taken_by_plan(
     return None
 
 
-def _relaxations(question: Question) -> list[Relaxation]:
+def relaxations(question: Question) -> list[Relaxation]:
     """Return the constraints without which there is an answer, each by itself."""
-    relaxations = []
+    found = []
     for rule in question.obstacles():
         try:
             answer = question.answer_without(rule)
@@ -110,8 +110,8 @@ def _relaxations(question: Question) -> list[Relaxation]:
             continue
         if answer is not None:
             remedy = _remedy(question, rule, answer)
-            relaxations.append(Relaxation(filter=rule.filter, group=rule.group, remedy=remedy, devices=answer))
-    return relaxations
+            found.append(Relaxation(filter=rule.filter, group=rule.group, remedy=remedy, devices=answer))
+    return found
 
 
 def _remedy(question: Question, rule: Rule, answer: Mapping[str, str]) -> str:

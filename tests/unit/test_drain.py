@@ -208,6 +208,46 @@ async def test_those_that_are_to_be_together_move_in_one_migration(rig: DrainRig
     assert rig.home("vf1") == rig.home("vf4")
 
 
+@pytest.mark.parametrize("fate", ["where the drain takes it", "elsewhere", "deleted"])
+async def test_one_of_those_that_are_together_is_taken_away_by_another_and_the_rest_follows(rig: DrainRig, fate: str):
+    task = await rig.start("host", "h1", parallel=1, constraints=rule("vf3", "vf4", relation=SAME))
+    ((first, _),) = rig.moving.items()
+    assert first not in ("vf3", "vf4")
+    if fate == "deleted":
+        for key in (keys.function_key("vf3"), keys.slot_key("h1/nic0", 3)):
+            del rig.fleet.items[key]
+        rig.look()
+    else:
+        await rig.begin("m1", [move("vf3", "h2/nic0" if fate == "elsewhere" else "h3/nic0")])
+        await rig.done("vf3")
+    async with asyncio.timeout(10):
+        await rig.until_over(task)
+    assert set(rig.states().values()) == {"MOVED"}
+    if fate != "deleted":
+        assert rig.home("vf4") == rig.home("vf3")
+
+
+async def test_one_that_is_to_be_apart_does_not_come_to_where_the_other_has_gone_since_it_was_planned(rig: DrainRig):
+    rig.fleet.function("other", device("h3/nic0"), 3, 1)
+    rig.look()
+    task = await rig.start("host", "h1", parallel=1, constraints=rule("vf4", "other", relation=DIFFERENT))
+    assert "vf4" not in rig.moving
+    await rig.begin("m1", [move("other", "h2/nic0")])
+    await rig.done("other")
+    await rig.until_over(task)
+    assert set(rig.states().values()) == {"MOVED"}
+    assert (rig.home("other"), rig.home("vf4")) == ("h2/nic0", "h3/nic0")
+
+
+async def test_a_limit_that_others_reach_first_each_time_is_no_failure(rig: DrainRig):
+    full = VfleetError(Reason.LIMIT_EXCEEDED, "256 migrations are under way in the fleet", retry_after_s=0.5)
+    rig.refusals = [full] * (MAX_TRIES + 1)
+    task = await rig.start("device", "h1/nic1")
+    assert rig.told["vf4"].why == full.message
+    await rig.until_over(task)
+    assert rig.states() == {"vf4": "MOVED"}
+
+
 async def test_a_rule_about_one_that_is_in_a_migration_waits_for_it(rig: DrainRig):
     rig.fleet.function("other", device("h2/nic0"), 2, 1)
     rig.look()
