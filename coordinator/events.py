@@ -17,6 +17,7 @@ from vfleet.etcd import keys
 from vfleet.etcd.store import Changes, Event
 from vfleet.history import blackout_s
 from vfleet.v1.fleet_service_pb2 import EventKind, FleetEvent
+from vfleet.v1.migration_service_pb2 import QueuedMigration
 from vfleet.v1.records_pb2 import Coordinator, Cordon, Function, FunctionStatus, Host, Migration, Phase, Step
 
 MAX_EVENTS = 1000  # changes, of which not each is an event
@@ -159,7 +160,10 @@ def _migration(before: Migration | None, after: Migration | None) -> Iterator[st
             f"{move.function} from {move.source.device} to {move.target.device}" for move in after.moves
         )
     elif after.phase == Phase.PHASE_ABORTING:
-        what += f" at {Step.Name(after.abort_step).removeprefix('STEP_').lower()}: {after.abort_reason}"
+        at = f" at {Step.Name(after.abort_step).removeprefix('STEP_').lower()}" if after.abort_step else ""
+        what += f"{at}: {after.abort_reason}"
+    elif after.phase == Phase.PHASE_ABORTED and not after.HasField("begin_time"):
+        what += f": {after.abort_reason}"  # it was queued, and never began
     elif after.phase in (Phase.PHASE_DONE, Phase.PHASE_ABORTED):
         took_ms = (after.finish_time.ToNanoseconds() - after.begin_time.ToNanoseconds()) / 1e6
         what += f" after {took_ms:.1f} ms"
@@ -167,6 +171,12 @@ def _migration(before: Migration | None, after: Migration | None) -> Iterator[st
         if blackout is not None:
             what += f", blackout {f'at most {blackout * 1000:.1f} ms' if blackout else 'none'}"
     yield what
+
+
+def _queued(before: QueuedMigration | None, after: QueuedMigration | None) -> Iterator[str]:
+    # What becomes of it is told by its record.
+    if before is None and after is not None:
+        yield f"queued: {', '.join(move.function for move in after.request.moves)}"
 
 
 def _host(before: Host | None, after: Host | None) -> Iterator[str]:
@@ -215,6 +225,7 @@ _TOPICS = {
     for topic in (
         _topic(keys.FUNCTIONS, EventKind.EVENT_KIND_FUNCTION, lambda s: s.functions, _function),
         _topic(keys.MIGRATIONS, EventKind.EVENT_KIND_MIGRATION, lambda s: s.migrations, _migration),
+        _topic(keys.QUEUE, EventKind.EVENT_KIND_MIGRATION, lambda s: s.queue, _queued),
         _topic(keys.HOSTS, EventKind.EVENT_KIND_HOST, lambda s: s.hosts, _host),
         _topic(keys.REGISTRATIONS, EventKind.EVENT_KIND_HOST, lambda s: s.registrations, _registration),
         _topic(keys.CORDONS, EventKind.EVENT_KIND_CORDON, lambda s: s.cordons, _cordon),

@@ -65,4 +65,6 @@ def undone(migration: Migration) -> str:
 def advice(migration: Migration) -> str:
     """Return what a person may do about a migration that is aborted."""
     cause = abort_cause(migration)
+    if cause is Reason.LIMIT_EXCEEDED and not migration.attempt.fleet_generation:
+        return "try again when fewer migrations are under way, or let it wait longer (--deadline)"
     return "try again" if cause is None else _ADVICE.get(cause, "change what is in the way, then begin it again")

@@ -77,7 +77,7 @@ def homes(name: str, function: Function | None, migrations: Iterable[Migration])
     found: list[Home] = []
     for migration in sorted(migrations, key=lambda each: each.attempt.revision):
         move = _move_of(name, function, migration)
-        if move is None:
+        if move is None or not move.source.device:  # one that never began led nowhere
             continue
         source = _home(move.source)
         if not found or not _is_at(found[-1], source):

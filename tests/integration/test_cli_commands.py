@@ -182,12 +182,17 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
     migrations: list[str] = field(default_factory=lambda: ["m-1"])
     guests: list[Driver] = field(default_factory=list)
     cause: ErrorReason.ValueType = ErrorReason.ERROR_REASON_UNREACHABLE
+    queued: list[migration_pb2.MoveRequest] = field(default_factory=list)
+    is_given_up: bool = False
+    refusals: list[VfleetError] = field(default_factory=list)
     requests: list[object] = field(default_factory=list)
 
     def seen(self, request: object) -> None:
         self.requests.append(request)
         if self.refuse is not None:
             raise self.refuse
+        if self.refusals:
+            raise self.refusals.pop(0)
 
     async def ListHosts(self, request, context):
         self.seen(request)
@@ -316,6 +321,8 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
 
     async def ListMigrations(self, request, context):
         self.seen(request)
+        if self.queued:
+            return migration_pb2.ListMigrationsResponse(migrations=[self.over("m-q")])
         response = migration_pb2.ListMigrationsResponse(migrations=map(self.over, self.migrations))
         for over in response.migrations:
             over.moves.extend(a_migration(migration_pb2.PlanMigrationRequest(moves=[move_request("vf1")])).moves)
@@ -358,6 +365,8 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
         return driver_pb2.GetWorkloadReportResponse(report=driver_pb2.WorkloadReport(operations=1234567))
 
     def over(self, name: str) -> Migration:
+        if self.queued:
+            return self.waiting(name)
         aborted = self.outcome == Phase.PHASE_ABORTED
         migration = Migration(
             name=name,
@@ -369,6 +378,20 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
             steps=[StepDuration(step=Step.STEP_BEGIN)],
         )
         migration.steps[0].duration.FromMilliseconds(7)
+        migration.begin_time.SetInParent()
+        return migration
+
+    def waiting(self, name: str) -> Migration:
+        """Return one that is queued, or was given up there."""
+        migration = Migration(name=name, phase=Phase.PHASE_QUEUED, coordinator="c1")
+        for move in self.queued:
+            migration.moves.add(function=move.function)
+            if move.target_device:
+                migration.moves[-1].target.MergeFrom(Place(device=move.target_device, vf_index=move.target_vf_index))
+        if self.is_given_up:
+            migration.phase, migration.abort_cause = Phase.PHASE_ABORTED, ErrorReason.ERROR_REASON_LIMIT_EXCEEDED
+            migration.abort_reason = "it could not begin before its deadline"
+            migration.finish_time.FromSeconds(1_000)
         return migration
 
 

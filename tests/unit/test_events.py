@@ -14,6 +14,7 @@ from coordinator.context import Context
 from coordinator.events import MAX_EVENTS, EventLog
 from coordinator.inventory import Inventory
 from coordinator.planner import plan
+from coordinator.queueing import enqueue, give_up
 from coordinator.service import FleetService
 from coordinator.snapshot import Snapshot
 from vfleet.decision import abort_transaction
@@ -22,6 +23,7 @@ from vfleet.etcd import keys
 from vfleet.etcd.records import decode
 from vfleet.etcd.store import Changes, Event, Listing
 from vfleet.v1.fleet_service_pb2 import EventKind, WatchEventsRequest
+from vfleet.v1.migration_service_pb2 import CreateMigrationRequest, QueuedMigration
 from vfleet.v1.records_pb2 import (
     Coordinator,
     Cordon,
@@ -30,6 +32,7 @@ from vfleet.v1.records_pb2 import (
     FunctionStatus,
     Host,
     Migration,
+    Phase,
     Step,
     StepDuration,
 )
@@ -118,6 +121,31 @@ def test_an_abort_is_told_with_its_reason() -> None:
         ("migration", "m1", "aborting at copy: h2 is full"),
         ("migration", "m1", "aborted after 250.0 ms, blackout none"),
     ]
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_what_becomes_of_a_queued_migration_is_told(is_cancelled: bool) -> None:
+    world = World()
+    request = CreateMigrationRequest(request_id="m1", moves=[move("vf1", "h2/nic0"), move("vf2", "")])
+    world.commit(enqueue(QueuedMigration(request=request, coordinator="c1")))
+    assert world.told() == [("migration", "m1", "queued: vf1, vf2")]
+    if is_cancelled:
+        ended, _ = give_up(world.snapshot.queue["m1"], "cancelled before it began", Reason.CANCELLED, "c1", 1_000)
+        world.commit(ended)
+        assert world.told() == [("migration", "m1", "aborted: cancelled before it began")]
+    else:
+        planned = plan(world.snapshot, [move("vf1", "h2/nic0")], name="m1", coordinator="c1", limits=LIMITS)
+        planned.begin_time.FromSeconds(1)
+        queued_at = world.snapshot.queue["m1"].mod_revision
+        world.commit(transaction.begin(planned, 5, world.snapshot.fleet_generation_is_this, queue_revision=queued_at))
+        assert world.told() == [("migration", "m1", "preparing: vf1 from h1/nic0 to h2/nic0")]
+
+
+def test_an_abort_at_no_step_names_none() -> None:
+    world, record = World(), Migration(name="m1", phase=Phase.PHASE_ABORTING, abort_reason="its coordinator ended")
+    record.begin_time.FromSeconds(1)
+    world.put(keys.migration_key("m1"), record)
+    assert world.told() == [("migration", "m1", "aborting: its coordinator ended")]
 
 
 def test_the_life_of_a_function_is_told() -> None:

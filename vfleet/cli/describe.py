@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from vfleet.address import Location, bar_layout, format_routing_id, location_of, translate, vf_routing_id
 from vfleet.cli.output import enum_word, hex64, moment, print_fields, print_rich, print_table, size
-from vfleet.cli.timeline import blackout_word, timeline
+from vfleet.cli.timeline import aborted_word, blackout_word, timeline
 from vfleet.cli.timeline import phase_word as phase_word
 from vfleet.cli.timeline import step_word as step_word
 from vfleet.failure import advice, undone
@@ -185,7 +185,7 @@ def describe_migration(migration: Migration) -> None:
             *([("Mode", mode_word(migration))] if migration.mode else []),
             *(
                 [
-                    ("Aborted", f"{migration.abort_reason} (at {step_word(migration.abort_step)})"),
+                    ("Aborted", aborted_word(migration)),
                     ("Undone", undone(migration)),
                     ("What to do", advice(migration)),
                 ]
@@ -216,7 +216,7 @@ def print_moves(moves: Iterable[Move]) -> None:
     print_table(
         ("FUNCTION", "", "DEVICE", "VF", "GENERATION", "LOCATION", "BASE"),
         (
-            (move.function, word, place.device, place.vf_index, place.generation, _location(place), hex64(place.base))
+            (move.function, word, *_place(place))
             for move in moves
             for word, place in (("from", move.source), ("to", move.target))
         ),
@@ -239,8 +239,11 @@ def print_moves(moves: Iterable[Move]) -> None:
         )
 
 
-def _location(place: Place) -> Location:
-    return Location(place.segment, place.routing_id)
+def _place(place: Place) -> tuple[object, ...]:
+    if not place.base:  # it was queued, and has not been planned
+        return place.device or "not planned", place.vf_index or "", "", "", ""
+    location = Location(place.segment, place.routing_id)
+    return place.device, place.vf_index, place.generation, location, hex64(place.base)
 
 
 def bars(found: Iterable[Bar]) -> str:

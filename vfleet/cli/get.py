@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from vfleet.cli import complete, describe
 from vfleet.cli.output import Output, coloured, hex64, moment, print_message, print_table, size
 from vfleet.cli.session import CoordinatorOption, EtcdOption, fleet_client, run
-from vfleet.cli.timeline import blackout_word
+from vfleet.cli.timeline import begun_word, blackout_word, moves_word
 from vfleet.client import PHASES_OVER
 from vfleet.errors import invalid_field
 from vfleet.names import check_name
@@ -176,13 +176,13 @@ _MIGRATIONS = _Listing[Migration](
     row=lambda migration: (
         migration.name,
         coloured(describe.phase_word(migration)),
-        ", ".join(f"{move.function}={move.target.device}" for move in migration.moves),
+        moves_word(migration.moves),
         migration.abort_reason,
     ),
     more=("MODE", "BEGUN", "OVER", "BLACKOUT", "COORDINATOR"),
     more_cells=lambda migration: (
         describe.mode_word(migration) if migration.mode else "",
-        moment(migration.begin_time),
+        begun_word(migration),
         moment(migration.finish_time) if migration.HasField("finish_time") else "",
         blackout_word(migration) if migration.steps else "",
         describe.coordinators(migration),

@@ -9,7 +9,7 @@ import typer
 from vfleet.cli.fleet import FunctionArgument
 from vfleet.cli.output import Output, OutputOption, enum_word, moment, print_message, print_table
 from vfleet.cli.session import CoordinatorOption, EtcdOption, fleet_client, run
-from vfleet.cli.timeline import blackout_word, phase_word, step_word
+from vfleet.cli.timeline import aborted_word, blackout_word, phase_word
 from vfleet.errors import Reason, VfleetError
 from vfleet.history import Home, homes
 from vfleet.v1.fleet_service_pb2 import EventKind, FleetEvent
@@ -99,5 +99,5 @@ def _how(home: Home) -> tuple[str, ...]:
     if home.target:
         outcome += f", to {home.target}"
     if migration.abort_reason:
-        outcome += f", at {step_word(migration.abort_step)}: {migration.abort_reason}"
+        outcome += f", {aborted_word(migration)}"
     return migration.name, moment(migration.begin_time), outcome, blackout_word(migration) if migration.steps else ""

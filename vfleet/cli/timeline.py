@@ -1,6 +1,7 @@
 """The steps of a migration as a timeline: bars in a terminal, and the same as an SVG drawing."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.bar import Bar
@@ -10,7 +11,7 @@ from rich.table import Table
 from vfleet.cli.output import enum_word, moment, table_of
 from vfleet.errors import Reason, VfleetError
 from vfleet.history import blackout_s, is_complete, spans
-from vfleet.v1.records_pb2 import Migration, Phase, Step
+from vfleet.v1.records_pb2 import Migration, Move, Phase, Step
 
 BAR_COLUMNS = 40
 SVG_COLUMNS = 80
@@ -24,6 +25,22 @@ def phase_word(migration: Migration) -> str:
 def step_word(step: Step.ValueType) -> str:
     """Return a step's name, in small letters."""
     return enum_word(Step.Name(step), "STEP_")
+
+
+def aborted_word(migration: Migration) -> str:
+    """Return at which step a migration was aborted, if at one, and why."""
+    at = f"at {step_word(migration.abort_step)}: " if migration.abort_step else ""
+    return f"{at}{migration.abort_reason}"
+
+
+def moves_word(moves: Iterable[Move], between: str = "=") -> str:
+    """Return what moves, and where to as far as that is known."""
+    return ", ".join(f"{m.function}{between}{m.target.device}" if m.target.device else m.function for m in moves)
+
+
+def begun_word(migration: Migration) -> str:
+    """Return when a migration began; nothing if it has not."""
+    return moment(migration.begin_time) if migration.HasField("begin_time") else ""
 
 
 def blackout_word(migration: Migration) -> str:
@@ -48,9 +65,11 @@ def timeline(migration: Migration) -> Table:
 
 
 def write_svg(migration: Migration, path: Path) -> None:
-    """Draw the timeline of a migration that is over into a file. Raise ILLEGAL_STATE if it is not over."""
+    """Draw the timeline of a migration that is over into a file. Raise ILLEGAL_STATE if it is not, or never began."""
     if not migration.steps:
-        raise VfleetError(Reason.ILLEGAL_STATE, f"migration {migration.name!r} is not over: it has no timeline yet")
+        never = migration.phase == Phase.PHASE_ABORTED
+        why = "never began: it has no timeline" if never else "is not over: it has no timeline yet"
+        raise VfleetError(Reason.ILLEGAL_STATE, f"migration {migration.name!r} {why}")
     out = Console(record=True, width=SVG_COLUMNS, file=io.StringIO(), highlight=False, emoji=False, markup=False)
     for move in migration.moves:
         out.print(f"{move.function}: {move.source.device} to {move.target.device}")

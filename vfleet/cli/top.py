@@ -15,11 +15,11 @@ from rich.text import Text
 from vfleet.cli.describe import cordon_word, status_word
 from vfleet.cli.output import coloured, console, print_rich, table_of
 from vfleet.cli.session import CoordinatorOption, EtcdOption, fleet_client, run
-from vfleet.cli.timeline import blackout_word, phase_word
+from vfleet.cli.timeline import blackout_word, moves_word, phase_word
 from vfleet.client import PHASES_OVER, FleetClient
 from vfleet.clock import Clock, SystemClock
 from vfleet.v1.fleet_service_pb2 import DeviceUse
-from vfleet.v1.records_pb2 import Function, FunctionStatus, Host, Migration
+from vfleet.v1.records_pb2 import Function, FunctionStatus, Host, Migration, Phase
 
 REDRAW_S = 1.0  # how long a migration under way has taken is to be seen
 PAUSE_S = 0.25  # between two looks at the fleet, however fast it changes
@@ -30,7 +30,7 @@ MAX_MIGRATIONS = 10
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """What one frame shows. `migrations` are those under way, then the latest that are over."""
+    """What one frame shows. `migrations` are those under way, those that are queued, then the latest that are over."""
 
     hosts: Sequence[Host]
     devices: Sequence[DeviceUse]
@@ -95,6 +95,7 @@ async def _follow(fleet: FleetClient, changed: asyncio.Event) -> None:
 
 async def _look(fleet: FleetClient) -> Fleet:
     active = await fleet.list_migrations(active_only=True)
+    active.sort(key=lambda migration: migration.phase == Phase.PHASE_QUEUED)
     latest = await fleet.list_migrations(latest=MAX_MIGRATIONS)
     over = [migration for migration in latest if migration.phase in PHASES_OVER]
     return Fleet(await fleet.list_hosts(), await fleet.list_devices(), await fleet.list_functions(), [*active, *over])
@@ -168,9 +169,9 @@ def _migrations(fleet: Fleet, now: float) -> RenderableType:
         (
             migration.name,
             coloured(phase_word(migration)),
-            ", ".join(f"{move.function} to {move.target.device}" for move in migration.moves[:3])
+            moves_word(migration.moves[:3], " to ")
             + (f" and {len(migration.moves) - 3} more" if len(migration.moves) > 3 else ""),
-            f"{_took_s(migration, now):.1f} s",
+            f"{_took_s(migration, now):.1f} s" if migration.HasField("begin_time") else "",
             blackout_word(migration) if migration.steps else "",
         )
         for migration in fleet.migrations[:MAX_MIGRATIONS]
