@@ -780,6 +780,65 @@ async def test_migrate_tries_again_what_may_pass_and_only_that(
     assert {request.priority for request in asked} == {-3}
 
 
+async def test_migrate_tries_again_what_was_refused_for_what_may_pass(
+    vfleet: Vfleet, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the same name: nothing has begun that had it, or it is the same migration."""
+    monkeypatch.setattr(migration, "_RETRY_FIRST_S", 0.001)
+    fake.refusals = [
+        VfleetError(Reason.IN_MIGRATION, "function 'vf1' is in migration 'm-7'"),
+        VfleetError(Reason.NO_FREE_SLOT, "device h2/nic0 has no free slot"),
+    ]
+    result = await vfleet("migrate", "vf1", "--retries", "2", "--request-id", "mine")
+    assert result.code == 0
+    assert result.err.startswith("mine: function 'vf1' is in migration 'm-7'; tried again\nmine: device h2/nic0 ")
+    asked = [request for request in fake.requests if isinstance(request, migration_pb2.CreateMigrationRequest)]
+    assert [request.request_id for request in asked] == ["mine"] * 3
+
+
+@pytest.mark.parametrize("reason", [Reason.IN_MIGRATION, Reason.NOT_FOUND])
+async def test_migrate_gives_up_what_is_refused_for_good_or_too_often(
+    vfleet: Vfleet, fake: Fake, monkeypatch: pytest.MonkeyPatch, reason: Reason
+) -> None:
+    monkeypatch.setattr(migration, "_RETRY_FIRST_S", 0.001)
+    fake.refuse = VfleetError(reason, "no")
+    result = await vfleet("migrate", "vf1", "--retries", "1", "--request-id", "mine")
+    is_bad = reason is Reason.NOT_FOUND
+    assert (result.code, len(fake.requests)) == ((2, 1) if is_bad else (1, 2))
+    assert result.err.endswith("vfleet: no\n")
+
+
+async def test_no_try_begins_after_the_time_is_over(vfleet: Vfleet, fake: Fake) -> None:
+    """The first pause is half a second at the least."""
+    fake.outcome = Phase.PHASE_ABORTED
+    result = await vfleet("migrate", "vf1", "--retries", "3", "--timeout", "0.3")
+    assert (result.code, "tried again" in result.err) == (1, False)
+    assert sum(isinstance(request, migration_pb2.CreateMigrationRequest) for request in fake.requests) == 1
+
+
+async def test_what_waits_to_begin_has_no_time_and_no_places_yet(vfleet: Vfleet, fake: Fake) -> None:
+    fake.queued = [move_request("vf1"), move_request("vf2", "h2/nic0", 4)]
+    wide = (await vfleet("get", "migrations", "--active", "-o", "wide")).out
+    assert re.search(r"^m-q +queued +vf1, vf2=h2/nic0 +c1$", wide, re.MULTILINE)
+    shown = (await vfleet("describe", "migration", "m-q")).out
+    assert re.search(r"^vf1 +to +not planned$", shown, re.MULTILINE)
+    assert re.search(r"^vf2 +to +h2/nic0 +4$", shown, re.MULTILINE)
+    assert "0x0000000000000000" not in shown
+    assert re.search(r"^m-q +queued +vf1, vf2 to h2/nic0$", (await vfleet("top")).out, re.MULTILINE)
+
+
+async def test_what_never_began_says_so(vfleet: Vfleet, fake: Fake, tmp_path: Path) -> None:
+    fake.queued, fake.is_given_up = [move_request("vf1")], True
+    shown = (await vfleet("describe", "migration", "m-q")).out
+    assert re.search(r"^Aborted +it could not begin before its deadline$", shown, re.MULTILINE)
+    assert re.search(r"^Undone +it had not begun$", shown, re.MULTILINE)
+    assert re.search(r"^What to do +try again when fewer migrations are under way", shown, re.MULTILINE)
+    drawn = await vfleet("describe", "migration", "m-q", "--svg", str(tmp_path / "q.svg"))
+    assert (drawn.code, drawn.err) == (1, "vfleet: migration 'm-q' never began: it has no timeline\n")
+    fake.functions = []
+    assert "m-q" not in (await vfleet("history", "vf1")).out
+
+
 async def test_watch_for_programs_is_a_line_an_update(vfleet: Vfleet) -> None:
     result = await vfleet("watch", "m-1", "-o", "json")
     updates = [json.loads(line) for line in result.out.splitlines()]
@@ -1000,6 +1059,20 @@ async def test_names_are_completed_from_the_cluster(
     assert capsys.readouterr().out.split() == names
 
 
+async def test_bad_settings_complete_to_nothing(
+    vfleet: Vfleet, settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings.write_text("contexts: [")
+    monkeypatch.setenv("_VFLEET_COMPLETE", "complete_bash")
+    for line in ("vfleet context use ", "vfleet --context "):
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+        with pytest.raises(SystemExit):
+            await vfleet()
+        out, err = capsys.readouterr()
+        assert (out.split(), err) == ([], "")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -1023,6 +1096,12 @@ async def test_names_are_completed_from_the_cluster(
         ["rebalance", "--tolerance", "101", "--dry-run"],
         ["defragment", "--free", "racks", "--dry-run"],
         ["migrate", "vf1=h2"],
+        ["migrate", "vf1="],
+        ["migrate", "vf1", "--to", ""],
+        ["migrate", "vf1", "--to", ":4"],
+        ["migrate", "vf1", "--deadline", "86401"],
+        ["plan", "vf1="],
+        ["get", "hosts", "--active"],
         ["migrate", "vf1=h2/nic0:x"],
         ["migrate", "vf1=h2/nic0:-1"],
         ["migrate", "vf1=h2/nic0:99999999999"],

@@ -6,13 +6,17 @@ import typer
 
 from vfleet.cli.output import print_table
 from vfleet.cli.settings import load_settings, use_context
+from vfleet.errors import VfleetError
 
 app = typer.Typer()
 
 
 def context_names(incomplete: str) -> list[str]:
-    """Complete the name of a context."""
-    return [name for name in load_settings().contexts if name.startswith(incomplete)]
+    """Complete the name of a context. There is no place for errors: of settings that can't be read there are none."""
+    try:
+        return [name for name in load_settings().contexts if name.startswith(incomplete)]
+    except VfleetError:
+        return []
 
 
 @app.command("list")

@@ -233,6 +233,8 @@ def get(
     known = _STATES[kind]
     if state is not None and state not in known:
         raise invalid_field("--state", state, f"one of {', '.join(known)}" if known else f"none: {kind} have no states")
+    if active and kind is not Kinds.MIGRATIONS:
+        raise invalid_field("--active", kind.value, "migrations")
     if host is not None:
         check_name("--host", host)
 

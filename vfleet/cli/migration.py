@@ -2,7 +2,8 @@
 
 import asyncio
 import enum
-from collections.abc import Sequence
+import math
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from random import Random
 from typing import Annotated
@@ -15,11 +16,20 @@ from vfleet.cli import constraints as asked
 from vfleet.cli.constraints import Rule
 from vfleet.cli.output import Output, OutputOption, console, print_message
 from vfleet.cli.progress import LiveProgress, progress_line
-from vfleet.cli.session import FAILED, CoordinatorOption, EtcdOption, TimeoutOption, checked_timeout, fleet_client, run
+from vfleet.cli.session import (
+    FAILED,
+    CoordinatorOption,
+    EtcdOption,
+    TimeoutOption,
+    checked_timeout,
+    fleet_client,
+    run,
+)
 from vfleet.client import PHASES_OVER, FleetClient, move_request, request_id
 from vfleet.clock import backoff_delays
 from vfleet.errors import Reason, VfleetError, invalid_field
 from vfleet.failure import abort_cause, advice, is_passing, undone
+from vfleet.names import check_device_name
 from vfleet.v1.migration_service_pb2 import LimitPolicy, MigrationOptions, MoveRequest
 from vfleet.v1.records_pb2 import Migration, Phase
 from vfleet.v1.types_pb2 import TransferMode
@@ -110,7 +120,8 @@ def migrate(
         typer.Option("--priority", metavar="N", min=-100, max=100, help="If it has to wait: the highest goes first."),
     ] = 0,
     deadline: Annotated[
-        int, typer.Option("--deadline", metavar="S", min=0, help="How long it may wait to begin; 0 for an hour.")
+        int,
+        typer.Option("--deadline", metavar="S", min=0, max=86_400, help="For how long it may wait; 0 for an hour."),
     ] = 0,
     retries: Annotated[
         int,
@@ -159,10 +170,9 @@ def migrate(
         async with fleet_client(coordinator, etcd) as fleet:
             if dry_run:
                 return await fleet.plan_migration(moves, wanted)
-            tries = backoff_delays(Random(), _RETRY_FIRST_S, _RETRY_LONGEST_S)  # noqa: S311  # spreads retries
-            for number, delay_s in enumerate(tries):
-                # A migration is one attempt: each try has a name of its own, and a trace.
-                own_name = f"{base}-{number + 1}" if number else base
+            began_s = asyncio.get_running_loop().time()
+
+            async def attempt(own_name: str) -> Migration:
                 with tracing.span("vfleet migrate", migration=own_name):
                     migration = await fleet.create_migration(
                         moves,
@@ -170,16 +180,13 @@ def migrate(
                         options=options,
                         constraints=wanted,
                         priority=priority,
-                        deadline_ms=_fits("--deadline", deadline * 1000),
+                        deadline_ms=deadline * 1000,
                     )
                     if wait or retries:
-                        migration = await _follow(fleet, migration.name, timeout_s=patience_s)
-                aborted = migration.phase in (Phase.PHASE_ABORTING, Phase.PHASE_ABORTED)
-                if number == retries or not aborted or not is_passing(abort_cause(migration)):
-                    break
-                typer.echo(f"{migration.name} was aborted: {migration.abort_reason}; tried again", err=True)
-                await asyncio.sleep(delay_s)
-            return migration
+                        migration = await _follow(fleet, own_name, timeout_s=patience_s, began_s=began_s)
+                return migration
+
+            return await _tried(attempt, base, retries, began_s + (patience_s or math.inf))
 
     migration = run(command())
     if output is not Output.TABLE:
@@ -261,24 +268,64 @@ def _move(argument: str, to: str | None) -> MoveRequest:
     if target is None:
         return move_request(function)
     device, colon, vf_index = target.partition(":")
+    check_device_name("device", device)  # none at all would let it be chosen
     if colon and not (vf_index.isascii() and vf_index.isdigit()):
         raise invalid_field("device", target, "HOST/DEVICE or HOST/DEVICE:VF, for example h2/nic0:4")
     return move_request(function, device, int(vf_index) if colon else 0)
 
 
+async def _tried(attempt: Callable[[str], Awaitable[Migration]], name: str, retries: int, end_s: float) -> Migration:
+    """Return what comes of attempts: `retries` more at most, if one fails for what may pass and it is not `end_s` yet.
+
+    A migration is one attempt: each that began had a name of its own. One that was refused, or of which nothing was
+    heard, keeps it: the same name again is the same migration.
+    """
+    begun, loop = 0, asyncio.get_running_loop()
+    tries = backoff_delays(Random(), _RETRY_FIRST_S, _RETRY_LONGEST_S)  # noqa: S311  # spreads retries
+    for number, delay_s in enumerate(tries):
+        own_name = f"{name}-{begun + 1}" if begun else name
+        refusal = None
+        try:
+            migration = await attempt(own_name)
+        except VfleetError as error:
+            refusal = error
+        is_last = number == retries or loop.time() + delay_s > end_s
+        if refusal is not None:
+            if is_last or not is_passing(refusal.reason):
+                raise refusal
+            what = f"{own_name}: {refusal.message}"
+        else:
+            is_aborted = migration.phase in (Phase.PHASE_ABORTING, Phase.PHASE_ABORTED)
+            if is_last or not is_aborted or not is_passing(abort_cause(migration)):
+                return migration
+            begun += 1
+            what = f"{own_name} was aborted: {migration.abort_reason}"
+        typer.echo(f"{what}; tried again", err=True)
+        await asyncio.sleep(delay_s)
+    raise AssertionError("backoff_delays never ends")
+
+
 async def _follow(
-    fleet: FleetClient, name: str, output: Output = Output.TABLE, *, timeout_s: float | None = None
+    fleet: FleetClient,
+    name: str,
+    output: Output = Output.TABLE,
+    *,
+    timeout_s: float | None = None,
+    began_s: float | None = None,
 ) -> Migration:
     """Return the migration once it is over. Raise ILLEGAL_STATE if that is later than in `timeout_s`.
+
+    That counts from `began_s`, by the loop's clock, or from now.
 
     Until then show how far it is: on a terminal as bars that grow, else a line for each step and each round; or every
     update in the form for programs.
     """
     out = console(stderr=True)
     shown = ""
+    end_s = (began_s or asyncio.get_running_loop().time()) + timeout_s if timeout_s is not None else None
     try:
         with LiveProgress(out, name) as live:
-            async with asyncio.timeout(timeout_s), aclosing(fleet.watch_migration(name)) as updates:
+            async with asyncio.timeout_at(end_s), aclosing(fleet.watch_migration(name)) as updates:
                 async for update in updates:
                     if output is not Output.TABLE:
                         print_message(update, output, compact=True)
