@@ -96,8 +96,9 @@ class Guard:
     def _let_in(self, path: str, context: _Context) -> Iterator[Principal]:
         """Let a caller have the method, for as long as it is inside. Raise PERMISSION_DENIED or LIMIT_EXCEEDED."""
         principal = self._principal(context)
-        _check_role(path, principal, ROLES.get(path, frozenset()))
+        # What is refused counts as well: it costs almost as much.
         caller = self._counted(principal)
+        _check_role(path, principal, ROLES.get(path, frozenset()))
         is_client = principal.role not in _DAEMONS
         caller.calls += 1
         self._client_calls += is_client

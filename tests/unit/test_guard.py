@@ -223,6 +223,13 @@ async def test_who_calls_too_often_is_told_when_to_come_again(ca: Path, clock: M
     assert (await refusal(guarded, viewer)).reason is Reason.LIMIT_EXCEEDED
 
 
+async def test_calls_that_are_refused_count_as_others_do(ca: Path, clock: ManualClock) -> None:
+    guarded, viewer = Guard(clock), caller(ca, "viewer", "a")
+    for _ in range(int(BURST_CALLS)):
+        assert (await refusal(guarded, viewer, EXCHANGE)).reason is Reason.PERMISSION_DENIED
+    assert (await refusal(guarded, viewer, EXCHANGE)).reason is Reason.LIMIT_EXCEEDED
+
+
 async def test_a_request_that_does_not_come_is_not_waited_for(
     ca: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
