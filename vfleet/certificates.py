@@ -124,7 +124,7 @@ def _own_names(kind: str, name: str) -> list[x509.GeneralName]:
 def _checked_dns(name: str) -> x509.GeneralName:
     if len(name) > 253 or not _DNS.fullmatch(name):
         raise invalid_field("--dns", name, "a DNS name")
-    if name.endswith(f".{TRUST_DOMAIN}"):
+    if name.lower().endswith(f".{TRUST_DOMAIN}"):
         raise invalid_field("--dns", name, f"a name that doesn't end in .{TRUST_DOMAIN}: those say who it is")
     return x509.DNSName(name)
 

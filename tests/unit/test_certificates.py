@@ -83,6 +83,7 @@ def test_nothing_is_overwritten(ca: Path, tmp_path: Path, there: str) -> None:
         ("issue host h1 --days 101", "--days is 101; expected at most "),
         ("issue host h1 --dns a..b", "--dns is 'a..b'; expected a DNS name"),
         ("issue host h1 --dns h2.host.vfleet", "--dns is 'h2.host.vfleet'; expected a name that doesn't end in"),
+        ("issue host h1 --dns h2.host.VFLEET", "--dns is 'h2.host.VFLEET'; expected a name that doesn't end in"),
         ("issue host h1 --ip 10.0.0", "--ip is '10.0.0'; expected an IP address"),
         ("issue viewer eve --ip 10.0.0.1", "expected none: a viewer is no server"),
         ("init other --days -1", "--days is -1"),
