@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DETAILS_KEY = "grpc-status-details-bin"
 INCARNATION_KEY = "vfleet-incarnation"
 MIGRATION_KEY = "vfleet-migration"
+MAX_ERROR_CHARS = 2_000  # of an error's text, which travels twice in headers, of which clients take 8 KiB
 
 _log = logging.getLogger(__name__)
 
@@ -200,4 +201,6 @@ async def _abort(context: _Context, error: Exception) -> None:
         _log.error("a request failed for a reason that nobody foresaw", exc_info=error)
         error = VfleetError(Reason.INTERNAL, f"{type(error).__name__}: {error}")
     status = to_status(error)
-    await context.abort(error.code, error.message, ((DETAILS_KEY, status.SerializeToString()),))
+    if len(status.message) > MAX_ERROR_CHARS:
+        status.message = f"{status.message[: MAX_ERROR_CHARS - 3]}..."
+    await context.abort(error.code, status.message, ((DETAILS_KEY, status.SerializeToString()),))

@@ -9,8 +9,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.flood import PREFACE, SETTINGS, frame
 
 from vfleet import rpc
+from vfleet.edge import MAX_ERROR_CHARS
 from vfleet.errors import Reason, VfleetError
 from vfleet.rpc import MAX_CONNECTIONS, MAX_METADATA_BYTES, MAX_REQUEST_BYTES, Channels, Server, call
+from vfleet.v1.fleet_service_pb2 import ForgetHostRequest, ForgetHostResponse
+from vfleet.v1.fleet_service_pb2_grpc import (
+    FleetServiceServicer,
+    FleetServiceStub,
+    add_FleetServiceServicer_to_server,
+)
 
 FEW = 20
 
@@ -89,3 +96,26 @@ async def test_a_request_or_metadata_past_the_bound_is_refused_and_the_next_is_s
     assert too_much.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     await check(channels, address)
     await channels.close()
+
+
+async def test_an_error_that_is_longer_than_headers_may_be_arrives_shortened() -> None:
+    there = ", ".join(f"function vf{number}" for number in range(2_000))
+
+    class Refusing(FleetServiceServicer):
+        async def ForgetHost(self, request: ForgetHostRequest, context: object) -> ForgetHostResponse:  # noqa: N802
+            raise VfleetError(Reason.IN_USE, f"host 'h1' has {there}", metadata={"host": "h1"})
+
+    server, channels = Server([]), Channels()
+    add_FleetServiceServicer_to_server(Refusing(), server.grpc)
+    address = f"127.0.0.1:{server.listen('127.0.0.1:0')}"
+    await server.start()
+    with pytest.raises(VfleetError) as refused:
+        await call(
+            channels.stub(FleetServiceStub, address).ForgetHost, ForgetHostRequest(), address=address, timeout_s=20
+        )
+    assert (refused.value.reason, refused.value.metadata) == (Reason.IN_USE, {"host": "h1"})
+    assert len(refused.value.message) == MAX_ERROR_CHARS
+    assert refused.value.message.startswith("host 'h1' has function vf0, function vf1, ")
+    assert refused.value.message.endswith("...")
+    await channels.close()
+    await server.stop(0)

@@ -23,6 +23,7 @@ LIMITS = [
         "RESOURCE_EXHAUSTED",
     ),
     ("vfleet.rpc", "MAX_MESSAGE_BYTES", "bytes of a response", "RESOURCE_EXHAUSTED"),
+    ("vfleet.edge", "MAX_ERROR_CHARS", "characters of an error's text", "the rest is left out"),
     ("vfleet.guard", "MAX_CALLS_PER_CLIENT", "calls at once of a viewer or operator*", "RESOURCE_EXHAUSTED, RetryInfo"),
     ("vfleet.guard", "MAX_CALLS_OF_CLIENTS", "calls at once of all of them*", "RESOURCE_EXHAUSTED, RetryInfo"),
     ("vfleet.guard", "CALLS_PER_S", "calls a second of one of them, in the long run*", "RESOURCE_EXHAUSTED, RetryInfo"),
