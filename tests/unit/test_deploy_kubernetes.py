@@ -177,8 +177,9 @@ def test_a_coordinator_takes_its_arguments(monkeypatch, no_environment):
         monkeypatch.setenv(variable, value)
     assert container_of(coordinator)["command"] == ["vfleet-coordinator"]
     config = coordinator_config.parse(arguments(coordinator))
-    assert (config.name, config.listen, config.metrics, config.log_format) == (
+    assert (config.name, config.listen, config.advertise, config.metrics, config.log_format) == (
         "vfleet-coordinator-7d9f8b6c5-x2x4k",
+        "0.0.0.0:7000",
         "10.0.0.7:7000",
         "10.0.0.7:9464",
         "json",
@@ -194,7 +195,8 @@ def test_a_host_takes_its_arguments_and_is_in_the_topology(monkeypatch, no_envir
         monkeypatch.setenv(variable, value)
     assert container_of(host)["command"] == ["vfleet-hostd"]
     config = hostd_config.parse(arguments(host))
-    assert (config.host, config.listen, config.metrics) == (name, "10.0.0.7:7000", "10.0.0.7:9464")
+    assert (config.host, config.listen, config.metrics) == (name, "0.0.0.0:7000", "10.0.0.7:9464")
+    assert config.advertise == "10.0.0.7:7000"
     assert config.security.tls == Path("/tls")
     mounts = {mount["mountPath"] for mount in container_of(host)["volumeMounts"]}
     assert {str(config.data_dir), str(config.topology.parent), "/tls"} == mounts
@@ -358,7 +360,8 @@ def test_health_is_asked_of_the_health_service_where_the_daemon_listens(name):
     assert commands == [["sh", "-c", 'exec python -m vfleet.health "$POD_IP:7000"']] * 3
     assert importlib.util.find_spec("vfleet.health") is not None
     (listen,) = [each for each in container["args"] if each.startswith("--listen=")]
-    assert listen == "--listen=$(POD_IP):7000"
+    # Also where `kubectl port-forward` comes from: the pod's own loopback.
+    assert listen == "--listen=0.0.0.0:7000"
     assert environment(workloads()[name])["VFLEET_TLS"] == "/tls"
     # A daemon that waits for etcd to be mended is left alone: what starts anew on a restored etcd notices nothing.
     assert container["livenessProbe"]["periodSeconds"] * container["livenessProbe"]["failureThreshold"] >= 120
