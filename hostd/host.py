@@ -104,7 +104,9 @@ class Host:
         self._is_secured = is_secured
         self._random = random
         self._resolver = Resolver(topology.name, self.functions, self.drivers, fences, history, store, clock)
-        self._rest = Rest(topology.name, identity.incarnation, self.functions, history, channels, store, clock, random)
+        self._rest = Rest(
+            topology.name, identity.incarnation, self.functions, history, channels, store, clock, random, self.traffic
+        )
         record = HostRecord(
             name=topology.name,
             segment=topology.segment,

@@ -44,12 +44,15 @@ def _functions(host: Host) -> Iterator[Metric]:
     # Of what hardly ever happens no series is shown before it does: each of them costs every scrape.
     serving = [instance for instance in instances if instance.is_serving]
     yield gauges("vfleet_instances", "Instances of functions on this host, by state.", "state", states.items())
-    yield counters(
+    accesses = CounterMetricFamily(
         "vfleet_function_accesses",
-        "Accesses that took effect on functions that are at home here, over the functions' whole lives.",
-        "function",
-        ((i.about.function, sum(s.last for s in i.image.sequencers())) for i in serving),
+        "Accesses of drivers that took effect on functions that are at home here, for as long as they are attached.",
+        labels=("function", "driver"),
     )
+    for instance in serving:
+        for sequencer in instance.image.sequencers():
+            accesses.add_metric((instance.about.function, sequencer.driver), sequencer.last)
+    yield accesses
     yield counters(
         "vfleet_function_unsupported_requests",
         "Accesses to places in functions that nobody claims, since their instances were made here.",

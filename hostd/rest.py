@@ -19,6 +19,7 @@ from hostd.functions import Functions
 from hostd.history import History
 from hostd.instance import Instance
 from hostd.state_stream import bad_state, check_pages
+from hostd.traffic import Traffic
 from vfleet import failpoint, log
 from vfleet.address import PAGE_BYTES
 from vfleet.clock import Clock, backoff_delays
@@ -68,6 +69,7 @@ class Rest:
         store: Store,
         clock: Clock,
         random: Random,
+        traffic: Traffic,
     ) -> None:
         self._host = host
         self._incarnation = incarnation
@@ -77,6 +79,7 @@ class Rest:
         self._store = store
         self._clock = clock
         self._random = random
+        self._traffic = traffic
 
     async def run(self) -> None:
         """Complete whatever is arriving, and will be, for ever."""
@@ -200,6 +203,7 @@ class Rest:
                 if arrival.is_over:
                     return
                 _check_asked_for(instance, response.pages, asked_for)
+                self._traffic.state_bytes += len(response.pages.data)
                 failpoint.reach("hostd.arrive")
                 arrival.take(
                     response.pages.image_offset // PAGE_BYTES,

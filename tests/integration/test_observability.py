@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from support.local_cluster import Cluster, running
+from support.local_cluster import Cluster, eventually, running
 from support.promtool import promtool
 
 from vfleet.driver import DriverClient
@@ -126,6 +126,24 @@ async def test_figures_are_those_of_what_has_happened(cluster):
     everything = total(["h2"], "vfleet_function_accesses_total", function="vf1")
     assert everything > total(["h2"], "vfleet_fabric_accesses_total")
     assert total(hosts, "vfleet_holds") == 0
+
+
+async def test_what_a_driver_did_stays_as_it_is_when_another_one_goes(cluster):
+    def counted() -> dict[str, float]:
+        family = families(scrape(cluster.local.hosts["h3"].metrics))["vfleet_function_accesses_total"]
+        return {sample.labels["driver"]: sample.value for sample in family.samples}
+
+    for driver, reads in (("d2", 5), ("d3", 3)):
+        entry = await cluster.fleet.attach_driver("vf2", driver, host="h3")
+        for _ in range(reads):
+            await DriverClient(cluster.hosts["h3"], driver).read(entry.virtual_address, 4)
+    assert counted() == {"d2": 5, "d3": 3}
+    await cluster.fleet.detach_driver("vf2", "d2")
+
+    async def is_gone() -> bool:
+        return counted() == {"d3": 3}
+
+    await eventually(is_gone)
 
 
 def log_lines(cluster: Cluster) -> list[dict[str, str]]:

@@ -17,6 +17,7 @@ from support.transfer_pair import LOCAL, PAGES, Pair, exported
 from hostd import home, rest, transfer
 from hostd.rest import FETCH_TIMEOUT_S, PUSH_AFTER_S, RETRY_LONGEST_S, SILENCE_S, Rest, watch_arrival
 from hostd.state_stream import local_pages
+from hostd.traffic import Traffic
 from hostd.transfer import EARLY_PAGES
 from vfleet.address import PAGE_BYTES
 from vfleet.errors import Reason, VfleetError
@@ -80,8 +81,9 @@ class Rig:
         self.fleet.put(keys.entry_key("h3", "d1", "vf1"), TableEntry(driver="d1", function="vf1", generation=2))
 
     def start(self) -> None:
+        functions, self.traffic = self.pair.h2.functions, Traffic()
         completing = Rest(
-            "h2", "i2", self.pair.h2.functions, self.history, self.network, self.store, self.clock, Random(3)
+            "h2", "i2", functions, self.history, self.network, self.store, self.clock, Random(3), self.traffic
         )
         self.running = asyncio.create_task(completing.run())
 
@@ -205,9 +207,11 @@ async def test_nothing_is_fetched_before_the_instance_runs_and_then_everything(r
     await rig.clock.advance(LONG_S)
     assert rig.pair.target.arrival is not None
     assert rig.pair.target.arrival.missing_pages == PAGES - LOCAL
+    assert rig.traffic.state_bytes == 0
     rig.prove()
     await until(rig, lambda: rig.pair.target.arrival is None)
     rig.assert_all_here()
+    assert rig.traffic.state_bytes == (PAGES - LOCAL) * PAGE_BYTES
     rig.restart()
     rig.assert_all_here()
 
