@@ -128,7 +128,9 @@ class _Page:
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
                 head = await reader.readuntil(b"\r\n\r\n")
                 writer.write(self._response(head.split(b"\r\n", 1)[0]))
-                await writer.drain()
+                writer.close()
+                # Not only drained: what is taken slowly would go on after its place is free.
+                await writer.wait_closed()
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             writer.transport.abort()
         finally:

@@ -254,7 +254,7 @@ class _Writer:
     def write(self, data: bytes) -> None:
         self.written += data
 
-    async def drain(self) -> None:
+    async def wait_closed(self) -> None:
         """Take it at once."""
 
     def abort(self) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import io
+import socket
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -11,18 +13,22 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.manual_clock import ManualClock
 
 from vfleet import metrics
+from vfleet.certificates import issue, make_ca
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.observed import ObservedStore
 from vfleet.etcd.store import Committed, Transaction
 from vfleet.log import Writer
+from vfleet.security import Keys
+from vfleet.tls import Tls
 
+DAY_S = 86_400
 PAGE = b"GET /metrics HTTP/1.1\r\nHost: h1\r\n\r\n"
 
 
 @pytest.fixture
 def registry() -> CollectorRegistry:
     writer = Writer(io.StringIO())
-    yield metrics.new_registry(writer)
+    yield metrics.new_registry(writer, Keys(None, None))
     writer.close()
 
 
@@ -114,6 +120,38 @@ async def test_who_says_nothing_is_not_waited_for_for_long(registry, monkeypatch
         writer.close()
 
 
+def slow_reader(address: tuple[str, int]) -> socket.socket:
+    """Connect with as little room as the kernel gives, for somebody who reads nothing."""
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    reader.connect(address)
+    return reader
+
+
+def taken_by_the_kernel() -> int:
+    """Return how many bytes it takes for somebody who reads nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server, slow_reader(server.getsockname()):
+        accepted, _ = server.accept()
+        with accepted:
+            accepted.settimeout(0)
+            return accepted.send(bytes(1 << 25))
+
+
+async def test_who_reads_nothing_keeps_its_place_until_it_is_broken_off(page, registry, monkeypatch):
+    monkeypatch.setattr(metrics, "REQUEST_TIMEOUT_S", 60)
+    # More than the kernel takes, but not so much that whoever writes would wait.
+    text = "x" * (taken_by_the_kernel() + (24 << 10))
+    registry.register(metrics.ReadAtScrape(lambda: [metrics.gauge("long", text, 1)]))
+    with contextlib.ExitStack() as stack:
+        for _ in range(metrics.MAX_CONNECTIONS):
+            reader = stack.enter_context(slow_reader(page))
+            reader.sendall(PAGE)
+            reader.settimeout(0)
+            await asyncio.get_running_loop().sock_recv(reader, 1)
+        with pytest.raises((ConnectionError, IndexError)):
+            await ask(page, PAGE)
+
+
 async def test_the_end_breaks_off_what_is_under_way(registry):
     async with metrics.serving("127.0.0.1:0", registry) as url:
         port = int(str(url).removesuffix("/metrics").rpartition(":")[2])
@@ -133,6 +171,19 @@ async def test_an_address_that_is_taken_is_one_clear_error(page, registry):
 async def test_without_an_address_there_is_no_page(registry):
     async with metrics.serving(None, registry) as url:
         assert url is None
+
+
+def test_it_tells_when_the_certificates_in_use_end(tmp_path):
+    clock, writer = ManualClock(time.time()), Writer(io.StringIO())
+    make_ca(tmp_path / "ca")
+    for days in (30, 60):
+        issue(tmp_path / "ca", tmp_path / str(days), "host", "h1", days=days, clock=clock)
+    tls, etcd = (Tls(tmp_path / days, clock) for days in ("30", "60"))
+    registry = metrics.new_registry(writer, Keys(tls, etcd))
+    for shown_to, days in (("vfleet", 30), ("etcd", 60)):
+        ends = registry.get_sample_value("vfleet_certificate_expiry_timestamp_seconds", {"shown_to": shown_to})
+        assert ends == pytest.approx(clock.now + days * DAY_S, abs=1)
+    writer.close()
 
 
 # --- calls to etcd ---
