@@ -134,7 +134,9 @@ def run(program: str, log_level: str, log_format: str, serve: Callable[[log.Writ
                 tracing.close()
     except VfleetError as error:
         sys.stderr.write(f"{program}: {error.message}\n")
-        sys.exit(BAD_INPUT_EXIT if error.reason in _BAD_INPUT else 1)
+        # A file of certificates may be in the middle of its renewal, or the clock wrong that it is compared with.
+        is_bad_input = error.reason in _BAD_INPUT and "file" not in error.metadata
+        sys.exit(BAD_INPUT_EXIT if is_bad_input else 1)
 
 
 def _allow_files() -> None:

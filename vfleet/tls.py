@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import grpc
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from vfleet.clock import Clock, SystemClock
@@ -33,12 +33,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What one look at the folder found, as PEM, and whose it is (None: nobody's that has a role in vfleet)."""
+    """What one look at the folder found, as PEM, whose it is (None: nobody's that has a role in vfleet), and until when
+    it is valid, in seconds since 1970.
+    """
 
     ca: bytes
     certificate: bytes
     key: bytes
     principal: Principal | None
+    expires_s: float
 
     def for_channel(self) -> grpc.ChannelCredentials:
         """Return what a client connects with."""
@@ -61,6 +64,7 @@ class Tls:
         self._look_again_s = self._clock.monotonic() + LOOK_AGAIN_S
         self._seen = self._stamp()
         self._credentials = self._load()
+        self._told = ""
 
     @property
     def credentials(self) -> Credentials:
@@ -103,21 +107,23 @@ class Tls:
         self._look_again_s = now + LOOK_AGAIN_S
         try:
             stamp = self._stamp()
-            if stamp == self._seen:
-                return
-            self._seen = stamp
-            found = self._load()
-            if found.principal != self._credentials.principal:
+            found = self._load() if stamp != self._seen else None
+            if found is not None and found.principal != self._credentials.principal:
                 was, now_for = (each.principal or "nobody in vfleet" for each in (self._credentials, found))
                 raise self._wrong(CERTIFICATE_FILE, f"it is for {now_for} now, and was for {was}")
+            if self._stamp() != stamp:
+                return  # changed while it was read: once more
         except VfleetError as error:
-            _log.error("%s; what was there before stays in use", error.message)
+            # Looked at again and again, and told once: what is wrong may pass without a change of the files, as when a
+            # clock comes to where a certificate is valid, or a right to read is given.
+            if error.message != self._told:
+                self._told = error.message
+                _log.error("%s; what was there before stays in use", error.message)
             return
-        if self._stamp() != stamp:
-            self._seen = ()  # changed while it was read: once more
-            return
-        self._credentials = found
-        _log.info("the certificates in %s have changed: new connections use them", self._folder)
+        self._seen, self._told = stamp, ""
+        if found is not None:
+            self._credentials = found
+            _log.info("the certificates in %s have changed: new connections use them", self._folder)
 
     def _stamp(self) -> tuple[tuple[int, int, int], ...]:
         """Return what changes when one of the files does."""
@@ -134,17 +140,18 @@ class Tls:
         ca, certificate, key = (self._read(name) for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE))
         authorities = self._parsed(CA_FILE, x509.load_pem_x509_certificates, ca)
         leaf, *chain = self._parsed(CERTIFICATE_FILE, x509.load_pem_x509_certificates, certificate)
+        public = self._parsed(CERTIFICATE_FILE, lambda _: leaf.public_key(), certificate)
         private = self._parsed(KEY_FILE, lambda data: load_pem_private_key(data, None), key)
         now = datetime.fromtimestamp(self._clock.time(), UTC)
         if not leaf.not_valid_before_utc <= now <= leaf.not_valid_after_utc:
             valid = f"from {leaf.not_valid_before_utc:%Y-%m-%d %H:%M} to {leaf.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
             raise self._wrong(CERTIFICATE_FILE, f"it is valid {valid}, which isn't now")
         form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        if private.public_key().public_bytes(*form) != leaf.public_key().public_bytes(*form):
+        if private.public_key().public_bytes(*form) != public.public_bytes(*form):
             raise self._wrong(KEY_FILE, f"it is not the key of {CERTIFICATE_FILE}")
         if not any(_has_issued(issuer, leaf) for issuer in (*chain, *authorities)):
             raise self._wrong(CERTIFICATE_FILE, f"no certificate in {CA_FILE} has issued it")
-        return Credentials(ca, certificate, key, principal_in(leaf))
+        return Credentials(ca, certificate, key, principal_in(leaf), leaf.not_valid_after_utc.timestamp())
 
     def _read(self, name: str) -> bytes:
         try:
@@ -156,12 +163,12 @@ class Tls:
     def _parsed(self, name: str, parse: Callable[[bytes], T], data: bytes) -> T:
         try:
             return parse(data)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise self._wrong(name, f"it is not what it should be, in PEM: {error}") from None
 
     def _wrong(self, name: str, what: object) -> VfleetError:
         message = f"{self._option} {self._folder}: {name} can't be used: {what}"
-        return VfleetError(Reason.INVALID_FIELD, message, metadata={"field": self._option})
+        return VfleetError(Reason.INVALID_FIELD, message, metadata={"field": self._option, "file": name})
 
 
 def principal_in(certificate: x509.Certificate) -> Principal | None:
@@ -177,6 +184,6 @@ def principal_in(certificate: x509.Certificate) -> Principal | None:
 def _has_issued(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return False
     return True

@@ -149,7 +149,7 @@ async def test_etcd_takes_daemons_and_nobody_else(tmp_path: Path, certs: Path) -
         (("hostd", "--host", "h1"), "nowhere", "ca.crt can't be used: No such file or directory"),
     ],
 )
-async def test_a_daemon_with_the_certificate_of_another_ends_with_one_line(
+async def test_a_daemon_with_the_certificate_of_another_ends_with_one_line_and_may_be_started_again(
     tmp_path: Path, certs: Path, arguments: tuple[str, ...], folder: str, words: str
 ) -> None:
     module, *own = arguments
@@ -158,7 +158,8 @@ async def test_a_daemon_with_the_certificate_of_another_ends_with_one_line(
     own += ["--tls", str(certs / folder), "--etcd", f"{LOOPBACK[0]}:1"]
     with pytest.raises(VfleetError) as refused:
         await Daemon(module, module, own, log=tmp_path / "log", random=Random()).start()
-    assert refused.value.reason is Reason.INVALID_FIELD
+    assert refused.value.reason is Reason.UNREACHABLE
+    assert "exit code 1" in refused.value.message
     assert words in refused.value.message
     assert (tmp_path / "log").read_text().count("\n") == 1
 

@@ -17,6 +17,7 @@ from vfleet.tls import LOOK_AGAIN_S, Tls
 
 H1 = Principal(Role.HOST, "h1")
 FILES = ("ca.crt", "tls.crt", "tls.key")
+HOUR_S = 3_600
 
 
 @pytest.fixture
@@ -70,6 +71,13 @@ def test_a_folder_says_whose_it_is(folder: Path) -> None:
             tls.require(role, name)
 
 
+# On the curve secp128r1, which nobody takes.
+ODD_KEY = b"""-----BEGIN EC PRIVATE KEY-----
+MEQCAQEEEP55CkFlFdPMkLC8v/+NiJOgBwYFK4EEAByhJAMiAASFVJI1TA45LT6j
+QicxdnFXlMrXvDNAKobilK/2KiLqdw==
+-----END EC PRIVATE KEY-----
+"""
+
 WRONGS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "no certificate": (lambda folder, _: (folder / "tls.crt").unlink(), r"tls\.crt .*No such file"),
     "no key": (lambda folder, _: (folder / "tls.key").unlink(), r"tls\.key .*No such file"),
@@ -79,6 +87,7 @@ WRONGS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
         r"tls\.crt .*PEM",
     ),
     "no PEM": (lambda folder, _: put(folder, tls_key=b"\0" * 100), r"tls\.key .*PEM"),
+    "a key of a kind that nobody takes": (lambda folder, _: put(folder, tls_key=ODD_KEY), r"tls\.key .*not supported"),
     "another's key": (lambda folder, tmp: take(folder, other(tmp), "tls.key"), r"tls\.key .*not the key of tls\.crt"),
     "another CA": (lambda folder, tmp: take(folder, other(tmp), "ca.crt"), r"tls\.crt .*no certificate in ca\.crt has"),
 }
@@ -98,7 +107,7 @@ def test_what_can_not_be_used_is_named_at_the_start_and_left_aside_later(
     for _ in range(3):
         look(tls, clock)
     assert tls.credentials is before
-    assert [record.levelno for record in caplog.records].count(logging.ERROR) >= 1
+    assert [record.levelno for record in caplog.records].count(logging.ERROR) == 1
     assert "stays in use" in caplog.text
 
 
@@ -136,6 +145,50 @@ def test_files_that_change_one_after_the_other_are_used_once_they_fit(
     take(folder, tmp_path / "new", "tls.key")
     look(tls, clock)
     assert tls.credentials.key == (tmp_path / "new" / "tls.key").read_bytes()
+
+
+def test_a_new_certificate_is_used_once_the_clock_comes_to_where_it_is_valid(
+    ca: Path, folder: Path, tmp_path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    tls = Tls(folder, clock)
+    before = tls.credentials
+    issue(ca, tmp_path / "new", "host", "h1", clock=ManualClock(clock.now + HOUR_S))
+    take(folder, tmp_path / "new")
+    look(tls, clock)
+    assert tls.credentials is before
+    assert "it is valid from" in caplog.text
+    clock.now += HOUR_S
+    look(tls, clock)
+    assert tls.credentials.certificate == (tmp_path / "new" / "tls.crt").read_bytes()
+
+
+def test_files_that_go_while_they_are_read_change_nothing(
+    ca: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Vanishing(ManualClock):
+        """Asked for the time when the files have been read, it takes the folder away."""
+
+        def time(self) -> float:
+            if self.vanishes:
+                folder.rename(tmp_path / "gone")
+            return super().time()
+
+        vanishes = False
+
+    clock = Vanishing(time.time())
+    tls = Tls(folder, clock)
+    before = tls.credentials
+    issue(ca, tmp_path / "new", "host", "h1")
+    take(folder, tmp_path / "new")
+    clock.vanishes = True
+    look(tls, clock)
+    clock.vanishes = False
+    look(tls, clock)
+    assert tls.credentials is before
+    assert "No such file" in caplog.text
+    (tmp_path / "gone").rename(folder)
+    look(tls, clock)
+    assert tls.credentials.certificate == (tmp_path / "new" / "tls.crt").read_bytes()
 
 
 def test_a_kubernetes_secret_changes_by_a_link(ca: Path, tmp_path: Path, clock: ManualClock) -> None:
