@@ -58,7 +58,7 @@ class Config:
         check_lease_ttl("--lease-ttl-s", self.lease_ttl_s)
         check_log_format("--log-format", self.log_format)
         if self.metrics is not None:
-            check_address("--metrics", self.metrics, least_port=0)
+            self.security.check("--metrics", check_address("--metrics", self.metrics, least_port=0))
         _check_kept("--keep-migrations", self.keep_migrations, MAX_KEPT)
         _check_kept("--keep-migrations-days", self.keep_migrations_days, MAX_KEPT_DAYS)
         for field, value in zip(

@@ -38,7 +38,7 @@ class Config:
         check_lease_ttl("--lease-ttl-s", self.lease_ttl_s)
         check_log_format("--log-format", self.log_format)
         if self.metrics is not None:
-            check_address("--metrics", self.metrics, least_port=0)
+            self.security.check("--metrics", check_address("--metrics", self.metrics, least_port=0))
 
 
 def parse(arguments: Sequence[str]) -> Config:

@@ -54,6 +54,10 @@ def test_addresses_that_others_can_reach_or_are_elsewhere(address: str) -> None:
         (LOCAL_ETCD, ("--tls DIR", "--insecure")),
         ((*LOCAL_ETCD, "--insecure", "--tls", "certs"), ("--tls and --insecure",)),
         ((*LOCAL_ETCD, "--insecure", "--listen", "0.0.0.0:7000"), ("--listen is '0.0.0.0:7000'", "loopback", "--tls")),
+        (
+            (*LOCAL_ETCD, "--insecure", "--metrics", "0.0.0.0:9464"),
+            ("--metrics is '0.0.0.0:9464'", "loopback", "--tls"),
+        ),
         (("--etcd", "127.0.0.1:1,etcd2:2379", "--insecure"), ("--etcd is 'etcd2:2379'", "loopback", "--tls")),
     ],
 )
