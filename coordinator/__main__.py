@@ -18,7 +18,7 @@ from vfleet.rpc import Channels, Server
 async def _serve(config: Config, writer: log.Writer) -> None:
     tracing.enable(os.environ, "vfleet-coordinator", config.name)
     keys = config.security.open(Role.COORDINATOR)
-    clock, channels, registry = SystemClock(), Channels(tls=keys.tls), metrics.new_registry(writer)
+    clock, channels, registry = SystemClock(), Channels(tls=keys.tls), metrics.new_registry(writer, keys)
     random = Random()  # noqa: S311  # names, identities and delays: nothing secret
     async with (
         metrics.serving(config.metrics, registry) as metrics_at,

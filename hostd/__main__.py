@@ -39,7 +39,7 @@ async def _serve(config: Config, writer: log.Writer) -> None:
         identity = open_identity(ledger, topology.name, kernel_boot_id(), random, clock, power_cycle=config.power_cycle)
         channels, server = Channels(tls=keys.tls), Server(SERVICE_NAMES, identity.incarnation, keys.tls)
         address = f"{config.listen.rpartition(':')[0]}:{server.listen(config.listen)}"
-        registry = metrics.new_registry(writer)
+        registry = metrics.new_registry(writer, keys)
         async with (
             metrics.serving(config.metrics, registry) as metrics_at,
             EtcdStore.open(config.etcd, clock, random, tls=keys.etcd) as etcd,

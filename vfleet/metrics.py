@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from vfleet.errors import Reason, VfleetError
 from vfleet.log import Writer
+from vfleet.security import Keys
 
 PATH: Final = "/metrics"
 MAX_CONNECTIONS: Final = 16
@@ -49,11 +50,11 @@ class ReadAtScrape(Collector):
         return self._read()
 
 
-def new_registry(writer: Writer) -> CollectorRegistry:
-    """Return a registry with what every daemon tells: itself, its process, its log."""
+def new_registry(writer: Writer, keys: Keys) -> CollectorRegistry:
+    """Return a registry with what every daemon tells: itself, its process, its log, its certificates."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    registry.register(ReadAtScrape(lambda: _own(writer)))
+    registry.register(ReadAtScrape(lambda: _own(writer, keys)))
     return registry
 
 
@@ -158,10 +159,16 @@ def _response(
     return f"{lines}{more}Connection: close\r\n\r\n".encode() + (b"" if head else body)
 
 
-def _own(writer: Writer) -> Iterator[Metric]:
+def _own(writer: Writer, keys: Keys) -> Iterator[Metric]:
     info = GaugeMetricFamily("vfleet_build_info", "Always 1; the label says what runs.", labels=("version",))
     info.add_metric((version("vfleet"),), 1)
     yield info
+    yield gauges(
+        "vfleet_certificate_expiry_timestamp_seconds",
+        "When the certificate in use ends, in seconds since 1970.",
+        "shown_to",
+        ((to, tls.credentials.expires_s) for to, tls in (("vfleet", keys.tls), ("etcd", keys.etcd)) if tls is not None),
+    )
     yield counters("vfleet_log_lines", "Lines logged, by level.", "level", writer.lines.items())
     yield CounterMetricFamily(
         "vfleet_log_lines_dropped", "Lines that standard error did not take in time.", value=writer.dropped
