@@ -34,6 +34,7 @@ class Rig:
 
     def __init__(self) -> None:
         self.there: dict[str, str] = {}
+        self.is_out_of_reach = False
         self.asked: list[tuple[object, ...]] = []
         self.refused: dict[str, str] = {}
         self.states: list[GuestState.ValueType] = [GUEST_STATE_WAITING]
@@ -59,6 +60,8 @@ class Rig:
         return DriverState(driver=driver, guest_state=self.states.pop(0) if len(self.states) > 1 else self.states[0])
 
     async def list_functions(self) -> list[Function]:
+        if self.is_out_of_reach:
+            raise VfleetError(Reason.UNREACHABLE, "no answer from etcd")
         return [Function(name=name, device=device) for name, device in self.there.items()]
 
     async def create_function(self, name: str, device: str, *, vf_index: int) -> Function:
@@ -117,6 +120,13 @@ async def test_what_is_there_stays_where_it_has_gone(rig: Rig):
 async def test_nothing_declared_is_nothing_asked(rig: Rig):
     await rig.declare()
     assert (rig.asked, rig.said, rig.complaints) == ([], [], [])
+
+
+async def test_a_fleet_that_says_nothing_of_its_functions_is_asked_for_none(rig: Rig):
+    rig.is_out_of_reach = True
+    await rig.declare(DISK)
+    assert rig.complaints == ["nothing that the topology declares was asked for: no answer from etcd"]
+    assert rig.asked == []
 
 
 async def test_a_guest_is_waited_for_until_its_host_says_what_has_become_of_it(rig: Rig):

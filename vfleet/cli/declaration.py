@@ -37,7 +37,12 @@ class Declaration:
 
     async def ask_for(self, functions: Sequence[DeclaredFunction]) -> None:
         """Make the functions that aren't there, and attach the drivers that aren't. One that fails keeps none back."""
-        there = {function.name: function.device for function in await self._fleet.list_functions()} if functions else {}
+        try:
+            known = await self._fleet.list_functions() if functions else []
+        except VfleetError as error:
+            self._complain(f"nothing that the topology declares was asked for: {error.message}")
+            return
+        there = {function.name: function.device for function in known}
         for function in functions:
             what = f"function {function.name} of the topology"
             if await self._is_done(what, self._make(function, there.get(function.name))):
