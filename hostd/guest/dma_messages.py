@@ -167,7 +167,12 @@ class DmaMessages:
         # The port puts the identifier there.
         header = HEADER.pack(0, command, HEADER.size + len(body), 0, 0)
         number = self._port.say(header + body, completes=completes)
-        self._asked[number & 0xFFFF] = _Asked(number, command, length, self._now() + self._timeout_s, answered)
+        identifier = number & 0xFFFF
+        # Who has answered 65,535 others since won't answer this one: the next answer is the new one's.
+        forgotten = self._asked.pop(identifier, None)
+        self._asked[identifier] = _Asked(number, command, length, self._now() + self._timeout_s, answered)
+        if forgotten is not None:
+            self._settle(forgotten, None)
 
     def _content(self, asked: _Asked, body: bytes) -> bytes | None:
         if asked.command != Command.DMA_READ:

@@ -127,7 +127,8 @@ class GuestMemory:
         parts = list(self._parts(offset, length))
         if sum(count for _, _, count in parts) < length or not all(self._reaches(piece) for piece, _, _ in parts):
             return None
-        found = await asyncio.gather(*(self._fetch(*part) for part in parts))
+        # What is mapped is read at once: it may be unmapped before anything else is done.
+        found = await asyncio.gather(*[self._fetch(*part) for part in parts])
         if self.messages is not messages:
             raise MemoryBusyError  # the connection to the holder is another: whom it asked may know nothing of it
         data = [each for each in found if each is not None]
@@ -163,19 +164,20 @@ class GuestMemory:
             yield piece, at, count
             offset, length = offset + count, length - count
 
-    async def _fetch(self, piece: Piece, at: int, length: int) -> bytes | None:
-        if piece.mapped is not None:
-            return piece.mapped[at : at + length]
-        if self.messages is None:
-            return None
+    def _fetch(self, piece: Piece, at: int, length: int) -> "asyncio.Future[bytes | None]":
         answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
 
         def answered(data: bytes | None) -> None:
             if not answer.done():
                 answer.set_result(data)
 
-        self.messages.read(piece.start + at, length, answered)
-        return await answer
+        if piece.mapped is not None:
+            answered(piece.mapped[at : at + length])
+        elif self.messages is not None:
+            self.messages.read(piece.start + at, length, answered)
+        else:
+            answered(None)
+        return answer
 
     def _is_known(self, start: int, length: int) -> bool:
         piece = self._find(start)

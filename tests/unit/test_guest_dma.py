@@ -6,7 +6,7 @@ import struct
 import pytest
 from support.guest_port import TIMEOUT_S, GuestPort
 from support.manual_clock import settle
-from support.vmm import DMA_MAP, DMA_READ, DMA_WRITE, FAILED, HEADER, REPLY, VERSION
+from support.vmm import DMA_MAP, DMA_READ, DMA_WRITE, FAILED, HEADER, REPLY, VERSION, SharedMemory
 
 from hostd.guest.dma_messages import MAX_UNANSWERED
 from hostd.guest.vfio_user import Message
@@ -156,6 +156,23 @@ def test_only_so_much_waits_for_answers(guest: Guest):
     guest.written()
 
 
+async def test_a_question_whose_identifier_comes_again_has_no_answer(guest: Guest):
+    """A VMM answers all but one: identifiers have 16 bits."""
+    guest.now = 1.0
+    reading = asyncio.create_task(guest.memory.fetch(0, 4))
+    await settle()
+    guest.now = 2.0
+    guest.written()
+    guest.said += [b""] * 0xFFFE
+    guest.now = 3.0
+    guest.written()
+    assert await reading is None
+    # Those that are left are given up in the order in which they were asked.
+    assert guest.messages.expires_s == 2.0 + TIMEOUT_S
+    guest.answer(2, DMA_WRITE, flags=REPLY | FAILED)
+    assert guest.failed_writes == 1
+
+
 def test_a_write_that_the_vmm_refuses_is_counted(guest: Guest):
     guest.written()
     guest.answer(2, DMA_WRITE, flags=REPLY | FAILED)
@@ -224,6 +241,19 @@ async def test_what_is_asked_when_the_connection_breaks_is_asked_again(guest: Gu
     guest.messages.end()
     with pytest.raises(MemoryBusyError):
         await reading
+
+
+async def test_what_is_unmapped_while_the_rest_is_asked_for_was_read_before(guest: Guest):
+    mapped = SharedMemory(PAGE)
+    mapped.content[:4] = b"good"
+    guest.device.handle(Message(2, DMA_MAP, 0, struct.pack("<IIQQQ", 32, 3, 0, PAGE, PAGE)), [mapped.descriptor])
+    reading = asyncio.create_task(guest.memory.fetch(PAGE - 4, 8))
+    await asyncio.sleep(0)
+    guest.memory.remove(PAGE, PAGE)
+    await settle()
+    guest.answer(2, DMA_READ, bytes(16) + b"very")
+    assert await reading == b"verygood"
+    mapped.close()
 
 
 @pytest.mark.parametrize(
