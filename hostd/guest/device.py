@@ -104,6 +104,7 @@ class GuestDevice:
 
     def connected(self) -> None:
         """Begin with a VMM that has just come, as at power-on."""
+        self.interrupts.clear()
         self._reset()
 
     def gone(self) -> None:

@@ -5,6 +5,7 @@ Imported by the holder and by hostd: it imports nothing of vfleet.
 
 import struct
 from enum import IntEnum
+from typing import Final
 
 # vfio-user: identifier, command, bytes of the message, flags, error.
 HEADER = struct.Struct("<HHIII")
@@ -18,9 +19,17 @@ FAILED = 1 << 5
 REGION_READ, REGION_WRITE = 9, 10
 REGION_ACCESS = struct.Struct("<QII")  # offset, region, bytes
 
+VERSION: Final = 1
+"""Of what follows, by HELLO: it grows with whatever a holder or a hostd of before would take for something else.
+
+A holder may be older than its hostd, or newer. FRAME, QUIT and HELLO's data stay as they are for ever.
+"""
+
 # A frame to or from hostd: kind, bytes of the key, number, position; then key and data.
 FRAME = struct.Struct("<IIQQ")
 MAX_FRAME_BYTES = FRAME.size + 256 + MAX_MESSAGE_BYTES
+HELLO_DATA = struct.Struct("<QI")
+"""The last message that is queued, and the VERSION. Holders of before there was one say the first alone."""
 SAID = struct.Struct("<QQ")
 """How many messages were said to VMMs, and the last DMA write that was said, whole."""
 
@@ -28,7 +37,7 @@ SAID = struct.Struct("<QQ")
 class Kind(IntEnum):
     """What a frame says: from HELLO on the holder to hostd, from ANSWER on hostd to the holder."""
 
-    HELLO = 1  # the last message that is done, and its position; the key is SAID, the data the last that is queued
+    HELLO = 1  # the last message that is done, and its position; the key is SAID, the data HELLO_DATA
     KEPT = 2  # a key, what was kept by it, and its descriptor if there is one
     READY = 3  # that was all that is kept
     CONNECTED = 4  # a VMM has connected; numbered, as messages are

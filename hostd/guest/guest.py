@@ -15,7 +15,7 @@ from hostd.dma_receiver import DmaReceiver
 from hostd.driver import Driver
 from hostd.guest.device import DMA_KEY, Answered, GuestDevice
 from hostd.guest.dma_messages import DmaMessages
-from hostd.guest.frames import SAID, Kind
+from hostd.guest.frames import HELLO_DATA, SAID, VERSION, Kind
 from hostd.guest.holder_link import Frame, HolderLink
 from hostd.guest.memory import GuestMemory
 from hostd.guest.vfio_user import Message
@@ -38,6 +38,10 @@ MAX_UNTOLD = 16
 _CONNECTED_KEY = b"connected"
 
 _log = logging.getLogger(__name__)
+
+
+class HolderVersionError(Exception):
+    """The holder's frames are of another version."""
 
 
 @dataclass(slots=True, eq=False)
@@ -87,7 +91,7 @@ class LiveGuest:
         self._waiting: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Take over from the predecessor, and carry out what comes. Raise HolderGoneError."""
+        """Take over from the predecessor, and carry out what comes. Raise HolderGoneError, or HolderVersionError."""
         await self._driver.queue(self._function).synchronized()
         while True:
             frames = deque(self._link.take())
@@ -106,7 +110,7 @@ class LiveGuest:
             finally:
                 for frame in frames:
                     frame.close()
-            while max(len(self._in_progress), self._accesses) > MAX_IN_PROGRESS:
+            while not self._may_take_more:
                 self._has_room.clear()
                 await self._has_room.wait()
 
@@ -130,6 +134,12 @@ class LiveGuest:
         self._messages.end()
         if self._expiry is not None:
             self._expiry.cancel()
+
+    @property
+    def _may_take_more(self) -> bool:
+        # Until all is there that a predecessor may have taken no DMA comes, which the oldest may wait for.
+        is_full = self._memory.is_present and len(self._in_progress) > MAX_IN_PROGRESS
+        return not is_full and self._accesses <= MAX_IN_PROGRESS
 
     # As the device's port
 
@@ -185,6 +195,8 @@ class LiveGuest:
 
     def ring(self, key: bytes) -> None:
         """Let the holder tell of an interrupt by the eventfd that it keeps by a key (as the messages' port)."""
+        # A VMM's message may ask for many of them.
+        self._spent += 1
         self._link.ring(key)
 
     def say(self, message: bytes, *, completes: bool) -> int:
@@ -222,23 +234,24 @@ class LiveGuest:
                     self._device.restore(frame.key, frame.data, frame.descriptors)
                 return
             case Kind.READY:
-                self._device.interrupts.raise_all()
+                pass
             case _:
                 self._carry_out(frame)
         # What the predecessor had been told, a reset perhaps, comes before any DMA.
-        if frame.number >= self._queued_before:
+        if frame.number >= self._queued_before and not self._memory.is_present:
             self._memory.is_present = True
+            self._device.interrupts.raise_all()
 
     def _greet(self, frame: Frame) -> None:
+        self._queued_before, version = HELLO_DATA.unpack(frame.data.ljust(HELLO_DATA.size, b"\0"))
+        if version != VERSION:
+            raise HolderVersionError(f"the holder's frames are of version {version}; expected {VERSION}")
         self._sequence = frame.position - 1
-        self._queued_before = int.from_bytes(frame.data, "little")
-        # A holder of an older hostd says nothing to VMMs.
-        if frame.key:
-            self._link.said, written = SAID.unpack(frame.key)
-            self._memory.messages = self._messages
-            # Said, but not noted before the predecessor was killed.
-            if written == self._receiver.last + 1:
-                self._receiver.skip_to(written)
+        self._link.said, written = SAID.unpack(frame.key)
+        self._memory.messages = self._messages
+        # Said, but not noted before the predecessor was killed.
+        if written == self._receiver.last + 1:
+            self._receiver.skip_to(written)
         if not frame.position:
             # A new holder: where its first message's accesses begin has to be known before there are any.
             self._sequence = self._driver.queue(self._function).last_sequence
@@ -279,9 +292,12 @@ class LiveGuest:
         self._settle(progress, answered, answer.exception() or answer.result())
 
     def _settle(self, progress: Progress, answered: Answered | None, outcome: Result | BaseException) -> None:
-        if self._is_over:
+        # A receiver that is the attachment's no more is closed, and the holder about to end.
+        if self._is_over or self._driver.receivers.get(self._function) is not self._receiver:
             return
         self._accesses -= 1
+        if self._accesses == MAX_IN_PROGRESS:
+            self._has_room.set()
         if answered is not None:
             self._at_hand = progress
             # Of a function that is lost or detached: as of one that isn't there.

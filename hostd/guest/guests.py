@@ -19,7 +19,7 @@ from hostd.dma_receiver import DmaReceiver
 from hostd.driver import Driver
 from hostd.drivers import Drivers
 from hostd.guest import holder_link
-from hostd.guest.guest import LiveGuest
+from hostd.guest.guest import HolderVersionError, LiveGuest
 from hostd.guest.holder_link import HolderGoneError, HolderLink
 from hostd.ledger import Ledger
 from vfleet.clock import Clock
@@ -41,6 +41,7 @@ RECONNECT_S = 0.05
 """From the end of a connection to the next: a holder that is about to end has done so by then."""
 
 _KIND = "guest"
+_ENDING = "ending guest"
 _log = logging.getLogger(__name__)
 
 
@@ -57,6 +58,7 @@ class Guests:
         self._clock = clock
         self._directory = directory
         self._kept: dict[str, tuple[DmaReceiver, asyncio.Task[None]]] = {}  # by driver
+        self._ending: set[str] = set()  # drivers whose holders end: none of them gets another before that
         self._must_tell = asyncio.Event()
 
     async def run(self) -> None:
@@ -64,45 +66,65 @@ class Guests:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._tell_always())
+                for name, record in self._ledger.items(_ENDING, GuestRecord):
+                    self._begin_to_end(group, name, record)
                 while True:
                     self._drivers.attachments_changed.clear()
-                    await self._follow(group)
+                    self._follow(group)
                     await self._drivers.attachments_changed.wait()
         finally:
             self._kept.clear()
+            self._ending.clear()
 
-    async def _follow(self, group: asyncio.TaskGroup) -> None:
+    def _follow(self, group: asyncio.TaskGroup) -> None:
         records = dict(self._ledger.items(_KIND, GuestRecord))
         for name in {**records, **self._kept}:
             driver = self._drivers.find(name)
             attachment = _attachment_of(driver) if driver is not None else None
             if attachment is None or (name in self._kept and self._kept[name][0] is not attachment):
-                await self._end(name, records.get(name, GuestRecord()))
+                self._begin_to_end(group, name, records.get(name, GuestRecord()))
         for driver in self._drivers.all():
             attachment = _attachment_of(driver)
-            if attachment is not None and driver.name not in self._kept:
+            if attachment is not None and driver.name not in self._ending and driver.name not in self._kept:
                 task = group.create_task(self._keep(driver), name=f"guest {driver.name}")
                 self._kept[driver.name] = attachment, task
 
+    def _begin_to_end(self, group: asyncio.TaskGroup, name: str, record: GuestRecord) -> None:
+        if name not in self._ending:
+            self._ending.add(name)
+            group.create_task(self._end(name, record), name=f"end guest {name}")
+
     async def _end(self, name: str, record: GuestRecord) -> None:
         """End the holder of a driver that is attached no more, or anew."""
+        # Noted, so that nobody takes it for the holder of another attachment.
+        self._ledger.put(_ENDING, name, record)
         if name in self._kept:
             _, task = self._kept.pop(name)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        try:
-            link = holder_link.connect(self._directory, name)
-            if link is not None:
-                await link.quit()
-                await holder_link.until_reaped(self._directory, name, self._clock)
-        except (VfleetError, OSError) as error:
-            _log.error("its end is put off until another driver comes or goes: %s", error)
-            return
+        await self._end_holder(name)
         holder_link.forget(self._directory, name, record.socket)
-        self._ledger.delete(_KIND, name)
+        with self._ledger.together():
+            self._ledger.delete(_KIND, name)
+            self._ledger.delete(_ENDING, name)
         if (driver := self._drivers.find(name)) is not None:
             driver.guest_state = GuestState.GUEST_STATE_UNSPECIFIED
         self._must_tell.set()
+        self._ending.discard(name)
+        self._drivers.attachments_changed.set()
+
+    async def _end_holder(self, name: str) -> None:
+        while True:
+            try:
+                link = holder_link.connect(self._directory, name)
+                if link is not None:
+                    await link.quit()
+                    await holder_link.until_reaped(self._directory, name, self._clock)
+            except (VfleetError, OSError) as error:
+                _log.error("the end of guest %s's holder is put off: %s", name, error)
+                await self._clock.sleep(RETRY_S)
+            else:
+                return
 
     async def _keep(self, driver: Driver) -> None:
         """Serve a guest through its holder, for ever, or until its holder ends under a VMM."""
@@ -119,6 +141,16 @@ class Guests:
                     self._lose(driver, None)
                     return
                 await self._serve(driver, link)
+            except HolderVersionError as error:
+                if not record.connected:
+                    _log.warning("%s: it has no VMM, so it ends, and another takes its place", error)
+                    await self._end_holder(driver.name)
+                    continue
+                # The ledger is not told: a hostd of the holder's version goes on with it.
+                _log.error("%s: to this hostd the guest is lost; start the one before, or attach anew", error)
+                driver.guest_state = GUEST_STATE_LOST
+                self._must_tell.set()
+                return
             except VfleetError as error:
                 _log.error("the guest is begun anew: %s", error)
                 await self._clock.sleep(RETRY_S)

@@ -36,6 +36,7 @@ from hostd.guest.frames import (
     FAILED,
     FRAME,
     HEADER,
+    HELLO_DATA,
     MAX_FRAME_BYTES,
     MAX_MESSAGE_BYTES,
     NO_REPLY,
@@ -45,6 +46,7 @@ from hostd.guest.frames import (
     REPLY,
     SAID,
     TYPE,
+    VERSION,
     Kind,
 )
 from hostd.guest.message_queue import Item, MessageQueue
@@ -118,6 +120,8 @@ class Holder:
     # The VMM
 
     def _accept_vmm(self) -> None:
+        if self._vmm is None and self._clock() < self._next_vmm_s:
+            return  # the one before it has gone at the same moment
         connection, _ = self._listener.accept()
         if self._vmm is not None:
             connection.close()  # a device has one VMM
@@ -193,8 +197,8 @@ class Holder:
             self._close_hostd()
         connection.settimeout(0)
         self._hostd = connection
-        said, queued = SAID.pack(self._said, self._written), self._number.to_bytes(8, "little")
-        self._send(Kind.HELLO, self._done, self._position, key=said, data=queued)
+        said, data = SAID.pack(self._said, self._written), HELLO_DATA.pack(self._number, VERSION)
+        self._send(Kind.HELLO, self._done, self._position, key=said, data=data)
         # Of copies: if it ends meanwhile, what it has said before its end is done at once, and changes both.
         for key, (data, descriptor) in list(self._kept.items()):
             self._send(Kind.KEPT, key=key, data=data, descriptors=() if descriptor < 0 else (descriptor,))

@@ -40,5 +40,5 @@ class Interrupts:
 
     def raise_all(self) -> None:
         """Tell of one of each: a hostd that was killed may not have told of the last."""
-        for vector in sorted(self._set):
-            self._ring(vector)
+        for vector in range(self._vectors):
+            self.raise_(vector)

@@ -162,7 +162,8 @@ async def test_an_answer_goes_to_its_question(bench: Bench):
     vmm = await bench.vmm()
     first = vmm.send(REGION_READ, struct.pack("<QII", 0, 0, 4))
     second = vmm.send(REGION_READ, struct.pack("<QII", 4, 0, 4))
-    asked = {HEADER.unpack_from(f.data)[0]: f.number for f in await bench.frames(Kind.MESSAGE, 2) if f.data[8:]}
+    frames = [frame for frame in await bench.frames(Kind.MESSAGE, 2) if frame.kind == Kind.MESSAGE]
+    asked = {HEADER.unpack_from(frame.data)[0]: frame.number for frame in frames}
     for identifier in (second, first):
         bench.link.answer(asked[identifier], HEADER.pack(identifier, REGION_READ, HEADER.size, 1, 0))
         assert (await asyncio.to_thread(vmm.receive)).identifier == identifier
