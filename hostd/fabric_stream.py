@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.message import Message
 
 from hostd.directory import Directory, Peer
+from vfleet import cancellation
 from vfleet.background import in_background
 from vfleet.clock import Clock, backoff_delays
 from vfleet.errors import VfleetError, from_rpc_error
@@ -97,6 +98,10 @@ class FabricStream(Generic[RequestT, ResponseT]):
                 _log.info("stream to segment %d: no connection to %s", self._segment, peer.address)
             except VfleetError as error:  # plaintext, and the host says that it is on another machine
                 _log.warning("stream to segment %d: %s", self._segment, error.message)
+            except asyncio.CancelledError:
+                if cancellation.is_asked_for():
+                    raise
+                _log.info("stream to segment %d: its channel was closed", self._segment)
             await self._clock.sleep(next(delays))
 
     async def _carry(self, stream: "grpc.aio.StreamStreamCall[RequestT, ResponseT]") -> None:

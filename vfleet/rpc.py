@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from vfleet import log, tracing
+from vfleet import cancellation, log, tracing
 from vfleet.clock import SystemClock
 from vfleet.edge import INCARNATION_KEY, MIGRATION_KEY, ErrorEdge
 from vfleet.errors import Reason, VfleetError, from_rpc_error
@@ -218,6 +218,11 @@ async def stream(
                 yield response
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, address) from None
+        except asyncio.CancelledError:
+            if cancellation.is_asked_for():
+                raise
+            message = f"no answer from {address}: its channel was closed"
+            raise VfleetError(Reason.UNREACHABLE, message, metadata={"address": address}) from None
         finally:
             responses.cancel()
 

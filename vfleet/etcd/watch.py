@@ -22,6 +22,7 @@ import grpc
 from etcd3 import etcdrpc
 from etcd3.etcdrpc import kv_pb2
 
+from vfleet import cancellation
 from vfleet.clock import Clock
 from vfleet.errors import Reason, VfleetError
 from vfleet.etcd.endpoints import COMPACTED, FUTURE, REQUIRE_LEADER, CompactedError, Endpoint, Endpoints
@@ -137,6 +138,10 @@ async def _follow(
         raise _BrokenError(error.details() or error.code().name) from None
     except StopAsyncIteration:
         raise _BrokenError("etcd ended the stream") from None
+    except asyncio.CancelledError:
+        if cancellation.is_asked_for():
+            raise
+        raise _BrokenError("its channel was closed") from None
     except TimeoutError:
         raise _BrokenError(f"silent for {2 * timeout_s:.1f} s") from None
     finally:
