@@ -49,6 +49,7 @@ class AccessQueue:
         self._reach = reach
         self._accesses: deque[Waiting] = deque()
         self._repeats: dict[int, Waiting] = {}
+        self._repeats_sent: set[int] = set()
         self._sent = 0
         self._next_sequence = 0  # 0: not known yet
         self._session = Session()  # that of the last question, until the sequence is known
@@ -145,7 +146,7 @@ class AccessQueue:
         self._entry = entry
         self._segment = segment_of(entry)
         self._home = None
-        self._sent = 0
+        self._forget_sent()
         self._delays = self._new_delays()
         if self._proof is not None and is_moved:
             self._proof.cancel()
@@ -192,6 +193,7 @@ class AccessQueue:
             if accesses and accesses[0].sequence == sequence:
                 self._finish_head((answer.status, answer.data))
             elif sequence in repeats:
+                self._repeats_sent.discard(sequence)
                 repeats.pop(sequence).finish((answer.status, answer.data))
         if response.refusal != REFUSAL_UNSPECIFIED and response.generation == self._entry.generation:
             self._start_repair()
@@ -200,7 +202,7 @@ class AccessQueue:
 
     def connected(self) -> None:
         """Send again what has no answer: the link is new (as the link's sender)."""
-        self._sent = 0
+        self._forget_sent()
         self._pump()
 
     def _check_room(self, count: int) -> None:
@@ -350,13 +352,16 @@ class AccessQueue:
         return instance.access(sequencer, sequence, kind, translate(virtual_address, self._entry.offset), length, data)
 
     def _pump_remote(self) -> None:
-        if self._sent >= min(len(self._accesses), WINDOW) and not self._repeats:
+        asks_again = bool(self._repeats) and not self._repeats_sent
+        if self._sent >= min(len(self._accesses), WINDOW) and not asks_again:
             return
         link = self._reach.fabric.to(self._segment)
         if self._link is not None and self._link is not link:
             self._link.leave(self._driver, self._entry.function)
         self._link = link
-        batch = list(self._repeats.values())
+        # What was asked for again is on its way in one message at a time: there may be many, of many clients.
+        batch = list(islice(self._repeats.values(), MAX_JOINED)) if asks_again else []
+        self._repeats_sent.update(access.sequence for access in batch)
         # A link that answers at once changes what there is to send.
         while batch or self._sent < min(len(self._accesses), WINDOW):
             end = min(len(self._accesses), WINDOW, self._sent + max(MAX_JOINED - len(batch), 0))
@@ -365,9 +370,14 @@ class AccessQueue:
                 batch.append(access)
             self._sent = end
             if not link.send(exchange_request(self._entry, self._session, self._acknowledged, batch), self):
-                self._sent = 0
+                self._forget_sent()
                 return
             batch = []
+
+    def _forget_sent(self) -> None:
+        """Take it that nothing is on its way."""
+        self._sent = 0
+        self._repeats_sent.clear()
 
     def _start_repair(self) -> None:
         self._revoke()
@@ -392,7 +402,7 @@ class AccessQueue:
             self._synchronized.set()
         self._repair = None
         self._home = None
-        self._sent = 0
+        self._forget_sent()
         self._pump()
 
     async def _run_proof(self) -> None:

@@ -10,6 +10,7 @@ from support.bench import reason_of
 from support.manual_clock import settle
 from support.queue_rig import ENDED, LONG_S, OK, Rig, all_rung
 
+from hostd.fabric import MAX_JOINED
 from hostd.home import exchange, forget_driver
 from hostd.models import checker
 from vfleet.errors import Reason, VfleetError
@@ -101,6 +102,24 @@ async def test_a_client_asks_again_for_what_is_not_answered_yet(rig: Rig):
     await rig.run()
     assert (first.answer.result(), again.answer.result()) == (OK, OK)
     assert rig.counters() == [1, 1, 0, 0, 0]
+
+
+async def test_what_many_clients_ask_for_again_is_on_its_way_once_and_in_messages_of_bounded_size(remote: Rig):
+    count = 6 * MAX_JOINED
+    for number in range(1, count + 1):
+        remote.write(number, number)
+    await remote.run()
+    remote.link.break_off()
+    asked = [remote.write(number, number) for number in range(1, count)]
+    remote.link.batches.clear()
+    remote.link.come_back()
+    asked.append(remote.write(count, count))
+    await remote.run()
+    assert [access.answer.done() for access in asked] == [True] * count
+    sent = [access.sequence for batch in remote.link.batches for access in batch.accesses]
+    assert sent == list(range(1, count + 1))
+    assert max(len(batch.accesses) for batch in remote.link.batches) == MAX_JOINED
+    assert remote.counters() == [count, count, 0, 0, 0]
 
 
 async def test_a_sequence_ahead_of_its_turn_is_refused_and_leaves_no_trace(rig: Rig):
