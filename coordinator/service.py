@@ -38,7 +38,6 @@ from vfleet.etcd.records import decode
 from vfleet.limits import MAX_MAIN_MEMORY_BYTES
 from vfleet.names import check_device_name, check_name
 from vfleet.parts import check_part
-from vfleet.rpc import MAX_MESSAGE_BYTES
 from vfleet.v1 import fleet_service_pb2 as fleet_pb
 from vfleet.v1 import migration_service_pb2 as migration_pb
 from vfleet.v1.fleet_service_pb2_grpc import FleetServiceServicer
@@ -46,8 +45,9 @@ from vfleet.v1.placement_pb2 import Constraints
 from vfleet.v1.records_pb2 import Driver, Function, Host, Migration, Phase, Step
 from vfleet.v1.types_pb2 import Decision
 
+MAX_EXPLANATION_BYTES = 4 << 20  # what clients in any language take, unless they are told to take more
 # Records of migrations of large groups make a page shorter: it is to be one message.
-MAX_PAGE_BYTES = MAX_MESSAGE_BYTES // 2
+MAX_PAGE_BYTES = MAX_EXPLANATION_BYTES // 2
 
 ResultT = TypeVar("ResultT")
 
@@ -179,8 +179,8 @@ class MigrationService(ManyMovesService):
         if answer is not None:
             drafted = draft(snapshot, moves, answer, name="", coordinator=name, limits=limits, constraints=constraints)
             response.migration.CopyFrom(drafted)
-        if response.ByteSize() > MAX_MESSAGE_BYTES:
-            message = f"the explanation has {response.ByteSize()} bytes; expected at most {MAX_MESSAGE_BYTES}"
+        if response.ByteSize() > MAX_EXPLANATION_BYTES:
+            message = f"the explanation has {response.ByteSize()} bytes; expected at most {MAX_EXPLANATION_BYTES}"
             raise VfleetError(Reason.LIMIT_EXCEEDED, message)
         return response
 

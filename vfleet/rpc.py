@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vfleet.guard import Guard
     from vfleet.tls import Credentials, Tls
 
-MAX_MESSAGE_BYTES = 4 << 20
+MAX_MESSAGE_BYTES = 5 << 20  # the largest is the end of a function's state: 1,024 answers of 4 KiB, 256 KiB of pages
 MAX_REQUEST_BYTES = 1 << 20  # what a server takes: four times the largest that it is sent, 64 accesses of 4 KiB
 MAX_METADATA_BYTES = 16 << 10  # of one call
 MAX_CONNECTIONS = 1024  # of one server

@@ -15,8 +15,11 @@ from hostd.instance import Instance
 from hostd.rounds import FEW_DIRTY_BYTES
 from hostd.state_stream import BYTES_WITH_END, CHUNK_PAGES, end_crc, pages_crc
 from hostd.transfer import REFRESH_S
-from vfleet.address import PAGE_BYTES
+from vfleet.address import MAX_ACCESS_BYTES, PAGE_BYTES
 from vfleet.errors import Reason, VfleetError
+from vfleet.limits import MAX_DRIVERS, WINDOW
+from vfleet.names import MAX_NAME_LENGTH
+from vfleet.rpc import MAX_MESSAGE_BYTES
 from vfleet.v1.access_pb2 import ACCESS_STATUS_OK, Answer
 from vfleet.v1.transfer_service_pb2 import (
     ExportStateResponse,
@@ -125,6 +128,21 @@ async def test_many_last_pages_are_sent_before_the_end_but_for_the_last_of_them(
     assert sum(len(pages.data) for pages in pages_of(parts[ended:])) == len(written) * PAGE_BYTES
     receive(pair.target, parts)
     assert pair.target.image.memory == pair.source.image.memory
+
+
+async def test_the_end_with_all_that_may_come_along_is_no_larger_than_a_message_may_be(pair: Pair):
+    image = pair.source.image
+    for number in range(MAX_DRIVERS - len(image.sequencers())):
+        image.sequencer(f"{number}".rjust(MAX_NAME_LENGTH, "d"))
+    for sequencer in image.sequencers():
+        sequencer.set_session((1 << 40, 1 << 60, 1 << 40))
+        sequencer.skip_to(1 << 48)
+        for sequence in range(sequencer.last + 1, sequencer.last + 1 + WINDOW):
+            sequencer.advance(sequence, ACCESS_STATUS_OK, bytes(MAX_ACCESS_BYTES))
+    end = (await with_last_pages(pair, *range(LOCAL, LOCAL + 2 * CHUNK_PAGES, 2)))[-1]
+    assert sum(len(sequence.answers) for sequence in end.end.sequences) == MAX_DRIVERS * WINDOW
+    assert sum(len(pages.data) for pages in end.end.pages) == BYTES_WITH_END
+    assert end.ByteSize() <= MAX_MESSAGE_BYTES
 
 
 async def test_in_post_copy_local_memory_comes_with_the_end_alone(pair: Pair):
