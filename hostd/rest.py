@@ -148,8 +148,10 @@ class Rest:
                 for block in sorted(arrival.wanted - fetching.keys())[: MAX_FETCHES - len(fetching)]:
                     fetching[block] = asyncio.create_task(self._fetch(instance, arrival, block))
                 asked = asyncio.ensure_future(arrival.asked.wait())
-                await asyncio.wait((asked, *fetching.values()), return_when=asyncio.FIRST_COMPLETED)
-                asked.cancel()
+                try:
+                    await asyncio.wait((asked, *fetching.values()), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    asked.cancel()
                 for block, task in list(fetching.items()):
                     if task.done():
                         task.result()

@@ -216,6 +216,15 @@ async def test_nothing_is_fetched_before_the_instance_runs_and_then_everything(r
     rig.assert_all_here()
 
 
+async def test_an_arrival_that_is_over_leaves_no_task_behind(rig: Rig):
+    before = asyncio.all_tasks()
+    rig.start()
+    rig.prove()
+    await until(rig, lambda: rig.pair.target.arrival is None)
+    await settle()
+    assert asyncio.all_tasks() - before == {rig.running}
+
+
 async def test_a_function_without_local_memory_is_whole_at_once(tmp_path: Path):
     pair = Pair(tmp_path, bars={0: BARS[0]})
     await pair.pull_all(**POST_COPY)
