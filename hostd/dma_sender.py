@@ -159,8 +159,7 @@ class DmaSender:
         self._fail_reads()
         if self._retry is not None:
             self._retry.cancel()
-        if self._link is not None:
-            self._link.leave(self._instance.about.function, self._instance.about.generation)
+        self._leave_link()
 
     @property
     def _runs(self) -> bool:
@@ -218,8 +217,15 @@ class DmaSender:
         )
 
     def _send(self, request: ExchangeDmaRequest) -> bool:
-        self._link = self._reach.links.to(location_of(self._part.window_base).segment)
-        return self._link.send(request, self)
+        link = self._reach.links.to(location_of(self._part.window_base).segment)
+        if self._link is not link:
+            self._leave_link()
+        self._link = link
+        return link.send(request, self)
+
+    def _leave_link(self) -> None:
+        if self._link is not None:
+            self._link.leave(self._instance.about.function, self._instance.about.generation)
 
     def _acknowledge(self, sequence: int) -> None:
         writes = self._part.writes

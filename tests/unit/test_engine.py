@@ -12,6 +12,7 @@ from support.fake_fabric import FakeFabric
 from support.manual_clock import ManualClock, settle
 
 import hostd.models
+from hostd.driver import Driver
 from hostd.engine import Delivery
 from hostd.engine_part import ENGINE_BYTES, MAX_SENDERS, RING_BYTES
 from hostd.image import MAX_STEP_BYTES
@@ -105,12 +106,12 @@ class Rig:
 
     def __init__(self, path: Path, home: str) -> None:
         self.clock = ManualClock()
-        fabric, self.links = FakeFabric(is_automatic=True), FakeDmaLinks(is_automatic=True)
+        self.fabric, self.links = FakeFabric(is_automatic=True), FakeDmaLinks(is_automatic=True)
         self.h1, self.h2 = (
-            Bench(path / name, name, self.clock, fabric, self.links, "counter") for name in ("h1", "h2")
+            Bench(path / name, name, self.clock, self.fabric, self.links, "counter") for name in ("h1", "h2")
         )
         self.home = {"h1": self.h1, "h2": self.h2}[home]
-        fabric.peers = {1: self.h1.functions, 2: self.h2.functions}
+        self.fabric.peers = {1: self.h1.functions, 2: self.h2.functions}
         self.links.peers = {1: self.h1.drivers}
         self.instance = self.home.create(bars={0: 4096})
         self.h1.drivers.recorded("d1", MEMORY_BYTES)
@@ -124,8 +125,8 @@ class Rig:
     def link(self):
         return self.links.to(1)
 
-    async def write(self, offset: int, value: int) -> None:
-        driver = self.h1.drivers.require("d1")
+    async def write(self, offset: int, value: int, driver: Driver | None = None) -> None:
+        driver = driver or self.h1.drivers.require("d1")
         await driver.queue("vf1").synchronized()
         submitted = await driver.submit(
             ACCESS_KIND_WRITE, VIRTUAL_ADDRESS + offset, 8, value.to_bytes(8, "little"), sequence=0
@@ -550,4 +551,23 @@ async def test_an_instance_that_is_removed_waits_for_no_driver_that_is_out_of_re
     rig.home.functions.remove(rig.instance)
     await rig.run()
     assert (rig.home.engines.all(), rig.home.engines._tasks, rig.link.senders) == ([], set(), {})
+    rig.close()
+
+
+async def test_a_host_whose_driver_was_detached_is_left_for_that_of_the_next(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(hostd.models, "MODELS", {**hostd.models.MODELS, "counter": Counter})
+    rig = Rig(tmp_path, "h2")
+    h3 = Bench(tmp_path / "h3", "h3", rig.clock, rig.fabric, rig.links, "counter")
+    rig.links.peers[3] = h3.drivers
+    await rig.write(WANTED, 2)
+    await rig.run()
+    assert (len(rig.links.to(1).senders), len(rig.links.to(3).senders)) == (1, 0)
+    rig.h1.drivers.detach("d1", "vf1", 1)
+    h3.drivers.recorded("d3", MEMORY_BYTES)
+    h3.drivers.attach(h3.message(rig.instance.about.base, driver="d3", revision=2, length=4096))
+    await rig.write(WANTED, 4, h3.drivers.require("d3"))
+    await rig.run()
+    assert h3.drivers.require("d3").receivers["vf1"].interrupts(1) == 2
+    assert (len(rig.links.to(1).senders), len(rig.links.to(3).senders)) == (0, 1)
+    h3.close()
     rig.close()
