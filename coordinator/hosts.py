@@ -5,6 +5,7 @@ A host is called only while it is registered: the address of one that isn't may 
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
@@ -14,7 +15,7 @@ from coordinator.findings import HostState, Request
 from coordinator.inventory import Inventory
 from coordinator.planner import registered_incarnation
 from coordinator.tasks import Tasks
-from vfleet.errors import VfleetError, not_found
+from vfleet.errors import VfleetError, is_broken, not_found
 from vfleet.principal import server_name
 from vfleet.roles import Role
 from vfleet.rpc import Channels, RequestT, ResponseT, StubT, call, stream
@@ -57,12 +58,16 @@ DRIVER_TIMEOUT_S = 10.0
 LIST_TIMEOUT_S = 5.0
 END_TIMEOUT_S = 5.0  # of a stream that has said all
 
+_log = logging.getLogger(__name__)
+
 
 class Hosts:
     """The fleet's hosts, as the inventory knows them, over `channels`.
 
     Every method raises the VfleetError that the host answers with, or HOST_UNAVAILABLE or UNREACHABLE; the message
     begins with the host's name. A request that has raised UNREACHABLE may or may not have been carried out.
+
+    What is answered once is sent once more if its connection breaks before the answer: hosts take every request twice.
     """
 
     def __init__(self, inventory: Inventory, channels: Channels, check: Callable[[], None] = lambda: None) -> None:
@@ -235,9 +240,16 @@ class Hosts:
     ) -> ResponseT:
         self._check()
         try:
-            return await call(
-                method, request, address=self.address(host), timeout_s=timeout_s, incarnation=self.incarnation(host)
-            )
+            address, incarnation = self.address(host), self.incarnation(host)
+            try:
+                return await call(method, request, address=address, timeout_s=timeout_s, incarnation=incarnation)
+            except VfleetError as error:
+                if not is_broken(error, address):
+                    raise
+                _log.info("host %s, %s: is sent once more: %s", host, name, error.message, extra={"host": host})
+            # A connection of before a cut may break only when it is next used; the host is there all the same.
+            self._check()
+            return await call(method, request, address=address, timeout_s=timeout_s, incarnation=incarnation)
         except VfleetError as error:
             raise _named(host, name, error) from None
 

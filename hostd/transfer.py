@@ -32,7 +32,7 @@ from hostd.state_stream import (
 from vfleet import failpoint
 from vfleet.address import PAGE_BYTES
 from vfleet.clock import Clock
-from vfleet.errors import Reason, VfleetError, invalid_field
+from vfleet.errors import Reason, VfleetError, invalid_field, is_broken
 from vfleet.principal import server_name
 from vfleet.roles import Role
 from vfleet.rpc import Channels, stream
@@ -296,21 +296,7 @@ async def import_state(
             f"function {request.function!r} is being imported already",
             metadata={"function": request.function},
         )
-    # In post-copy it is little, and what accesses wait for comes by the connection that it has opened.
-    is_bulk = options.mode != TRANSFER_MODE_POST_COPY
-    export = stream(
-        channels.stub(
-            TransferServiceStub, request.source_address, server_name(Role.HOST, request.source_host), bulk=is_bulk
-        ).ExportState,
-        ExportStateRequest(
-            attempt=request.attempt,
-            function=request.function,
-            generation=request.source_generation,
-            options=options,
-        ),
-        address=request.source_address,
-        incarnation=request.source_incarnation,
-    )
+    export = _exported(channels, request, options)
     file = functions.open_image(instance)
     instance.is_importing = True
     try:
@@ -346,6 +332,43 @@ async def import_state(
         file.close()
         instance.is_importing = False
         await export.aclose()
+
+
+async def _exported(
+    channels: Channels, request: ImportStateRequest, options: CopyOptions
+) -> AsyncGenerator[ExportStateResponse, None]:
+    """Yield what the source sends. It is asked once more if the connection breaks before it has said anything.
+
+    A connection of before a cut may break only when it is next used; the source is there all the same.
+    """
+    address = request.source_address
+    export_request = ExportStateRequest(
+        attempt=request.attempt,
+        function=request.function,
+        generation=request.source_generation,
+        options=options,
+    )
+    # In post-copy it is little, and what accesses wait for comes by the connection that it has opened.
+    is_bulk = options.mode != TRANSFER_MODE_POST_COPY
+    broken: VfleetError | None = None
+    while True:
+        stub = channels.stub(TransferServiceStub, address, server_name(Role.HOST, request.source_host), bulk=is_bulk)
+        parts = stream(stub.ExportState, export_request, address=address, incarnation=request.source_incarnation)
+        has_begun = False
+        try:
+            async with contextlib.aclosing(parts):
+                async for part in parts:
+                    has_begun = True
+                    yield part
+        except VfleetError as error:
+            if has_begun:
+                raise
+            if broken is not None or not is_broken(error, address):
+                # A source that has not noticed yet what broke says that it is being exported already.
+                raise broken or error from None
+            broken = error
+        else:
+            return
 
 
 def _note_round(progress: ImportStateResponse, end: RoundEnd) -> None:

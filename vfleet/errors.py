@@ -208,6 +208,18 @@ def from_rpc_error(rpc_error: grpc.aio.AioRpcError, address: str) -> VfleetError
     return VfleetError(Reason.INTERNAL, f"{details} ({code.name})", metadata=metadata)
 
 
+def is_broken(error: VfleetError, address: str) -> bool:
+    """Return whether the connection to the daemon at `address` broke, or came to nothing, before that had answered.
+
+    Whether the request was carried out is not known. A deadline that passed is not among this.
+    """
+    return (
+        error.reason is Reason.UNREACHABLE
+        and error.metadata.get("address") == address
+        and error.metadata.get("code") == grpc.StatusCode.UNAVAILABLE.name
+    )
+
+
 def _packed(
     message: error_details_pb2.ErrorInfo
     | error_details_pb2.BadRequest

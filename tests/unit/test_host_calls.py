@@ -1,9 +1,10 @@
-"""How the coordinator's calls to hosts end: an import that is complete by itself, all others when nobody reads on."""
+"""How the coordinator's calls to hosts end, and which are sent once more: those whose connection broke too early."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
+import grpc
 import pytest
 from support.fleet_values import three_hosts
 from support.manual_clock import settle
@@ -11,7 +12,9 @@ from support.manual_clock import settle
 from coordinator import hosts
 from coordinator.hosts import Hosts
 from coordinator.inventory import Inventory
+from vfleet.errors import Reason, VfleetError
 from vfleet.rpc import Channels
+from vfleet.v1.function_service_pb2 import ChangeStateRequest, ChangeStateResponse, FunctionInstance
 from vfleet.v1.transfer_service_pb2 import ImportStateRequest, ImportStateResponse
 
 
@@ -75,3 +78,64 @@ async def test_a_complete_import_that_does_not_end_is_broken_off_after_a_while(m
     while not call.is_cancelled:
         await asyncio.sleep(0)
     assert not call.has_ended
+
+
+# Calls that are answered once
+
+BROKEN, LATE = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Answering:
+    """A channel whose calls end with these, one after the other: a status, or an answer."""
+
+    def __init__(self, *ends: grpc.StatusCode | ChangeStateResponse) -> None:
+        self.ends = list(ends)
+        self.sent: list[ChangeStateRequest] = []
+        self.timeouts_s: list[float] = []
+
+    def unary_unary(self, path: str, **_):
+        return self.call if path.endswith("/ChangeState") else None
+
+    async def call(self, request: ChangeStateRequest, *, timeout: float, metadata: grpc.aio.Metadata):
+        self.sent.append(request)
+        self.timeouts_s.append(timeout)
+        end = self.ends.pop(0)
+        if isinstance(end, grpc.StatusCode):
+            raise grpc.aio.AioRpcError(end, grpc.aio.Metadata(), grpc.aio.Metadata(), "Stream removed")
+        return end
+
+
+STOP, STOPPED = ChangeStateRequest(function="vf1"), ChangeStateResponse(instance=FunctionInstance(function="vf1"))
+
+
+def fleet_through(channel: Answering, check: Callable[[], None] = lambda: None) -> Hosts:
+    inventory = Inventory()
+    inventory.snapshot = three_hosts().snapshot()
+    return Hosts(inventory, Channels(lambda address: channel), check)
+
+
+async def test_a_call_whose_connection_breaks_before_its_answer_is_sent_once_more():
+    channel = Answering(BROKEN, STOPPED)
+    assert await fleet_through(channel).change_state("h2", STOP)
+    assert channel.sent == [STOP, STOP]
+    assert channel.timeouts_s == [hosts.CHANGE_STATE_TIMEOUT_S] * 2
+
+
+@pytest.mark.parametrize("ends", [(BROKEN, BROKEN), (LATE,), (BROKEN, LATE)])
+async def test_a_host_that_is_not_there_or_is_late_is_not_asked_for_ever(ends):
+    channel = Answering(*ends, STOPPED)
+    with pytest.raises(VfleetError) as caught:
+        await fleet_through(channel).change_state("h2", STOP)
+    assert (caught.value.reason, len(channel.sent)) == (Reason.UNREACHABLE, len(ends))
+    assert caught.value.message.startswith("host 'h2', ChangeState: ")
+
+
+async def test_who_is_deposed_meanwhile_sends_nothing_more():
+    def check() -> None:
+        if channel.sent:
+            raise VfleetError(Reason.CONFLICT, "the lease is lost")
+
+    channel = Answering(BROKEN, STOPPED)
+    with pytest.raises(VfleetError) as caught:
+        await fleet_through(channel, check).change_state("h2", STOP)
+    assert (caught.value.reason, channel.sent) == (Reason.CONFLICT, [STOP])

@@ -1,7 +1,7 @@
 """Whose export and import it is, and what becomes of them when another attempt, or the end, comes between."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from hostd.rounds import Throttle
 from vfleet.errors import Reason, VfleetError
 from vfleet.v1.transfer_service_pb2 import (
     CopyOptions,
+    ExportStateResponse,
     ImportStateRequest,
 )
 from vfleet.v1.types_pb2 import (
@@ -64,6 +65,48 @@ async def test_one_export_and_one_import_at_a_time(pair: Pair):
         pair.h1.stop(1, 10)
         assert [step.complete async for step in first] == [True]
     pair.assert_moved()
+
+
+def breaking(*parts_before: int):
+    """Return what breaks the connection of each export in turn after so many parts; later ones stand."""
+    ends = list(parts_before)
+
+    async def tamper(parts: AsyncGenerator[ExportStateResponse]) -> AsyncIterator[ExportStateResponse]:
+        left = ends.pop(0) if ends else -1
+        async with aclosing(parts):
+            while left:
+                left -= 1
+                try:
+                    yield await anext(parts)
+                except StopAsyncIteration:
+                    return
+        metadata = {"address": "source:1", "code": "UNAVAILABLE"}
+        raise VfleetError(Reason.UNREACHABLE, "Stream removed", metadata=metadata)
+
+    return tamper
+
+
+async def test_a_source_whose_connection_broke_before_it_said_anything_is_asked_once_more(pair: Pair):
+    steps = await pair.pull_all(Network(pair.h1, breaking(0)))
+    assert steps[-1].complete
+    pair.assert_moved()
+
+
+@pytest.mark.parametrize("breaks", [(0, 0), (0, 1), (1,), (3,)])
+async def test_a_source_that_is_not_there_or_has_begun_is_not_asked_for_ever(pair: Pair, breaks):
+    with pytest.raises(VfleetError) as caught:
+        await pair.pull_all(Network(pair.h1, breaking(*breaks)))
+    assert (caught.value.reason, pair.target.about.complete) == (Reason.UNREACHABLE, False)
+    assert (await pair.pull_all())[-1].complete
+    pair.assert_moved()
+
+
+async def test_a_source_that_has_not_noticed_what_broke_is_out_of_reach_still(pair: Pair):
+    async with aclosing(pair.export()) as lingering:
+        await anext(lingering)
+        with pytest.raises(VfleetError) as caught:
+            await pair.pull_all(Network(pair.h1, breaking(0)))
+    assert caught.value.reason is Reason.UNREACHABLE
 
 
 async def test_an_export_that_ends_early_lets_the_function_run_untracked(pair: Pair):
