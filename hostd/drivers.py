@@ -170,7 +170,7 @@ class Drivers:
         driver, entry = self._drivers.get(name), self._find(identifier)
         if driver is None or entry is None or entry.revision > revision:
             return None
-        with self._ledger.together():
+        with self._durably():
             self._ledger.delete(_ENTRY, ledger_key(identifier))
             self._holds.forget([identifier])
         driver.swap(driver.table.without([function]))
@@ -396,7 +396,7 @@ class Drivers:
             by_driver[entry.driver].append(entry)
         # Built first: entries that can't be together raise before anything is durable.
         tables = {name: self._drivers[name].table.with_entries(own) for name, own in by_driver.items()}
-        with self._ledger.together():
+        with self._durably():
             self._holds.forget(lifted)
             for hold in placed:
                 self._holds.put(hold)
@@ -404,6 +404,17 @@ class Drivers:
                 self._ledger.put(_ENTRY, ledger_key(_id(entry)), entry.to_proto())
         for name, table in tables.items():
             self._drivers[name].swap(table)
+
+    @contextlib.contextmanager
+    def _durably(self) -> Iterator[None]:
+        """Change entries and holds in the ledger, all or none."""
+        try:
+            with self._ledger.together():
+                yield
+        except BaseException:
+            # Else an entry would stay held with no hold that could be lifted, or whose deadline comes.
+            self._holds.reload()
+            raise
 
     async def _told(self, entries: Sequence[Entry], attempt: Attempt, timeout_s: float) -> list[str]:
         """Tell the drivers that they are held, and wait for those that listen."""

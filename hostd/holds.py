@@ -23,10 +23,16 @@ class Holds:
         self._ledger = ledger
         self._clock = clock
         self.on_lifted: Callable[[float], None] = lambda _: None
-        self._by_entry: dict[EntryId, Hold] = {(h.driver, h.function): h for h in ledger.all(_KIND, Hold)}
-        self._placed_s = dict.fromkeys(self._by_entry, clock.monotonic())
+        self._by_entry: dict[EntryId, Hold] = {}
+        self._placed_s: dict[EntryId, float] = {}
         self._acknowledgements: dict[EntryId, tuple[Attempt, asyncio.Event]] = {}
         self.deadlines = Deadlines()
+        self.reload()
+
+    def reload(self) -> None:
+        """Have the holds that the ledger has: at a start, and after changes that it could not take."""
+        self._by_entry = {(h.driver, h.function): h for h in self._ledger.all(_KIND, Hold)}
+        self._placed_s = {entry: self._placed_s.get(entry, self._clock.monotonic()) for entry in self._by_entry}
 
     def find(self, entry: EntryId) -> Hold | None:
         """Return the hold of an entry, or None."""

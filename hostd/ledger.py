@@ -13,7 +13,7 @@ from typing import BinaryIO, TypeVar
 
 from google.protobuf.message import Message
 
-from vfleet.errors import invalid_field
+from vfleet.errors import Reason, VfleetError, invalid_field
 
 # Of all that is in the directory. It grows when what an older hostd would make of it is wrong.
 FORMAT = 1
@@ -36,11 +36,11 @@ class Ledger:
             expected = f"a directory that this hostd can read: of format 1 to {FORMAT}, not {found}, of a newer one"
             raise invalid_field("--data-dir", str(data_dir), expected)
         if found < FORMAT:
-            self._database.execute(f"PRAGMA user_version = {FORMAT}")
+            self._write(f"PRAGMA user_version = {FORMAT}")
         # WAL without synchronizing: a commit is one append to a file, and safe against everything but a machine's end.
-        self._database.execute("PRAGMA journal_mode = WAL")
-        self._database.execute("PRAGMA synchronous = OFF")
-        self._database.execute(
+        self._write("PRAGMA journal_mode = WAL")
+        self._write("PRAGMA synchronous = OFF")
+        self._write(
             "CREATE TABLE IF NOT EXISTS records (kind TEXT, key TEXT, value BLOB NOT NULL, PRIMARY KEY (kind, key))"
             " WITHOUT ROWID"
         )
@@ -65,26 +65,27 @@ class Ledger:
         return [record for _, record in self.items(kind, message_type)]
 
     def put(self, kind: str, key: str, record: Message) -> None:
-        """Write a record."""
-        self._database.execute("REPLACE INTO records VALUES (?, ?, ?)", (kind, key, record.SerializeToString()))
+        """Write a record. Raise LIMIT_EXCEEDED if the disk is full; then all is as it was."""
+        self._write("REPLACE INTO records VALUES (?, ?, ?)", (kind, key, record.SerializeToString()))
 
     def delete(self, kind: str, key: str) -> None:
-        """Delete a record; deleting one that is absent does nothing."""
-        self._database.execute("DELETE FROM records WHERE kind = ? AND key = ?", (kind, key))
+        """Delete a record; deleting one that is absent does nothing. Raise as `put`."""
+        self._write("DELETE FROM records WHERE kind = ? AND key = ?", (kind, key))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Make the writes within true all at once, or, if the block raises, none of them."""
+        """Make the writes within true all at once, or, if the block raises or the disk is full, none of them."""
         if self._database.in_transaction:
             yield
             return
         self._database.execute("BEGIN")
         try:
             yield
+            self._write("COMMIT")
         except BaseException:
-            self._database.execute("ROLLBACK")
+            with contextlib.suppress(sqlite3.OperationalError):  # a full disk may have ended it already
+                self._database.execute("ROLLBACK")
             raise
-        self._database.execute("COMMIT")
 
     def map_file(self, name: str, size_bytes: int) -> mmap.mmap:
         """Map a file of exactly this size, a multiple of 4096; what is new in it is zero."""
@@ -109,7 +110,13 @@ class Ledger:
 
     def erase(self) -> None:
         """Forget all records, as a machine does that is switched off. Mapped files are deleted by their owners."""
-        self._database.execute("DELETE FROM records")
+        self._write("DELETE FROM records")
+
+    def _write(self, statement: str, parameters: tuple[str | bytes, ...] = ()) -> None:
+        try:
+            self._database.execute(statement, parameters)
+        except sqlite3.OperationalError as error:
+            raise VfleetError(Reason.LIMIT_EXCEEDED, f"{self._data_dir} can't be written: {error}") from error
 
     def close(self) -> None:
         """Close the database; mapped files stay mapped until their maps are closed."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.bench import RESOLVE_MS, VIRTUAL_ADDRESS, Bench, attempt, reason_of
 from support.driver_bench import D1, OLD, attached, holds, new, old, read, seen, told
+from support.full_disk import full_disk
 from support.manual_clock import settle
 
 from hostd.translation import TranslationTable
@@ -99,6 +100,23 @@ async def test_a_later_attempt_takes_the_hold_over_and_the_earlier_lift_comes_to
     assert (seen(bench), holds(bench)) == ((1, True), [(*D1, 11)])
     bench.lift(11, D1)
     assert seen(bench) == (1, False)
+
+
+async def test_a_hold_that_could_not_be_placed_or_lifted_on_a_full_disk_is_when_that_is_asked_for_again(bench: Bench):
+    # The attempt is known here, so that nothing but the hold is to be written.
+    await bench.hold(10, D1)
+    bench.lift(10, ("d9", "vf1", 1))
+    with full_disk():
+        assert reason_of(bench.lift, 10, D1) is Reason.LIMIT_EXCEEDED
+    assert (seen(bench), holds(bench)) == ((1, True), [(*D1, 10)])
+    bench.lift(10, D1)
+    assert (seen(bench), holds(bench)) == ((1, False), [])
+    bench.functions.fence_for_export("vf1", 1, attempt(11))
+    with full_disk(), pytest.raises(VfleetError):
+        await bench.hold(11, D1)
+    assert (seen(bench), holds(bench)) == ((1, False), [])
+    await bench.hold(11, D1)
+    assert (seen(bench), holds(bench)) == ((1, True), [(*D1, 11)])
 
 
 async def test_lifting_what_is_not_here_does_nothing(bench: Bench):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.full_disk import full_disk
 
 from hostd.ledger import FORMAT, Ledger
 from vfleet.errors import Reason, VfleetError
@@ -65,6 +66,22 @@ def test_writes_together_are_true_together_or_not_at_all(ledger: Ledger, tmp_pat
         ledger.put("two", "a", fence(2))
         assert reopened(tmp_path)["one"] == [fence(1)]
     assert reopened(tmp_path) == {"one": [], "two": [fence(2)]}
+
+
+def test_a_full_disk_is_named_and_leaves_everything_as_it_was(ledger: Ledger, tmp_path: Path):
+    def both() -> None:
+        with ledger.together():
+            ledger.put("one", "b", fence(2))
+            ledger.put("two", "a", fence(3))
+
+    ledger.put("one", "a", fence(1))
+    for write in (lambda: ledger.put("one", "a", fence(9)), lambda: ledger.delete("one", "a"), both):
+        with full_disk(), pytest.raises(VfleetError, match=f"{tmp_path} can't be written") as caught:
+            write()
+        assert caught.value.reason is Reason.LIMIT_EXCEEDED
+        assert reopened(tmp_path) == {"one": [fence(1)], "two": []}
+    both()
+    assert reopened(tmp_path) == {"one": [fence(1), fence(2)], "two": [fence(3)]}
 
 
 def test_erase_forgets_all_records(ledger: Ledger, tmp_path: Path):
