@@ -142,10 +142,16 @@ class FunctionImage:
                 dirty.update(range(offset // PAGE_BYTES, (offset + len(data) - 1) // PAGE_BYTES + 1))
 
     def store_through(self, file: BinaryIO, offset: int, data: bytes) -> None:
-        """Do what `store` does through the image's file: of many pages that are new, several times as fast."""
+        """Do what `store` does through the image's file: of many pages that are new, several times as fast.
+
+        Raise LIMIT_EXCEEDED if the disk is full.
+        """
         view, position = memoryview(data), _MEMORY_OFFSET + offset
         while view:
-            count = os.pwrite(file.fileno(), view, position)
+            try:
+                count = os.pwrite(file.fileno(), view, position)
+            except OSError as error:
+                raise VfleetError(Reason.LIMIT_EXCEEDED, f"a function's memory can't be written: {error}") from error
             view, position = view[count:], position + count
         if self._dirty is not None:
             self._dirty.update(range(offset // PAGE_BYTES, (offset + len(data) - 1) // PAGE_BYTES + 1))

@@ -11,6 +11,7 @@ from support.bench import BARS, attempt, reason_of
 from support.fake_transfer import Network
 from support.fleet_store import FleetStore
 from support.fleet_values import FleetValues
+from support.full_disk import full_disk
 from support.manual_clock import settle
 from support.transfer_pair import LOCAL, PAGES, Pair, exported
 
@@ -461,6 +462,18 @@ async def test_a_source_that_says_nothing_is_asked_again(rig: Rig, monkeypatch: 
             break
         await asyncio.sleep(0.005)
         await rig.clock.advance(0.1)
+    rig.assert_all_here()
+
+
+async def test_what_a_full_disk_does_not_take_is_asked_for_until_it_does(rig: Rig):
+    await fetched(rig)  # so that the source, which is on another disk, has nothing more to write
+    rig.prove()
+    rig.start()
+    with full_disk():
+        await rig.clock.advance(LONG_S)
+    assert (rig.pair.target.about.arriving, rig.running.done()) == (True, False)
+    await rig.clock.advance(2 * RETRY_LONGEST_S)
+    await until(rig, lambda: rig.pair.target.arrival is None)
     rig.assert_all_here()
 
 
