@@ -87,9 +87,20 @@ class Ledger:
                 self._database.execute("ROLLBACK")
             raise
 
-    def map_file(self, name: str, size_bytes: int) -> mmap.mmap:
-        """Map a file of exactly this size, a multiple of 4096; what is new in it is zero."""
-        with (self._files / name).open("a+b") as file:
+    def map_file(self, name: str, size_bytes: int, *, exists: bool = False) -> mmap.mmap:
+        """Map a file of exactly this size, a multiple of 4096; what is new in it is zero.
+
+        What `exists` is not made: raise BAD_STATE unless it is there, in this size.
+        """
+        path = self._files / name
+        if exists:
+            found = f"{path.stat().st_size} bytes" if path.exists() else "nothing"
+            if found != f"{size_bytes} bytes":
+                expected = (
+                    f"{size_bytes} bytes, a function's memory; --power-cycle starts the host without its functions"
+                )
+                raise VfleetError(Reason.BAD_STATE, f"{path} has {found}; expected {expected}")
+        with path.open("a+b") as file:
             file.truncate(size_bytes)
             mapped = mmap.mmap(file.fileno(), size_bytes)
         # Else the first touch of a new file reads ahead: it fills megabytes of memory with zeros.

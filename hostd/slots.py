@@ -92,9 +92,9 @@ class Slots:
         model = model or create_model(about.model, about.identity, bars)
         model_bytes = bar_span(bars) + model.private_bytes
         if not isinstance(model, BusMaster):
-            mapped = self._ledger.map_file(record.file, image_bytes(model_bytes))
+            mapped = self._ledger.map_file(record.file, image_bytes(model_bytes), exists=not is_new)
             return Instance(record, model, FunctionImage(mapped, is_new=is_new))
-        mapped = self._ledger.map_file(record.file, image_bytes(model_bytes + ENGINE_BYTES))
+        mapped = self._ledger.map_file(record.file, image_bytes(model_bytes + ENGINE_BYTES), exists=not is_new)
         return Instance(record, model, FunctionImage(mapped, model_bytes, is_new=is_new))
 
 

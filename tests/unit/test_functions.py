@@ -7,7 +7,7 @@ import pytest
 from support.bench import ABORTED, BARS, COMMITTED, IDENTITY, MEMORY_BYTES, RESOLVE_MS, Bench, attempt, reason_of
 
 from hostd.instance import Instance
-from vfleet.errors import Reason
+from vfleet.errors import Reason, VfleetError
 from vfleet.v1.fabric_service_pb2 import REFUSAL_NOT_SERVING
 from vfleet.v1.function_service_pb2 import ChangeStateRequest, CreateFunctionRequest, ResetFunctionRequest
 from vfleet.v1.types_pb2 import (
@@ -132,6 +132,26 @@ def test_a_slot_that_is_used_again_begins_with_zeros(bench: Bench):
     assert bytes(second.image.memory[8192:8198]) == bytes(6)
     assert second.image.sequencers() == []
     assert len(bench.ledger.files()) == 1
+
+
+@pytest.mark.parametrize("damage", ["missing", "longer", "shorter"])
+def test_a_host_does_not_start_with_zeros_where_the_memory_of_a_function_was(tmp_path: Path, damage: str):
+    bench = Bench(tmp_path)
+    instance = bench.create()
+    instance.image.store([(8192, b"data")])
+    path = bench.ledger.directory / "memory" / instance.record.file
+    bench.close()
+    whole = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(whole + bytes(4096) if damage == "longer" else whole[:-4096])
+    with pytest.raises(VfleetError, match=f"{path} has .*; expected {len(whole)} bytes.*--power-cycle") as caught:
+        bench.start()
+    assert caught.value.reason is Reason.BAD_STATE
+    path.write_bytes(whole)
+    bench.start()
+    assert bytes(bench.functions.require("vf1", 1).image.memory[8192:8196]) == b"data"
+    bench.close()
 
 
 # Requests that are repeated, late, lower, or another's

@@ -92,10 +92,12 @@ class SimulatedLedger:
         finally:
             self._in_transaction = False
 
-    def map_file(self, name: str, size_bytes: int) -> MappedMemory:
+    def map_file(self, name: str, size_bytes: int, *, exists: bool = False) -> MappedMemory:
         self._writes()
         file = self._disk.files.get(name)
         if file is None:
+            if exists:
+                raise AssertionError(f"{name} is not there")
             file = self._disk.files[name] = MappedMemory.new(size_bytes)
         if len(file) != size_bytes:
             raise AssertionError(f"{name} has {len(file)} bytes; expected {size_bytes}")
