@@ -63,10 +63,11 @@ async def _serve(config: Config, writer: log.Writer) -> None:
             add_services(host, server.grpc)
             observe(host, registry)
             registered = asyncio.Event()
-            announcing = asyncio.create_task(_announce(server, address, metrics_at, registered))
+            announcing = asyncio.create_task(_announce(address, metrics_at, registered))
             try:
                 # What it has, it serves at once: that a function is not at home here any more would be in the ledger.
-                await server.grpc.start()
+                # And it is well, also where etcd is out of reach: whoever looks after it is not to start it anew.
+                await server.start()
                 await _claim(host, is_first_start=identity.starts == 1)
                 await host.run(registered.set)
             finally:
@@ -76,9 +77,8 @@ async def _serve(config: Config, writer: log.Writer) -> None:
                 await channels.close()
 
 
-async def _announce(server: Server, address: str, metrics_at: str | None, registered: asyncio.Event) -> None:
+async def _announce(address: str, metrics_at: str | None, registered: asyncio.Event) -> None:
     await registered.wait()
-    await server.set_serving(serving=True)
     daemon.announce(address, metrics_at)
 
 
