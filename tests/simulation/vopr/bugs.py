@@ -163,7 +163,7 @@ def source_slot_not_freed() -> list[Patch]:
     return [(transaction, "finish", forgetful)]
 
 
-@_bug(found_at=4)
+@_bug(found_at=8)
 def old_table_applied() -> list[Patch]:
     def with_entries(self, entries):
         by_function = dict(self.by_function)
@@ -190,7 +190,7 @@ def answers_stay_behind() -> list[Patch]:
     return [(Sequencer, "export", bare)]
 
 
-@_bug(found_at=6)
+@_bug(found_at=1)
 def answers_forgotten_when_given() -> list[Patch]:
     finish_head = AccessQueue._finish_head
 
@@ -220,7 +220,7 @@ def abort_not_compared() -> list[Patch]:
     return [(resolution, "abort_transaction", without), (coordinator_service, "abort_transaction", without)]
 
 
-@_bug(found_at=1)
+@_bug(found_at=19)
 def commit_not_compared() -> list[Patch]:
     return [
         (
@@ -231,12 +231,12 @@ def commit_not_compared() -> list[Patch]:
     ]
 
 
-@_bug(found_at=1)
+@_bug(found_at=88)
 def incarnation_ignored() -> list[Patch]:
     return [(transaction, "commit", _without(transaction.commit, lambda c: "/registrations/" in c.key))]
 
 
-@_bug(found_at=1)
+@_bug(found_at=2)
 def lock_not_compared() -> list[Patch]:
     return [
         (transaction, "begin", _without(transaction.begin, lambda c: "/locks/" in c.key)),
@@ -244,7 +244,7 @@ def lock_not_compared() -> list[Patch]:
     ]
 
 
-@_bug(found_at=11)
+@_bug(found_at=9)
 def resolved_by_phase() -> list[Patch]:
     async def resolve(self, found):
         stored = await self._store.get(f"/vfleet/migrations/{found.about.migration}")
@@ -260,12 +260,12 @@ def resolved_by_phase() -> list[Patch]:
     return [(Resolver, "_resolve_instance", resolve)]
 
 
-@_bug(found_at=72)
+@_bug(found_at=45)
 def source_runs_on() -> list[Patch]:
     return [(instance, "serves", lambda state: device_state.serves(state) or state == DEVICE_STATE_STOP_COPY)]
 
 
-@_bug(found_at=6)
+@_bug(found_at=7)
 def nothing_zeroed() -> list[Patch]:
     open_instance = Slots._open
 
@@ -312,7 +312,7 @@ def holds_forgotten_at_restart() -> list[Patch]:
     return [(Drivers, "__init__", forgetful)]
 
 
-@_bug(found_at=73)
+@_bug(found_at=97)
 def holds_never_resolved() -> list[Patch]:
     async def never(self, migration):
         return
@@ -366,7 +366,7 @@ def repeated_access_applied_again() -> list[Patch]:
     return [(Instance, "access", again)]
 
 
-@_bug(found_at=238)
+@_bug(found_at=35)
 def sessions_not_counted() -> list[Patch]:
     """In 1 run of 200 a message of before a host's restart arrives after it; in such weather as this, in 1 of 20."""
 

@@ -31,6 +31,6 @@ def post_copy_loss_not_said() -> list[Patch]:
 # A seed that finds each.
 POST_COPY_BUGS: dict[Callable[[], list[Patch]], int] = {
     post_copy_scrubs_at_once: 2,
-    post_copy_access_does_not_wait: 2,
+    post_copy_access_does_not_wait: 1,
     post_copy_loss_not_said: 4,
 }
