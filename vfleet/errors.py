@@ -15,6 +15,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "vfleet"
+TOO_MANY_CALLS = "Concurrent RPC limit exceeded!"  # gRPC's word for one call too many of a server, which was not begun
+BUSY_RETRY_S = 1.0
 
 
 class Reason(enum.StrEnum):
@@ -204,7 +206,9 @@ def from_rpc_error(rpc_error: grpc.aio.AioRpcError, address: str) -> VfleetError
     if code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
         return VfleetError(Reason.PERMISSION_DENIED, details, metadata=metadata)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return VfleetError(Reason.LIMIT_EXCEEDED, details, metadata=metadata)
+        # Else it is a message that is too large.
+        retry_after_s = BUSY_RETRY_S if rpc_error.details() == TOO_MANY_CALLS else None
+        return VfleetError(Reason.LIMIT_EXCEEDED, details, metadata=metadata, retry_after_s=retry_after_s)
     return VfleetError(Reason.INTERNAL, f"{details} ({code.name})", metadata=metadata)
 
 

@@ -9,8 +9,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.flood import PREFACE, SETTINGS, frame
 
 from vfleet import rpc
+from vfleet.caller import Caller
 from vfleet.edge import MAX_ERROR_CHARS
-from vfleet.errors import Reason, VfleetError
+from vfleet.errors import BUSY_RETRY_S, Reason, VfleetError
 from vfleet.rpc import MAX_CONNECTIONS, MAX_METADATA_BYTES, MAX_REQUEST_BYTES, Channels, Server, call
 from vfleet.v1.fleet_service_pb2 import ForgetHostRequest, ForgetHostResponse
 from vfleet.v1.fleet_service_pb2_grpc import (
@@ -96,6 +97,25 @@ async def test_a_request_or_metadata_past_the_bound_is_refused_and_the_next_is_s
     assert too_much.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     await check(channels, address)
     await channels.close()
+
+
+async def test_one_call_too_many_is_made_again_by_whoever_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "MAX_CALLS", 1)
+    server = Server(["served"])
+    address = f"127.0.0.1:{server.listen('127.0.0.1:0')}"
+    await server.start()
+    channels, request = Channels(), health_pb2.HealthCheckRequest(service="served")
+    watch = health_pb2_grpc.HealthStub(channels.to(address)).Watch(request)
+    await watch.read()
+    with pytest.raises(VfleetError) as refused:
+        await check(channels, address)
+    assert (refused.value.reason, refused.value.retry_after_s) == (Reason.LIMIT_EXCEEDED, BUSY_RETRY_S)
+    caller = Caller("server", [address], channels=channels, patience_s=60)
+    waiting = asyncio.create_task(caller.call(lambda channel: health_pb2_grpc.HealthStub(channel).Check, request))
+    watch.cancel()
+    assert (await waiting).status == health_pb2.HealthCheckResponse.SERVING
+    await channels.close()
+    await server.stop(0)
 
 
 async def test_an_error_that_is_longer_than_headers_may_be_arrives_shortened() -> None:

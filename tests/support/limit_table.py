@@ -14,7 +14,7 @@ LIMITS = [
     ("vfleet.rpc", "KEEPALIVE_TIMEOUT_MS", "ms that it has to give one", "closed"),
     ("vfleet.rpc", "IDLE_TIMEOUT_MS", "ms without a call on a connection", "closed; a client connects again by itself"),
     ("vfleet.rpc", "MAX_STREAMS", "calls at once on one connection", "refused by HTTP/2; a client waits by itself"),
-    ("vfleet.rpc", "MAX_CALLS", "calls at once of one daemon", "RESOURCE_EXHAUSTED"),
+    ("vfleet.rpc", "MAX_CALLS", "calls at once of one daemon", "RESOURCE_EXHAUSTED; vfleet's own clients try again"),
     ("vfleet.rpc", "MAX_METADATA_BYTES", "bytes of a call's metadata", "RESOURCE_EXHAUSTED"),
     (
         "vfleet.rpc",
