@@ -85,7 +85,7 @@ END
     cp "$work/kernel/usr/lib/modules/$version"/modules.{builtin,order} "$modules"
     cp -r "$work/kernel/usr/lib/modules/$version/kernel" "$work/all"
     wanted="nvme nvme-core nvme-auth nvme-keyring virtio_net net_failover failover virtio_pci virtio_pci_modern_dev
-        virtio_pci_legacy_dev virtio virtio_ring igb i2c-algo-bit dca ptp pps_core ext4 jbd2 mbcache crc16 crc32c_generic
+        virtio_pci_legacy_dev virtio virtio_ring igb igbvf i2c-algo-bit dca ptp pps_core ext4 jbd2 mbcache crc16 crc32c_generic
         libcrc32c crc32c-intel"
     for name in $wanted; do
         find "$work/all" -name "${name//_/[_-]}.ko*" -o -name "${name//-/[_-]}.ko*" | sort -u | while read -r file; do

@@ -1,6 +1,8 @@
 """The guest of `support.guest` with devices of QEMU's own: what is done with them today is unplug them, or migrate it.
 
 port1: nvme    port2: virtio-net    port3: igb    port4: a virtio-net that stays; all three on one hub
+
+The igb is a PF, whose VF the guest can make and take away by itself.
 """
 
 import asyncio
@@ -20,7 +22,10 @@ DEVICES: Mapping[str, Mapping[str, object]] = {
     "peer": {"driver": "virtio-net-pci", "bus": "port4", "netdev": "net4", "romfile": ""},
 }
 ADDRESSES = {name: f"0000:0{number}:00.0" for number, name in enumerate(DEVICES, 1)}
-MODULES = "nvme,virtio_pci,virtio_net,igb"
+PF = f"/sys/bus/pci/devices/{ADDRESSES['igb']}"
+VF = f"{ADDRESSES['igb']}/virtfn0"
+VF_DRIVER = "/sys/bus/pci/drivers/igbvf"
+MODULES = "nvme,virtio_pci,virtio_net,igb,igbvf"
 MEDIUM_BYTES = 16 << 20
 
 
@@ -53,6 +58,20 @@ class EmulatedMachine:
         await self._monitor.do("device_del", id=name)
         await self._monitor.event("DEVICE_DELETED", device=name)
         await self._monitor.do("device_add", id=name, **DEVICES[name])
+
+    async def make_vf(self) -> None:
+        """Make the VF, which works as long as its PF is up."""
+        await self.machine.run(f"ip link set $(ls {PF}/net) up && echo 1 >{PF}/sriov_numvfs")
+
+    async def replug_vf(self) -> None:
+        """Take the VF from its driver, and give it back: what a guest does when one is unplugged and plugged in."""
+        await self.machine.run(
+            f"vf=$(basename $(readlink {PF}/virtfn0)) && echo $vf >{VF_DRIVER}/unbind && echo $vf >{VF_DRIVER}/bind"
+        )
+
+    async def end_vf(self) -> None:
+        """Take the VF away."""
+        await self.machine.run(f"echo 0 >{PF}/sriov_numvfs")
 
     async def migrate(self) -> float:
         """Migrate it to another QEMU on this machine, by a UNIX socket. Return its downtime in ms, as QEMU has it."""
