@@ -36,7 +36,7 @@ TRIES = 40
 PATIENCE_S = 120.0
 # A cut, of what is noticed by each of: the verification, the kernel, a command's time-out.
 CUT = (
-    *("core.busy", "heads.head", "completion.phase", "commands.kind", "commands.listed", "lists.page"),
+    *("core.busy", "heads.head", "commands.kind", "commands.listed", "lists.page"),
     "namespace",
 )
 

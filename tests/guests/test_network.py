@@ -19,7 +19,7 @@ MODULES = ("virtio_pci", "virtio_net")
 ADDRESSES = ("10.0.0.1", "10.0.0.2")
 HOMES = ("h2/net0", "h3/net0", "h1/net0")
 MOVES = 20
-BLOCKS_A_MOVE = 20
+BLOCKS_A_MOVE = 10
 BLOCKS_A_SECOND = 60
 TIMEOUT_S = 300
 STATISTICS = "/sys/class/net/eth0/statistics"
@@ -60,12 +60,12 @@ async def test_a_connection_lives_while_either_end_moves(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     async with AsyncExitStack() as stack:
-        machines: list[VirtualMachine] = []
+        made = []
         for number, host in enumerate(("h1", "h2"), 1):
             await cluster.fleet.create_function(f"vf{number}", f"{host}/net0")
             socket = await attach_guest(cluster, f"vf{number}", f"g{number}", host, tmp_path, **PATIENT)
-            machine = virtual_machine(tmp_path / f"vm{number}", [socket], modules=MODULES)
-            machines.append(await stack.enter_async_context(machine))
+            made.append(virtual_machine(tmp_path / f"vm{number}", [socket], modules=MODULES))
+        machines = await asyncio.gather(*(stack.enter_async_context(machine) for machine in made))
         for machine, address in zip(machines, ADDRESSES, strict=True):
             # Without IPv6, which would send frames of its own while they begin to be counted.
             await machine.run("echo 1 >/proc/sys/net/ipv6/conf/eth0/disable_ipv6")
