@@ -39,7 +39,7 @@ def unsatisfiable(question: Question, ways_out: Sequence[Relaxation] | None = No
     """Return the error for a question that has no answer: it names what would give it one, `ways_out` if known."""
     found = relaxations(question) if ways_out is None else ways_out
     remedies = "; or ".join(each.remedy for each in found[:MAX_OBSTACLES])
-    wanted = f"for it to be possible: {remedies}" if found else "no single change would make it possible"
+    wanted = f"for it to be possible: {remedies}" if found else "no single change is known that would make it possible"
     message = f"no choice of devices meets what is asked for {_listed(question.movers)}; {wanted}"
     return VfleetError(
         Reason.UNSATISFIABLE,

@@ -153,7 +153,8 @@ class ManyMoves(ABC):
         mover = self._movers[name]
         mover.show(MOVED, device)
         stored = self._context.snapshot.migrations.get(mover.migration)
-        if stored is not None and {step.step for step in stored.record.steps} >= _HELD:
+        has_drivers = stored is not None and any(m.entries for m in stored.record.moves if m.function == name)
+        if stored is not None and has_drivers and {step.step for step in stored.record.steps} >= _HELD:
             held_ns = sum(each.duration.ToNanoseconds() for each in stored.record.steps if each.step in _HELD)
             mover.shown.held.FromNanoseconds(held_ns)
 

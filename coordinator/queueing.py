@@ -38,14 +38,18 @@ class Allowance:
         """Return the limit that one migration more would pass that takes place on these devices, or None."""
         active = len(snapshot.active_migrations)
         if active >= self.fleet:
-            return f"{active} migrations are under way in the fleet, which may have {self.fleet}"
+            return f"{_are(active)} under way in the fleet, which may have {self.fleet}"
         names = set(devices)
         for places, limit in ((names, self.device), (set(map(host_of, names)), self.host)):
             for place in sorted(places):
                 if snapshot.active_at[place] >= limit:
                     count = snapshot.active_at[place]
-                    return f"{count} migrations are under way from or to {place}, which may have {limit}"
+                    return f"{_are(count)} under way from or to {place}, which may have {limit}"
         return None
+
+
+def _are(migrations: int) -> str:
+    return "1 migration is" if migrations == 1 else f"{migrations} migrations are"
 
 
 DEFAULT_ALLOWANCE = Allowance()

@@ -2,6 +2,7 @@
 
 # ruff: noqa: N802, ARG002  # methods are named and called as the protos say
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from coordinator.forget import forget_host
 from coordinator.guests import checked_guest
 from coordinator.many_moves_service import CurrentTerm, ManyMovesService, RpcContext, present
 from coordinator.migration import Run
-from coordinator.planner import ask, draft, plan
+from coordinator.planner import Limits, ask, draft, plan
 from coordinator.queueing import as_migration
 from coordinator.requests import (
     checked_constraints,
@@ -170,19 +171,11 @@ class MigrationService(ManyMovesService):
         self, moves: Sequence[migration_pb.MoveRequest], constraints: Constraints, *, explained: bool
     ) -> migration_pb.PlanMigrationResponse:
         snapshot, name, limits = self._context.snapshot, self._context.name, self._context.limits
-        if not explained:
-            migration = plan(snapshot, moves, name="", coordinator=name, limits=limits, constraints=constraints)
-            return migration_pb.PlanMigrationResponse(migration=migration)
-        question = ask(snapshot, moves, constraints)
-        answer = question.answer()
-        response = migration_pb.PlanMigrationResponse(explanation=explain(question, answer))
-        if answer is not None:
-            drafted = draft(snapshot, moves, answer, name="", coordinator=name, limits=limits, constraints=constraints)
-            response.migration.CopyFrom(drafted)
-        if response.ByteSize() > MAX_EXPLANATION_BYTES:
-            message = f"the explanation has {response.ByteSize()} bytes; expected at most {MAX_EXPLANATION_BYTES}"
-            raise VfleetError(Reason.LIMIT_EXCEEDED, message)
-        return response
+        if explained:
+            # A large fleet takes seconds, in which drivers may be on hold.
+            return await asyncio.to_thread(_explained, snapshot.still(), moves, constraints, name, limits)
+        migration = plan(snapshot, moves, name="", coordinator=name, limits=limits, constraints=constraints)
+        return migration_pb.PlanMigrationResponse(migration=migration)
 
     async def _read(self, name: str) -> Stored[Migration]:
         # In this order: it leaves the queue as its record comes.
@@ -396,6 +389,22 @@ class FleetService(FleetServiceServicer):
         if name in snapshot.locks:
             function.migration = snapshot.locks[name].record
         return function
+
+
+def _explained(
+    snapshot: Snapshot, moves: Sequence[migration_pb.MoveRequest], constraints: Constraints, name: str, limits: Limits
+) -> migration_pb.PlanMigrationResponse:
+    """Return the plan of the coordinator of that name, if there is one, and why it is this or none."""
+    question = ask(snapshot, moves, constraints)
+    answer = question.answer()
+    response = migration_pb.PlanMigrationResponse(explanation=explain(question, answer))
+    if answer is not None:
+        drafted = draft(snapshot, moves, answer, name="", coordinator=name, limits=limits, constraints=constraints)
+        response.migration.CopyFrom(drafted)
+    if response.ByteSize() > MAX_EXPLANATION_BYTES:
+        message = f"the explanation has {response.ByteSize()} bytes; expected at most {MAX_EXPLANATION_BYTES}"
+        raise VfleetError(Reason.LIMIT_EXCEEDED, message)
+    return response
 
 
 def _shown(stored: Stored[Migration]) -> Migration:

@@ -392,6 +392,7 @@ class Fake(FleetServiceServicer, MigrationServiceServicer, DriverServiceServicer
             migration.phase, migration.abort_cause = Phase.PHASE_ABORTED, ErrorReason.ERROR_REASON_LIMIT_EXCEEDED
             migration.abort_reason = "it could not begin before its deadline"
             migration.finish_time.FromSeconds(1_000)
+            migration.attempt.revision = 42  # that of its record
         return migration
 
 
@@ -579,7 +580,7 @@ async def test_a_plan_that_there_is_none_of_says_what_would_do(vfleet: Vfleet, f
     assert re.search(r"uncordon host h2 +cordon +vf1=h2/nic0\n", result.out)
     assert (await vfleet("plan", "vf1", "-o", "json")).code == 1
     fake.explanation.ClearField("relaxations")
-    assert "no single change would make it possible" in (await vfleet("plan", "vf1")).out
+    assert "no single change is known that would make it possible" in (await vfleet("plan", "vf1")).out
 
 
 async def test_history_shows_homes_and_migrations(vfleet: Vfleet, fake: Fake) -> None:
@@ -606,7 +607,7 @@ async def test_the_history_of_a_function_that_is_no_more_is_that_of_its_name(vfl
 async def test_events_are_a_line_each(vfleet: Vfleet, fake: Fake) -> None:
     result = await vfleet("events", "-f")
     assert (result.code, result.err) == (0, "")
-    assert result.out.splitlines()[0] == "1970-01-01 00:00:01.500Z  cordon       h2            cordoned: firmware"
+    assert result.out.splitlines()[0] == "1970-01-01 00:00:01.500Z  cordon       h2                  cordoned: firmware"
     programs = await vfleet("events", "-o", "json")
     assert [json.loads(line)["what"] for line in programs.out.splitlines()] == ["cordoned: firmware", "uncordoned"]
     assert [request.follow for request in fake.requests] == [True, False]
@@ -831,6 +832,7 @@ async def test_what_never_began_says_so(vfleet: Vfleet, fake: Fake, tmp_path: Pa
     fake.queued, fake.is_given_up = [move_request("vf1")], True
     shown = (await vfleet("describe", "migration", "m-q")).out
     assert re.search(r"^Aborted +it could not begin before its deadline$", shown, re.MULTILINE)
+    assert re.search(r"^Attempt +none$", shown, re.MULTILINE)
     assert re.search(r"^Undone +it had not begun$", shown, re.MULTILINE)
     assert re.search(r"^What to do +try again when fewer migrations are under way", shown, re.MULTILINE)
     drawn = await vfleet("describe", "migration", "m-q", "--svg", str(tmp_path / "q.svg"))

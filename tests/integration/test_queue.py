@@ -100,7 +100,7 @@ async def test_what_never_gets_its_turn_ends_at_its_deadline(cluster: Cluster) -
         await ask(c1, "late", "vf2", deadline_ms=300)
         late = await c1.wait_migration("late")
         assert late.phase == Phase.PHASE_ABORTED
-        assert "before its deadline: 1 migrations are under way in the fleet, which may have 1" in late.abort_reason
+        assert "before its deadline: 1 migration is under way in the fleet, which may have 1" in late.abort_reason
         cluster.local.hosts["h3"].resume()
         await c1.wait_migration("first")
     await cluster.until_registered("h3")

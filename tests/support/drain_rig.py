@@ -28,7 +28,10 @@ from vfleet.v1.records_pb2 import Cordon, Function, Migration, Phase, Step, Step
 
 
 class DrainRig:
-    """h1 with nic0 and nic1, h2 and h3 with nic0, four VFs each; vf1 to vf3 are on h1/nic0, vf4 on h1/nic1."""
+    """h1 with nic0 and nic1, h2 and h3 with nic0, four VFs each; vf1 to vf3 are on h1/nic0, vf4 on h1/nic1.
+
+    Each has a driver, on a host that has no devices.
+    """
 
     def __init__(self) -> None:
         self.fleet = FleetValues()
@@ -37,8 +40,9 @@ class DrainRig:
         for segment, host in ((2, "h2"), (3, "h3")):
             self.fleet.host(host, segment, device(f"{host}/nic0"))
         for index, name in enumerate(("vf1", "vf2", "vf3"), start=1):
-            self.fleet.function(name, self.nics["h1/nic0"], 1, index)
-        self.fleet.function("vf4", self.nics["h1/nic1"], 1, 1)
+            self.fleet.function(name, self.nics["h1/nic0"], 1, index, f"d-{name}@far")
+        self.fleet.function("vf4", self.nics["h1/nic1"], 1, 1, "d-vf4@far")
+        self.fleet.host("far", 9)
         self.clock, self.inventory = ManualClock(), Inventory()
         store = FleetStore(self.fleet, self.look)
         self.context = Context("c1", store, self.inventory, None, self.clock, Random(7))

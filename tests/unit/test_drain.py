@@ -152,6 +152,13 @@ async def test_a_target_is_not_avoided_for_what_others_did(rig: DrainRig, cause:
     assert [batch["vf4"] for _, batch in rig.begun] == ["h2/nic0"] * 2
 
 
+async def test_one_without_drivers_holds_none(rig: DrainRig):
+    rig.fleet.function("bare", rig.nics["h1/nic1"], 1, 2)
+    rig.look()
+    await rig.until_over(await rig.start("device", "h1/nic1"))
+    assert {name: each.HasField("held") for name, each in rig.told.items()} == {"bare": False, "vf4": True}
+
+
 async def test_a_refused_begin_is_planned_anew(rig: DrainRig):
     rig.refusals = [VfleetError(Reason.NO_FREE_SLOT, "somebody else was quicker")]
     await rig.until_over(await rig.start("device", "h1/nic1"))

@@ -133,7 +133,7 @@ def test_a_request_that_can_not_be_met_says_what_would_do():
     rule = BoundaryRule(boundary=HOST, relation=DIFFERENT)
     alone = refusal(fleet, move("vf1", ""), boundaries=[rule])
     assert (alone.reason, alone.obstacles) == (Reason.UNSATISFIABLE, ())
-    assert "no single change would make it possible" in alone.message
+    assert "no single change is known that would make it possible" in alone.message
 
 
 def test_the_home_that_is_named_needs_another_vf():

@@ -93,7 +93,7 @@ async def test_each_limit_names_what_is_full_and_how_much_it_takes():
     await rig.begin("a", [move("vf1", "h2/nic0")])
     snapshot = rig.inventory.snapshot
     for allowance, devices, words in (
-        (Allowance(fleet=1), ["h3/nic0"], "in the fleet, which may have 1"),
+        (Allowance(fleet=1), ["h3/nic0"], "1 migration is under way in the fleet, which may have 1"),
         (Allowance(host=1), ["h1/nic1", "h3/nic0"], "from or to h1, which may have 1"),
         (Allowance(device=1), ["h2/nic0"], "from or to h2/nic0, which may have 1"),
     ):

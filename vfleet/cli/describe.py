@@ -177,7 +177,7 @@ def describe_migration(migration: Migration) -> None:
         [
             ("Migration", migration.name or "not begun"),
             ("Phase", phase_word(migration)),
-            ("Attempt", f"{attempt.fleet_generation}.{attempt.revision}" if attempt.revision else "none"),
+            ("Attempt", f"{attempt.fleet_generation}.{attempt.revision}" if attempt.fleet_generation else "none"),
             ("Coordinator", coordinators(migration)),
             *([("Begun", moment(migration.begin_time))] if migration.HasField("begin_time") else []),
             *([("Over", moment(migration.finish_time))] if migration.HasField("finish_time") else []),

@@ -81,7 +81,7 @@ def events(
 def event_line(event: FleetEvent) -> str:
     """Return an event in one line: when, of what kind, of what, and what changed."""
     kind = enum_word(EventKind.Name(event.kind), "EVENT_KIND_")
-    return f"{moment(event.time)}  {kind:<11}  {event.name or '-':<12}  {event.what}"
+    return f"{moment(event.time)}  {kind:<11}  {event.name or '-':<18}  {event.what}"
 
 
 def _print_homes(found: Iterable[Home]) -> None:

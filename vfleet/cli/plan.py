@@ -85,7 +85,7 @@ def _print_plan(planned: PlanMigrationResponse) -> None:
             ("ONE OF THESE IS ENOUGH", "CONSTRAINT", "THEN"), (_way_out(each) for each in explanation.relaxations)
         )
     else:
-        typer.echo("no single change would make it possible")
+        typer.echo("no single change is known that would make it possible")
 
 
 def _verdicts(explanation: Explanation) -> Iterator[tuple[str, str, str, str, str]]:
