@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import sys
@@ -84,7 +85,9 @@ async def test_stops_in_order_and_twice(tmp_path):
     assert not listens(endpoint)
     await server.stop()
     await server.kill()
-    assert "received signal; shutting down" in (tmp_path / "etcd.log").read_text()
+    log = (tmp_path / "etcd.log").read_text()
+    assert "received signal; shutting down" in log
+    assert re.search(r'"auto-compaction-\w+":"1h0m0s"', log)
 
 
 async def test_takes_other_ports_when_its_own_were_taken_meanwhile(tmp_path):

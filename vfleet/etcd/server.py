@@ -197,6 +197,8 @@ class EtcdServer:
             f"--listen-peer-urls={self._scheme}://{self.peer_endpoint}",
             f"--initial-advertise-peer-urls={self.member.partition('=')[2]}",
             f"--initial-cluster={','.join(cluster)}",
+            # Every write keeps what was before it until then. Nobody reads that but a watch that goes on after a break.
+            "--auto-compaction-retention=1h",
             "--logger=zap",
             "--log-outputs=stderr",
             *self._arguments,
