@@ -115,7 +115,7 @@ class FunctionImage:
         sequence: int,
         status: AccessStatus.ValueType,
         data: bytes,
-        stores: Sequence[Store],
+        stores: Sequence[Store] = (),
     ) -> None:
         """Make an access's stores, its answer and its sequence durable, together."""
         if stores:

@@ -166,7 +166,7 @@ class Instance:
         if not self.is_serving:
             self.unsupported_requests += 1
             answer = b"\xff" * length if kind == ACCESS_KIND_READ else b""
-            self.image.apply(sequencer, sequence, ACCESS_STATUS_UNSUPPORTED_REQUEST, answer, ())
+            self.image.apply(sequencer, sequence, ACCESS_STATUS_UNSUPPORTED_REQUEST, answer)
             return ACCESS_STATUS_UNSUPPORTED_REQUEST, answer
         offset, memory = window_offset(address), self.image.memory
         if self._plain_start <= offset < self._plain_end:
@@ -197,7 +197,7 @@ class Instance:
         sent = (awaited.writes.last if awaited is not None else 0).to_bytes(8, "little")
         if kind == ACCESS_KIND_RESET:
             self.on_reset()
-        self.image.apply(sequencer, sequence, ACCESS_STATUS_OK, sent, ())
+        self.image.apply(sequencer, sequence, ACCESS_STATUS_OK, sent)
         return ACCESS_STATUS_OK, sent
 
     def grant(self, sequencer: Sequencer, base: int, span: int) -> Grant | None:

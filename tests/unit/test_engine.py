@@ -20,7 +20,13 @@ from hostd.instance import Instance
 from hostd.models.base import DmaRead, DmaWrite, Frame, Section, Step, Work
 from vfleet.errors import Reason
 from vfleet.limits import INTERRUPT_PAGE_ADDRESS, MAIN_MEMORY_VIRTUAL_ADDRESS
-from vfleet.v1.access_pb2 import ACCESS_KIND_WRITE
+from vfleet.v1.access_pb2 import (
+    ACCESS_KIND_FENCE,
+    ACCESS_KIND_RESET,
+    ACCESS_KIND_WRITE,
+    ACCESS_STATUS_OK,
+    AccessKind,
+)
 from vfleet.v1.function_service_pb2 import (
     FAULT_KIND_DEVICE,
     FAULT_KIND_DMA_DELAY,
@@ -341,6 +347,24 @@ async def test_a_defect_of_the_model_is_a_fault_of_the_device_that_a_reset_ends(
     await rig.write(WANTED, 2)
     await rig.run()
     assert (word(rig.memory, DONE), rig.interrupts()) == (2, 14)
+
+
+async def test_a_fence_says_what_was_sent_and_of_a_broken_function_nothing(rig: Rig):
+    sequencer, base = rig.instance.image.sequencer("another"), rig.instance.about.base
+
+    def fence(kind: AccessKind.ValueType) -> int:
+        status, sent = rig.instance.access(sequencer, sequencer.last + 1, kind, base, 8, b"")
+        assert (status, len(sent)) == (ACCESS_STATUS_OK, 8)
+        return int.from_bytes(sent, "little")
+
+    assert fence(ACCESS_KIND_FENCE) == 0
+    await rig.write(WANTED, 3)
+    await rig.run()
+    assert fence(ACCESS_KIND_FENCE) == 6
+    rig.home.functions.fail(rig.instance)
+    assert fence(ACCESS_KIND_FENCE) == 0
+    assert fence(ACCESS_KIND_RESET) == 6
+    assert fence(ACCESS_KIND_FENCE) == 6
 
 
 async def test_a_reset_cancels_what_was_not_sent_and_its_sequences_go_on(tmp_path: Path, monkeypatch):

@@ -193,6 +193,7 @@ def test_a_driver_finds_a_broken_function_broken_and_can_reset_it(bench: Bench):
     assert do(instance, 2, checker.SCRATCH, 0x22) == (ACCESS_STATUS_UNSUPPORTED_REQUEST, b"")
     assert do(instance, 3, checker.SCRATCH) == (ACCESS_STATUS_UNSUPPORTED_REQUEST, b"\xff" * 8)
     assert int.from_bytes(instance.image.memory[checker.SCRATCH : checker.SCRATCH + 8], "little") == 0x11
+    assert instance.unsupported_requests == 2
     for _ in range(2):
         assert instance.access(sequencer, 4, ACCESS_KIND_RESET, base, 8, b"") == (ACCESS_STATUS_OK, bytes(8))
     assert (instance.state, instance.resets) == (RUNNING, 1)

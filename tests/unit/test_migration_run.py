@@ -131,6 +131,7 @@ class Rig:
         self.attempt = Attempt(fleet_generation=1, revision=self.revision)
         self.clock, self.hosts, self.inventory = ManualClock(), Hosts(), Inventory()
         self.store = FleetStore(self.fleet, self.look)
+        self.ended: list[Migration] = []
         self.look()
 
     def look(self) -> None:
@@ -162,7 +163,7 @@ class Rig:
 
     def new_run(self, options: Options | None = OPTIONS, **more: float) -> Run:
         return Run(
-            Context("c1", self.store, self.inventory, self.hosts, self.clock, Random(7)),
+            Context("c1", self.store, self.inventory, self.hosts, self.clock, Random(7), ended=self.ended.append),
             self.record,
             begin_revision=self.revision,
             mod_revision=self.fleet.items[keys.migration_key("m1")].mod_revision,
@@ -319,7 +320,7 @@ async def test_an_adopter_aborts_what_is_undecided_and_undoes_it(rig: Rig):
     await rig.run(None)
     assert_undone(rig)
     assert rig.record.abort_reason == "its coordinator ended before it was decided"
-    assert rig.record.abort_step == Step.STEP_UNSPECIFIED
+    assert (rig.record.abort_step, rig.record.abort_host) == (Step.STEP_UNSPECIFIED, "")
 
 
 async def test_an_adopter_undoes_what_was_aborted(rig: Rig):
@@ -339,6 +340,7 @@ async def test_what_is_over_needs_nothing(rig: Rig, committed: bool):
     rig.look()
     await rig.run(None)
     assert rig.record.finished_by == "c2"
+    assert rig.ended == []
     assert rig.hosts.calls == []
     assert rig.store.commits == 0
 
@@ -347,10 +349,13 @@ async def test_what_is_over_needs_nothing(rig: Rig, committed: bool):
     ("method", "step"),
     [("create", "CREATE"), ("import", "COPY"), ("hold", "HOLD"), ("stop", "HOLD")],
 )
-async def test_a_failure_before_commit_is_why_it_was_aborted_and_where(rig: Rig, method: str, step: str):
-    rig.hosts.failures[method] = [VfleetError(Reason.LIMIT_EXCEEDED, "no more memory")]
+@pytest.mark.parametrize("host", ["", "h2"])
+async def test_a_failure_before_commit_is_why_it_was_aborted_and_where(rig: Rig, method: str, step: str, host: str):
+    metadata = {"host": host} if host else {}
+    rig.hosts.failures[method] = [VfleetError(Reason.LIMIT_EXCEEDED, "no more memory", metadata=metadata)]
     await rig.run()
     assert_undone(rig)
+    assert rig.record.abort_host == host
     assert (rig.record.abort_reason, rig.record.abort_step) == ("no more memory", Step.Value(f"STEP_{step}"))
     assert abort_cause(rig.record) is Reason.LIMIT_EXCEEDED
 
@@ -470,7 +475,7 @@ async def test_a_commit_that_comes_too_late_is_an_abort(rig: Rig):
     assert_undone(rig)
     assert rig.record.abort_reason == "etcd did not take the COMMIT in time"
     assert abort_cause(rig.record) is Reason.LIMIT_EXCEEDED
-    assert rig.record.abort_step == Step.STEP_COMMIT
+    assert (rig.record.abort_step, rig.record.abort_host) == (Step.STEP_COMMIT, "")
 
 
 async def test_a_commit_that_etcd_takes_in_time_is_one(rig: Rig):
@@ -619,6 +624,7 @@ async def test_it_notes_who_finished_when_and_how_long_each_step_took(rig: Rig, 
     assert rig.record.decide_time.ToSeconds() == began_s + 12
     assert rig.record.finish_time.ToSeconds() == began_s + 30
     assert rig.record.finished_by == "c1"
+    assert rig.ended == [rig.record]
 
 
 async def test_it_ends_when_the_inventory_has_its_end(rig: Rig):

@@ -138,10 +138,11 @@ def test_abort_says_why_and_is_the_outcome():
     assert outcome(migration) == Decision.DECISION_UNSPECIFIED
     assert commit(fleet, aborted(migration, revision, unchanged(keys.owner_key("m1"), revision)))
     record_ = read(fleet)
-    assert (record_.phase, record_.abort_reason, record_.abort_step) == (
+    assert (record_.phase, record_.abort_reason, record_.abort_step, record_.abort_host) == (
         Phase.PHASE_ABORTING,
         "because",
         Step.STEP_COPY,
+        "",
     )
     assert outcome(record_) == Decision.DECISION_ABORTED
     with pytest.raises(VfleetError) as caught:

@@ -1,6 +1,7 @@
 """The transactions of a migration, record by record: what each leaves of what was there, and how large it is."""
 
 import pytest
+from support.fake_host import device
 from support.fleet_values import LIMITS, FleetValues, move, three_hosts
 
 from coordinator import transaction
@@ -45,6 +46,22 @@ def test_a_migration_leaves_the_queue_as_it_begins_unless_the_queue_has_changed(
     assert [write.key for write in beginning.writes if isinstance(write, Delete)] == [queue] * is_queued
     assert bool(fleet.commit(beginning)) is not has_changed
     assert (queue in fleet.items) == (before and has_changed)
+
+
+@pytest.mark.parametrize("change", ["none", "moved", "begins to move"])
+def test_begin_rests_on_functions_that_stay_where_they_are(change: str):
+    fleet = three_hosts()
+    revisions = {}
+    for number, name in enumerate(("vf3", "vf4"), start=3):
+        fleet.function(name, device("h2/nic0"), 2, number)
+        revisions[name] = fleet.snapshot().functions[name].mod_revision
+    is_this = fleet.snapshot().fleet_generation_is_this
+    beginning = transaction.begin(planned(fleet), 5, is_this, bystanders=revisions)
+    if change == "moved":
+        fleet.put(keys.function_key("vf3"), "elsewhere")
+    elif change == "begins to move":
+        fleet.put(keys.lock_key("vf3"), "m2")
+    assert fleet.commit(beginning) is (change == "none")
 
 
 def begun() -> FleetValues:
