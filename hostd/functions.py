@@ -202,6 +202,8 @@ class Functions:
                     f"function {request.function!r} was stopped by another attempt, and is until that has ended",
                     metadata={"function": request.function},
                 )
+            # The first time the disk may have been full; what is answered is durable.
+            self._save(instance)
             return instance
         self.prove(instance)
         check_whole(instance)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.bench import ABORTED, BARS, COMMITTED, IDENTITY, MEMORY_BYTES, RESOLVE_MS, Bench, attempt, reason_of
+from support.full_disk import full_disk
 
 from hostd.instance import Instance
 from vfleet.errors import Reason, VfleetError
@@ -155,6 +156,17 @@ def test_a_host_does_not_start_with_zeros_where_the_memory_of_a_function_was(tmp
 
 
 # Requests that are repeated, late, lower, or another's
+
+
+def test_a_stop_that_a_full_disk_did_not_take_is_durable_once_it_is_acknowledged(bench: Bench):
+    bench.create()
+    bench.functions.fence_for_export("vf1", 1, attempt(10))
+    with full_disk():
+        assert reason_of(bench.stop, 1, 10) is Reason.LIMIT_EXCEEDED
+    bench.stop(1, 10)
+    bench.restart()
+    assert states(bench) == {("vf1", 1): STOP_COPY}
+
 
 Action = Callable[[Bench], object]
 
