@@ -1,7 +1,8 @@
 """Calls that outlive a daemon's restart: to the first that answers of several daemons that can do the same.
 
-A call is sent again only when nothing can come of sending it twice. A daemon's own refusal is final; only silence is
-tried again, elsewhere first, for as long as the caller's patience lasts. A daemon that is slow answers health checks
+A call is sent again only when nothing can come of sending it twice. A daemon's own refusal is final, but that it can't
+reach etcd: another may, and is asked once. Only silence is tried again, elsewhere first, for as long as the caller's
+patience lasts. A daemon that is slow answers health checks
 meanwhile; one that is frozen doesn't, and is turned from after PROBE_AFTER_S + PROBE_TIMEOUT_S.
 """
 
@@ -149,6 +150,7 @@ class Caller:
         """
         patience = self.patience()
         while True:
+            refused: VfleetError | None = None
             for _ in range(len(self._addresses)):
                 address, sent = self.address, False
                 try:
@@ -162,6 +164,10 @@ class Caller:
                         # Nothing was done: it was one call too many.
                         last = error
                         break
+                    if repeatable and error.reason is Reason.STORE_UNAVAILABLE:
+                        refused = error
+                        self._turn_from(address)
+                        continue
                     if not is_silence(error, address):
                         raise
                     if sent and not repeatable:
@@ -169,6 +175,8 @@ class Caller:
                         raise VfleetError(Reason.UNREACHABLE, message, metadata=error.metadata) from None
                     last = error
                     self._turn_from(address)
+            if refused is not None:
+                raise refused
             await patience.pause(self.who, last)
 
     async def stream(

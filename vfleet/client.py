@@ -56,7 +56,7 @@ class FleetClient(Client):
     plaintext, to this machine alone.
 
     Goes on for `patience_s` seconds when none answers, then raises UNREACHABLE. With several addresses, a call that can
-    be repeated leaves a coordinator that is frozen after 5 s.
+    be repeated leaves a coordinator that is frozen after 5 s, and at once one that can't reach etcd.
     """
 
     _kind = "coordinator"

@@ -38,6 +38,7 @@ class FakeFleet(FleetServiceServicer, MigrationServiceServicer):
     silences: int = 0
     refusals: int = 0  # for the time being, because it is called too often
     requests: list[object] = field(default_factory=list)
+    has_lost_etcd: bool = False
     go_on: asyncio.Event | None = None  # what it waits for before it answers
 
     async def act(self, request: object, context: grpc.aio.ServicerContext) -> None:
@@ -45,6 +46,8 @@ class FakeFleet(FleetServiceServicer, MigrationServiceServicer):
             self.refusals -= 1
             raise VfleetError(Reason.LIMIT_EXCEEDED, "too many calls", retry_after_s=0.01)
         self.requests.append(request)
+        if self.has_lost_etcd:
+            raise VfleetError(Reason.STORE_UNAVAILABLE, "etcd does not answer")
         if self.go_on is not None:
             await self.go_on.wait()
         if self.silences:
@@ -181,6 +184,31 @@ async def test_the_next_coordinator_is_asked_when_one_is_down(serve: Serve) -> N
         assert (await fleet.create_function("vf1", "h1/nic0")).name == "vf1"
         await fleet.delete_function("vf1")
     assert len(fake.requests) == 2
+
+
+async def test_the_next_coordinator_is_asked_when_one_has_lost_etcd(serve: Serve) -> None:
+    lost, other = FakeFleet(has_lost_etcd=True), FakeFleet()
+    async with FleetClient([await serve(lost), await serve(other)]) as fleet:
+        for name in ("vf1", "vf2"):
+            assert (await fleet.create_function(name, "h1/nic0")).name == name
+    assert (len(lost.requests), len(other.requests)) == (1, 2)
+
+
+@pytest.mark.parametrize("is_other_there", [True, False])
+async def test_that_etcd_is_lost_to_all_is_an_answer(serve: Serve, *, is_other_there: bool) -> None:
+    other = await serve(FakeFleet(has_lost_etcd=True)) if is_other_there else NOBODY
+    async with FleetClient([await serve(FakeFleet(has_lost_etcd=True)), other]) as fleet:
+        with pytest.raises(VfleetError, match=r"^etcd does not answer$") as caught:
+            await fleet.create_function("vf1", "h1/nic0")
+    assert caught.value.reason is Reason.STORE_UNAVAILABLE
+
+
+async def test_what_can_not_be_repeated_is_not_asked_of_another_that_may_have_etcd(serve: Serve) -> None:
+    lost, other = FakeFleet(has_lost_etcd=True), FakeFleet()
+    async with FleetClient([await serve(lost), await serve(other)]) as fleet:
+        with pytest.raises(VfleetError, match="etcd does not answer"):
+            await fleet.delete_function("vf1")
+    assert other.requests == []
 
 
 async def test_who_calls_too_often_comes_again_when_told_whatever_the_call(serve: Serve) -> None:
