@@ -135,7 +135,7 @@ def run(program: str, log_level: str, log_format: str, serve: Callable[[log.Writ
     except VfleetError as error:
         sys.stderr.write(f"{program}: {error.message}\n")
         # A file of certificates may be in the middle of its renewal, or the clock wrong that it is compared with.
-        is_bad_input = error.reason in _BAD_INPUT and "file" not in error.metadata
+        is_bad_input = error.reason in _BAD_INPUT and "certificate_file" not in error.metadata
         sys.exit(BAD_INPUT_EXIT if is_bad_input else 1)
 
 

@@ -168,7 +168,7 @@ class Tls:
 
     def _wrong(self, name: str, what: object) -> VfleetError:
         message = f"{self._option} {self._folder}: {name} can't be used: {what}"
-        return VfleetError(Reason.INVALID_FIELD, message, metadata={"field": self._option, "file": name})
+        return VfleetError(Reason.INVALID_FIELD, message, metadata={"field": self._option, "certificate_file": name})
 
 
 def principal_in(certificate: x509.Certificate) -> Principal | None:
